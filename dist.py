@@ -1,0 +1,195 @@
+"""Processes, devices and checkpoints: what lets the same train.py run alone, under torchrun, and after a crash.
+
+Every rank holds the whole model and its own share of the prompts. A loss is divided by a *global* count before
+backward, so summing the gradients over ranks gives the gradient of the single-process run: no rank average, no
+dependence on how many prompts a rank got. A rank without prompts adds zeros and enters the same collectives.
+
+Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere.
+Left out as yet: sharding the model over ranks (FSDP2).
+"""
+import json
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def setup(device_name=""):
+    """Join the process group that torchrun describes (none under plain python) and return this rank's device.
+
+    device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. ValueError when it is absent."""
+    found = torch.accelerator.current_accelerator()
+    kind = device_name or (found.type if found else "cpu")
+    if kind != "cpu" and (found is None or found.type != kind):
+        raise ValueError(f"--device {kind}: no such device here (found: {found.type if found else 'cpu only'})")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
+    if kind != "cpu":
+        torch.accelerator.set_device_index(local_rank)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+        dist.init_process_group(backend)
+    return device
+
+
+def close():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def split(count):
+    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size."""
+    return range(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(values, device, op="sum"):
+    """A list of numbers, reduced over ranks ("sum" or "max"), as floats. float32: counts stay exact to 16 million."""
+    t = torch.tensor(values, dtype=torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(t, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_gradients(params):
+    """Sum .grad over ranks, in one buffer; a parameter without a gradient counts as zero."""
+    if not dist.is_initialized():
+        return
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
+class Master:
+    """float32 weights for the optimizer beside a bfloat16 model for compute (rollouts and training alike).
+
+    bfloat16 has 8 bits of mantissa: an update of 1e-6 relative size would vanish in it. Gradients are added up in
+    float32 as they arrive. With float32 compute the master *is* the model."""
+
+    def __init__(self, model, dtype=torch.float32):
+        """model: float32; it is rounded to dtype in place, after its weights have been copied."""
+        self.model, self.separate = model, dtype != torch.float32
+        self.names = [name for name, _ in model.named_parameters()]
+        self.params = list(model.parameters())
+        if self.separate:
+            self.params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+            model.to(dtype)
+            for p, m in zip(model.parameters(), self.params):
+                p.register_post_accumulate_grad_hook(lambda p, m=m: self._collect(p, m))
+
+    @staticmethod
+    def _collect(p, m):
+        m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def publish(self):
+        """Round the master weights into the compute model; call after every optimizer step."""
+        if self.separate:
+            for p, m in zip(self.model.parameters(), self.params):
+                p.copy_(m)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(folder, step, master, optimizer, state, keep=2):
+    """Write folder/step-NNNNNN, whole or not at all: into a hidden folder first, renamed when complete and on disk.
+
+    state: a JSON-able dict. Rank 0 writes (all ranks hold the same); the newest `keep` checkpoints stay."""
+    if rank() == 0:
+        final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {n: p.detach().cpu().contiguous() for n, p in zip(master.names, master.params)}
+        save_file(weights, part / "weights.safetensors")
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        (part / "state.json").write_text(json.dumps({**state, "step": step}))
+        for file in part.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(part, final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def checkpoints(folder):
+    """The whole checkpoints of a folder, oldest first."""
+    return sorted(Path(folder).glob("step-*"))
+
+
+@torch.no_grad()
+def load_checkpoint(path, master, optimizer):
+    """Restore weights and optimizer in place; returns the state dict. ValueError when a file does not fit."""
+    try:
+        with safe_open(Path(path) / "weights.safetensors", framework="pt") as file:
+            for name, p in zip(master.names, master.params):
+                p.copy_(file.get_tensor(name))
+        optimizer.load_state_dict(torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True))
+        state = json.loads((Path(path) / "state.json").read_text())
+    except Exception as error:   # truncated, foreign or misshapen files raise many types; all mean the same here
+        raise ValueError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); "
+                         "remove that folder to resume from the one before") from None
+    master.publish()
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------- machine
+
+def peak_memory_mb(device):
+    """Largest memory so far in MB: of the accelerator's allocator, or of the process on CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.accelerator.max_memory_allocated() / 2 ** 20
+
+
+def choose_threads(limit=None):
+    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be slower than one."""
+    x, w = torch.randn(2048, 128), torch.randn(128, 384)
+    best, best_time = 1, float("inf")
+    for threads in sorted({1, *(2 ** k for k in range(1, 7) if 2 ** k <= (limit or os.cpu_count())), limit or os.cpu_count()}):
+        torch.set_num_threads(threads)
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            for _ in range(4):
+                (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
+            times.append(time.perf_counter() - start)
+        median = sorted(times[2:])[5]
+        if median < 0.9 * best_time:         # more threads only for a clear gain
+            best, best_time = threads, median
+    torch.set_num_threads(best)
+    return best

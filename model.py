@@ -1,0 +1,461 @@
+"""A decoder-only transformer that reads and writes Hugging Face checkpoints.
+
+One class covers Qwen2/2.5 (bias on q, k, v), Qwen3 (RMSNorm on q and k, free head_dim) and Llama 3.x
+(rope scaling "llama3"): the families differ in four switches of `ModelConfig`. Parameters carry the names
+of the checkpoint ("model.layers.0.self_attn.q_proj.weight"), so loading is a copy and saving is its reverse.
+
+    x = embed(tokens);  per layer:  x += attention(norm(x));  x += mlp(norm(x));  logits = lm_head(norm(x))
+    RoPE (arXiv 2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467)
+
+Two ways in: `token_logps` for training (right-padded rows, causal, never a (B, T, V) tensor) and `prefill` and
+`decode` for the sampler (a preallocated KV cache). Left out: dropout, sliding windows, mixtures of experts.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+SUPPORTED = ("qwen2", "qwen3", "llama")
+CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+LOGIT_CHUNK = 2 ** 25      # elements of one chunk of logits: 128 MB in float32, whatever the vocabulary
+SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
+
+
+@dataclass
+class ModelConfig:
+    """The fields of config.json that change the computation. `raw` keeps the whole file for saving."""
+    model_type: str = "qwen3"
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None     # only {"rope_type": "llama3", ...}
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    qkv_bias: bool = False               # Qwen2 always; the others by attention_bias
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = True                 # Qwen3
+    eos_token_id: int | list | None = None
+    raw: dict | None = None
+
+    @classmethod
+    def from_dict(cls, raw):
+        """config.json (either layout: rope_theta + rope_scaling, or rope_parameters) -> ModelConfig.
+
+        ValueError with one line for anything this file does not compute."""
+        kind = raw.get("model_type")
+        if kind not in SUPPORTED:
+            raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads") if k not in raw]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        rope = {"rope_theta": 10000.0, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope["rope_theta"] = raw.get("rope_theta", rope["rope_theta"])
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        heads, bias = raw["num_attention_heads"], bool(raw.get("attention_bias", False))
+        wrong = {
+            f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
+            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+            "sliding-window attention": bool(raw.get("use_sliding_window"))
+            or any(t != "full_attention" for t in raw.get("layer_types") or ()),
+            "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        }
+        for what, bad in wrong.items():
+            if bad:
+                raise ValueError(f"{kind} with {what} is not supported")
+        return cls(
+            model_type=kind, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(rope["rope_theta"]),
+            rope_scaling=rope if rope_type == "llama3" else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            initializer_range=raw.get("initializer_range", 0.02),
+            qkv_bias=kind == "qwen2" or bias, o_bias=kind != "qwen2" and bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=kind == "qwen3",
+            eos_token_id=raw.get("eos_token_id"), raw=dict(raw))
+
+    def to_dict(self):
+        """The config.json to write: the file that was read, or one that transformers of any recent version reads."""
+        if self.raw is not None:
+            return dict(self.raw)
+        arch = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+        same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+                "max_position_embeddings", "initializer_range", "eos_token_id", "mlp_bias")
+        out = {name: getattr(self, name) for name in same}
+        rope = self.rope_scaling or {"rope_type": "default"}
+        return {**out, "architectures": [arch[self.model_type]], "hidden_act": "silu",
+                "attention_bias": self.qkv_bias and self.model_type != "qwen2", "use_sliding_window": False,
+                "rope_scaling": self.rope_scaling, "rope_parameters": {**rope, "rope_theta": self.rope_theta}}
+
+
+# ---------------------------------------------------------------------------------------------- the formulas
+
+def rms_norm(x, weight, eps):
+    """x (..., D) scaled to unit root mean square, in float32, then by weight (D,)."""
+    y = x.float()
+    y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)      # y * y: pow is slow backwards
+    return weight * y.to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (B, H, T, D) by cos, sin (B, 1, T, D); pairs are (i, i + D/2), as in every HF checkpoint."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def inverse_frequencies(config, device):
+    """RoPE's (D/2,) frequencies; "llama3" slows the low ones down and blends in between."""
+    d = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device).float() / d)
+    s = config.rope_scaling
+    if s is None:
+        return freq
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # over the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * freq / s["factor"] + blend * freq
+
+
+class KVCache:
+    """Preallocated keys and values, (layers, B, Hkv, S, D) each; slot s of a row holds its token at position s."""
+
+    def __init__(self, config, rows, slots, device, dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def select(self, rows):
+        """Keep these rows only (an index tensor), in this order."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, cache=None):
+        """x (B, T, D) -> (B, T, D). cache: None (training) or (k, v, slots, mask) of this layer: see _attend."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        y = self._attend(rotate(q, *rope), rotate(k, *rope), v, cache)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def _attend(self, q, k, v, cache):
+        """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D).
+
+        Without slots (training and prefill) rows are causal from position 0: right padding is never seen. With
+        slots (B,) each row has one new token: it is written at its slot and sees the slots that mask allows.
+        The query heads that share a key head are folded into the query dimension, so nothing is repeated."""
+        slots = None
+        if cache is not None:
+            cache_k, cache_v, slots, mask = cache
+            if slots is None:
+                cache_k[:, :, :k.shape[2]], cache_v[:, :, :v.shape[2]] = k, v
+        if slots is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        B, H, _, D = q.shape
+        rows = torch.arange(B, device=q.device)
+        cache_k[rows, :, slots], cache_v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        used = mask.shape[-1]
+        q = q.view(B, self.kv_heads, H // self.kv_heads, D)
+        y = F.scaled_dot_product_attention(q, cache_k[:, :, :used], cache_v[:, :, :used], attn_mask=mask)
+        return y.reshape(B, H, 1, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below lm_head; a module of its own only because checkpoints call it "model."."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The language model. `Transformer(ModelConfig(...))` is new and random; `from_pretrained` reads a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.activation_checkpointing = False   # True: recompute each block in backward, memory for a third more time
+        self.files = {}                         # tokenizer and generation files that travel with the weights
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def init_weights(self, seed=0):
+        """Normal weights of sd initializer_range (residual outputs divided by sqrt(2 layers), as GPT-2), zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                continue
+            sd = self.config.initializer_range
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                sd /= math.sqrt(2 * self.config.num_hidden_layers)
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=generator) * sd)
+        return self
+
+    # ------------------------------------------------------------------------------------------ computation
+
+    def _rope(self, positions):
+        """cos, sin (B, 1, T, D) for positions (B, T), computed once a forward and shared by all layers."""
+        angles = positions[..., None].float() * inverse_frequencies(self.config, positions.device)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def hidden_states(self, tokens, cache=None, slots=None, mask=None):
+        """tokens (B, T) -> (B, T, hidden_size) after the last norm. The cache arguments are the sampler's."""
+        if slots is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            positions = slots[:, None]
+        rope = self._rope(positions)
+        x = self.model.embed_tokens(tokens)
+        for i, block in enumerate(self.model.layers):
+            layer_cache = None if cache is None else (cache.k[i], cache.v[i], slots, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, layer_cache)
+        return self.model.norm(x)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V). For inspection and tests: nothing here trains or samples through it."""
+        return self.lm_head(self.hidden_states(tokens))
+
+    def token_logps(self, tokens, mask, temperature=1.0):
+        """Log-probabilities of given tokens, and the entropies of the distributions they were drawn from.
+
+        tokens (B, T) int64 right-padded; mask (B, T), 1 where a token is wanted (position 0 never is).
+        Returns logps (B, T) float32 with gradient and entropy (B, T) float32 without, both of logits / temperature
+        and 0 off the mask. Only wanted positions reach the vocabulary, LOGIT_CHUNK logits at a time, and each
+        chunk is recomputed in backward: memory does not grow with B x T x V."""
+        hidden = self.hidden_states(tokens)
+        rows, columns = mask.bool()[:, 1:].nonzero(as_tuple=True)      # the token at column + 1 is read at column
+        wanted, targets = hidden[rows, columns], tokens[rows, columns + 1]
+        step = max(1, LOGIT_CHUNK // self.config.vocab_size)
+        parts = [checkpoint(_chunk_logps, h, self.lm_head.weight, t, temperature, use_reentrant=False)
+                 for h, t in zip(wanted.split(step), targets.split(step))]
+        logps = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        entropy = torch.zeros_like(logps)
+        if parts:
+            logps = logps.index_put((rows, columns + 1), torch.cat([p[0] for p in parts]))
+            entropy = entropy.index_put((rows, columns + 1), torch.cat([p[1] for p in parts]))
+        return logps, entropy
+
+    @torch.no_grad()
+    def prefill(self, tokens, lengths, cache):
+        """Fill rows of an empty cache with right-padded prompts (N, P); logits (N, V) after each row's last token."""
+        hidden = self.hidden_states(tokens, cache)
+        last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return self.lm_head(last)
+
+    @torch.no_grad()
+    def decode(self, tokens, slots, used, cache):
+        """One token a row: tokens (B,) at positions slots (B,) < used -> logits (B, V) for the next position."""
+        mask = (torch.arange(used, device=slots.device) <= slots[:, None])[:, None, None]     # bool (B, 1, 1, used)
+        return self.lm_head(self.hidden_states(tokens[:, None], cache, slots, mask)[:, 0])
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
+        """Read a checkpoint folder (or a hub id, where the hub can be reached) in HF layout.
+
+        Weights are built on the meta device and filled tensor by tensor, so at most one tensor exists twice.
+        ValueError or FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
+        folder = find_checkpoint(path_or_id)
+        config = ModelConfig.from_dict(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        model._fill(folder, torch.device(device), dtype)
+        model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+        return model
+
+    def _fill(self, folder, device, dtype):
+        wanted = dict(self.named_parameters())
+        seen = set()
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
+                        continue                # computed here; a tied head is the embedding
+                    if name not in wanted:
+                        raise ValueError(f"{file}: unexpected tensor {name} for a {self.config.model_type} model")
+                    tensor, shape = shard.get_tensor(name), tuple(wanted[name].shape)
+                    if tuple(tensor.shape) != shape:
+                        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+                    owner, _, leaf = name.rpartition(".")
+                    tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+                    setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+                    seen.add(name)
+        missing = sorted(set(wanted) - seen)
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def save_pretrained(self, path, dtype=None):
+        """Write a folder that transformers, vLLM and from_pretrained read: config, weights, tokenizer, generation config.
+
+        dtype: of the written weights, the model's own by default. Files above SHARD_BYTES are split."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        dtype = dtype or self.dtype
+        config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+        config.pop("dtype", None)
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in self.files.items():
+            (path / name).write_bytes(content)
+        if "generation_config.json" not in self.files:
+            eos = self.config.eos_token_id
+            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
+        for old in path.glob("model*.safetensors*"):
+            old.unlink()
+        write_shards(path, dict(self.named_parameters()), dtype)
+
+
+def _chunk_logps(hidden, weight, targets, temperature):
+    """hidden (C, D), targets (C,) -> log-probabilities (C,) and entropies (C,), float32."""
+    logits = (hidden @ weight.T).float() / temperature
+    log_z = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    return logps, entropy
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+def read_json(file):
+    """A JSON file's content; one line that names the file when it is absent or malformed."""
+    try:
+        return json.loads(Path(file).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: is the folder a Hugging Face checkpoint?") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+
+
+def find_checkpoint(path_or_id):
+    """A local folder as it is; otherwise a hub id, downloaded by huggingface_hub (safetensors only, no pickle)."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") != 1:
+        raise FileNotFoundError(f"{path_or_id} is neither a checkpoint folder nor a hub id such as Qwen/Qwen3-4B")
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", *CARRIED]))
+    except Exception as error:   # offline, no such repository, no permission: many types, one meaning here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{path_or_id} is not a folder here and the hub did not give it ({reason}); "
+                                "download the checkpoint and pass its folder") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint folder, one or many."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{folder} has no weights: {file.name} does not exist (only safetensors is read)")
+    return files
+
+
+def write_shards(path, tensors, dtype):
+    """Write tensors as model.safetensors, or as model-00001-of-0000N.safetensors with an index above SHARD_BYTES."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        n = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + n > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(shard, path / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,169 @@
+"""Supervised warm start: cross-entropy on the completion tokens of worked solutions, before any reinforcement.
+
+    loss = - sum over completion tokens of log pi(token | what precedes it) / their number
+
+RL can only strengthen what the model already does now and then, so a random model has to be shown answers first. The
+built-in task shows it two habits, all answers correct: most solutions are cut down to their last line ("#### 12"),
+the rest is told step by step. Which habit earns rewards is left for train.py to discover.
+
+    python sft.py --data gsm8k_train.jsonl --out runs/warm       a new small model and its own tokenizer
+    python sft.py --data FILE.jsonl --model DIR --out DIR        or an existing checkpoint
+"""
+import argparse
+import math
+import random
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from model import ModelConfig, Transformer
+
+
+@dataclass
+class SFTConfig:
+    data: str = "arithmetic"          # arithmetic, gsm8k, math, or a .jsonl with solutions
+    out: str = "runs/warm"            # receives the checkpoint, in HF layout
+    model: str = ""                   # checkpoint to start from; empty: a new model of the shape below
+    hidden_size: int = 96             # of a new model
+    layers: int = 4                   # of a new model
+    heads: int = 4                    # of a new model; half as many key-value heads
+    vocab_size: int = 512             # of a new model: the tokenizer is trained on the data
+    max_length: int = 512             # longest prompt + completion in tokens; longer ones are dropped
+    terse_share: float = 0.0          # share of the solutions cut down to their last line
+    problems: int = 20000             # of the built-in task
+    levels: str = "4-6"               # of the built-in task: fewest-most steps
+    steps: int = 600                  # optimizer steps
+    batch_size: int = 16              # sequences an optimizer step
+    lr: float = 2e-3                  # peak; linear warm-up over a tenth, then cosine to a tenth
+    weight_decay: float = 0.01
+    template: str = "auto"            # auto, chat, plain, reasoning: see data.prompt_text
+    seed: int = 0
+    device: str = "cpu"
+
+
+def completion_text(problem, terse):
+    """What the model shall write: the worked solution, or its last line alone."""
+    solution = problem.get("solution") or f"#### {problem['answer']}"
+    return solution.splitlines()[-1] if terse else solution
+
+
+def corpus(problems, tokenizer, config):
+    """Problems -> [(prompt ids, completion ids with eos)], `terse_share` of them terse, chosen by seed."""
+    rng = random.Random(f"terse/{config.seed}")
+    prompts = tokenizer([data.prompt_text(p["problem"], tokenizer, config.template) for p in problems],
+                        add_special_tokens=False)["input_ids"]
+    texts = [completion_text(p, rng.random() < config.terse_share) for p in problems]
+    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    pairs = [(p, c + [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
+    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= config.max_length]
+    if len(kept) < len(pairs):
+        tqdm.write(f"sft: dropped {len(pairs) - len(kept)} of {len(pairs)} solutions longer than {config.max_length} tokens")
+    if not kept:
+        raise ValueError(f"every solution is longer than --max-length {config.max_length} tokens")
+    return kept
+
+
+def batches(pairs, size, steps, seed):
+    """`steps` batches. Within a window of 16 batches sequences of similar length meet, so that padding stays small."""
+    rng, order = random.Random(f"sft/{seed}"), []
+    ready = []
+    for _ in range(steps):
+        if not ready:
+            while len(order) < 16 * size:
+                order += rng.sample(range(len(pairs)), len(pairs))
+            window, order = order[:16 * size], order[16 * size:]
+            window.sort(key=lambda i: sum(map(len, pairs[i])))
+            ready = [window[k:k + size] for k in range(0, len(window), size)]
+            rng.shuffle(ready)
+        yield [pairs[i] for i in ready.pop()]
+
+
+def collate(batch, device):
+    """[(prompt, completion)] -> tokens (B, T) right-padded with 0 and mask (B, T) of the completion tokens."""
+    T = max(len(p) + len(c) for p, c in batch)
+    tokens, mask = torch.zeros(len(batch), T, dtype=torch.int64), torch.zeros(len(batch), T)
+    for row, (p, c) in enumerate(batch):
+        tokens[row, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[row, len(p):len(p) + len(c)] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def learning_rate(step, config):
+    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
+    warm = max(1, config.steps // 10)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train(model, pairs, config, progress=True):
+    """Minimise the cross-entropy in place; returns the mean loss (nats a token) of the last tenth of the steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    # the mean batch's tokens, not this batch's: batches of similar length must not make short answers weigh more
+    normalizer = config.batch_size * sum(len(c) for _, c in pairs) / len(pairs)
+    losses = []
+    bar = tqdm(batches(pairs, config.batch_size, config.steps, config.seed), total=config.steps, desc="warm start",
+               disable=not progress)
+    for step, batch in enumerate(bar):
+        tokens, mask = collate(batch, model.device)
+        loss = -model.token_logps(tokens, mask)[0].sum() / normalizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    last = losses[-max(1, config.steps // 10):]
+    return sum(last) / len(last)
+
+
+def build(problems, config):
+    """A new tokenizer, trained on the problems and solutions, and a new random model of the configured shape."""
+    texts = [t for p in problems for t in (p["problem"] + "\n", completion_text(p, False))]
+    tokenizer = data.train_tokenizer(texts, config.vocab_size)
+    shape = ModelConfig(vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.layers,
+                        intermediate_size=3 * config.hidden_size, num_attention_heads=config.heads,
+                        num_key_value_heads=max(1, config.heads // 2), head_dim=config.hidden_size // config.heads,
+                        eos_token_id=tokenizer.eos_token_id)
+    return Transformer(shape).init_weights(config.seed), tokenizer
+
+
+def warm_start(config, progress=True):
+    """Run the whole thing: data, model, training, checkpoint in config.out. Returns (model, tokenizer)."""
+    levels = tuple(map(int, config.levels.split("-")))
+    problems = data.load_problems(config.data, "train", config.seed, levels, config.problems)
+    if config.model:
+        model = Transformer.from_pretrained(config.model, config.device)
+        tokenizer = data.load_tokenizer(config.model)
+    else:
+        model, tokenizer = build(problems, config)
+        model.to(config.device)
+    loss = train(model, corpus(problems, tokenizer, config), config, progress)
+    model.save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
+    tqdm.write(f"sft: loss {loss:.3f} nats a token after {config.steps} steps, model in {config.out}")
+    return model, tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(SFTConfig):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
+    config = SFTConfig(**vars(parser.parse_args()))
+    if (Path(config.out) / "config.json").exists():
+        sys.exit(f"error: {config.out} already holds a model; choose another --out")
+    try:
+        warm_start(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+r"""The specification of reward.py by example: what is extracted, what is equal, what must never be paid."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reward
+from reward import consistency_reward, equal, extract_answer, format_reward, score, verify
+
+DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
+
+
+# ------------------------------------------------------------------------------------ extraction
+
+@pytest.mark.parametrize("completion, answer", [
+    # box: balanced braces, the last one, \fbox and the form without braces
+    (r"so \boxed{18}", "18"),
+    (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    (r"first \boxed{3}, but after checking the sum again we get \boxed{4}", "4"),
+    (r"\fbox{7}", "7"),
+    (r"Thus $n = \boxed 2$.", "2"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"put it in \boxed{} like this: \boxed{5}", "5"),
+    (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}"),                       # the outer box is the answer
+    # tag
+    ("<think>2+2</think><answer> 4 </answer>", "4"),
+    (r"<answer>\boxed{4}</answer>", "4"),
+    (r"I tried \boxed{3} first. <answer>4</answer>", "4"),              # the last mark wins
+    # hashes
+    ("She sold 9 * 2 = 18.\n#### 18", "18"),
+    ("#### 1,234 dollars", "1,234 dollars"),
+    ("#### Step 2: add\nSo it is \\boxed{5}\n#### Check", "5"),         # Markdown headings
+    # statements, to the end of the sentence
+    ("So the answer is 42. I hope it is correct.", "42"),
+    ("The final answer is: $\\frac{1}{2}$.", "$\\frac{1}{2}$"),
+    ("The answer to the question is 3.5 miles.", "3.5 miles"),
+    ("**Answer:** 12", "12"),
+    ("**Final Answer:** 12", "12"),
+    ("Final Answer: The final answer is $-3$. I hope it is correct.", "$-3$"),
+    ("The answer is:\n\\[ x^2 \\]", "x^2"),
+    ("9 * 2 = 18\nA: 18", "18"),
+    ("The answer is 18.<|im_end|>", "18"),
+    ("The answer is 18<|endoftext|>Question: next. The answer is 20.", "18"),
+    # a statement after a mark of another kind only as a "final answer" with a value
+    (r"\boxed{255}. With the deposit: Final Answer: the final answer is $10,455$.", "$10,455$"),
+    (r"\boxed{8} is right. Is it odd that the answer is 24?", "8"),
+    (r"\boxed{1625} The final answer is obvious.", "1625"),
+    # several answers in the final place are one list
+    (r"$\boxed{3}$ or $\boxed{4}$", "3, 4"),
+    ("#### 5\n#### 6", "5, 6"),
+    ("<answer>5</answer><answer>6</answer>", "5, 6"),
+    (r"$\boxed{16/5}$ or $\boxed{\frac{16}{5}}$", r"\frac{16}{5}"),     # one value in two spellings
+])
+def test_extraction(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize("completion", [
+    "", "There are 5 apples.", "5", r"\boxed{5", r"\boxed{}", "#### Step 5", "<answer></answer>", "<answer>5",
+    "The answers vary: 5", "Let me find the answer.",
+])
+def test_no_final_answer(completion):
+    assert extract_answer(completion) is None
+    assert not verify(completion, "5")
+
+
+@pytest.mark.parametrize("completion, answer", [
+    ("The grooming costs 70 dollars.", "70"),
+    ("In total she earns $1,234.50 a year", "$1,234.50"),
+    ("so x = -3", "-3"),
+    ("10-3 is 7, minus 5 is 7-5", "5"),
+    ("the rest, 3/4", "3/4"),
+    ("no number", None),
+    (r"it is 7, \boxed{8}, not 9", "8"),                                # a mark is still preferred
+])
+def test_lenient_falls_back_to_the_last_number(completion, answer):
+    assert extract_answer(completion, lenient=True) == answer
+
+
+# ------------------------------------------------------------------------------------ equality, form by form
+
+EQUAL = {
+    "numbers": [("704", "704"), ("704.0", "704"), ("+704", "704"), (".5", "0.5"), ("0.5", ".5"), ("05", "5"),
+                ("{704}", "704"), (r"\left(704\right)", "704"), ("704.", "704"), (r"\text{704}", "704"),
+                ("−3", "-3"), ("5.0", "5"), (r"3 \times 10^2", "300")],
+    "thousands": [("1,041", "1041"), (r"1,\!041", "1041"), ("1{,}041", "1041"), (r"1\,041", "1041"),
+                  ("1 041", "1041"), ("7425000", "7,425,000"), ("1,234.50", "1234.5")],
+    "fractions": [(r"\frac{2}{4}", "1/2"), (r"\dfrac12", r"\tfrac{1}{2}"), (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+                  ("0.375", r"\frac38"), ("1408/2", "704"), (r"\frac{29}4", "29/4"), (r"\frac 34", "0.75"),
+                  (r"\\frac{1}{2}", r"\frac{1}{2}")],
+    "mixed numbers": [(r"2\frac{3}{5}", r"\frac{13}{5}"), ("2 3/5", "2.6"), (r"-15\frac{3}{5}", "-15.6"),
+                      ("3½", "3.5")],
+    "percent": [("83", r"83\%"), (r"83\%", "83"), ("83 percent", r"83\%"), (r"83 \text{ percent}", r"83\%"),
+                (r"50\%", "0.5"), ("0.5", r"50\%"), ("5/8", "62.5%")],
+    "units": [("20 square units", r"20\text{ square units}"), (r"20\,\mathrm{cm}", "20"), ("10 cm^2", "10"),
+              (r"96 \mbox{ inches}^2", "96"), ("10 miles per hour", "10"),
+              (r"\frac{41}{12} \text{ km}", "41/12"),
+              ("10cm", "10"), ("18 dollars every day at the farmers' market", "18")],
+    "currency": [(r"\$5.50", "5.5"), (r"5.50 \text{ dollars}", r"\$5.50"), (r"\text{\$5.50}", r"\$5.50"),
+                 ("$18", "18"), ("€7", "7")],
+    "degrees": [("270°", r"270^\circ"), (r"270^{\circ}", "270"), (r"270 \text{ degrees}", r"270^\circ")],
+    "names": [("x = 5", "5"), ("5", "k=5"), ("f(x) = x+1", "x + 1"), ("y=x+1", "f(x)=1+x"),
+              ("(p,q)=(3,2)", "(3,2)"),
+              ("|AB|=1", "1"), (r"x \in [-2,7]", "[-2,7]"), ("x = 5+6 = 11", "11"), (r"x \approx 11", "11"),
+              (r"2 + \frac{2}{3} = \frac{8}{3}", r"\frac83"),
+              (r"\frac{\sqrt{3}}{3} \approx 0.577", r"\frac{\sqrt3}3")],
+    "bases": [("12_5", "12_{5}"), ("12_{5}", "12_5"), ("012_5", "12_5")],
+    "surds": [(r"2\sqrt{3}", r"\sqrt{12}"), (r"8\cdot\sqrt5", r"8\sqrt{5}"),
+              (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
+              (r"\sqrt[3]{-8}", "-2"), (r"5\cdot 2^{2/3}", r"5\sqrt[3]{4}"), ("2√3", r"\sqrt{12}")],
+    "constants": [("3π", r"3\pi"), (r"\pi \cdot 3", r"3 \pi"), (r"i(2-i)", "1+2i"), ("8i - 15", "-15+8i"),
+                  (r"\text{e}", "e"), (r"\ln e^2", "2")],
+    "expressions": [("x^2-1", "(x-1)(x+1)"), ("77+341x+x^2", "x^2 + 341x + 77"),
+                    (r"x^\frac{1}{2}", r"\sqrt{x}"),
+                    (r"\frac{1}{\cos x}", r"\sec x"), (r"2\cos a\sin b", r"2 \sin b \cos a"), ("x²", "x^2"),
+                    ("x_1+x_2", "x_{2}+x_{1}"), (r"\binom{5}{2}", "10"), ("4!", "24"), (r"\log_2 8", "3"),
+                    (r"\left\lceil \frac{7}{2} \right\rceil", "4"), ("|-3|", "3"),
+                    (r"\sin^2 x + \cos^2 x", "1")],
+    "equations": [("x^2/16 + y^2/12 = 1/4", "x^2/4 + y^2/3 = 1"), ("-x-y=2", "x+y+2=0"),
+                  ("y = 2x+1", "y=1+2x")],
+    "inequalities": [(r"5 \leq x", r"x \geq 5"), (r"x \ge 5", r"[5,\infty)"),
+                     (r"-2 \le x < 7", r"x \in [-2,7)"),
+                     (r"0<f(x)<1", "(0,1)"), (r"x \ne 3", "x != 3"), (r"\{x \mid 2 < x < 3\}", "(2,3)")],
+    "tuples": [(r"\left(1,\ 2\right)", "(1, 2)"), ("(0.5, 2)", r"(\frac12, 2)"), ("(100, 101)", "(100,101)")],
+    "lists and sets": [("4, -4", "-4,4"), (r"-4 \text{ and } 4", "-4, 4"),
+                       ("5,-2,7", r"7, -2, \text{ and } 5"),
+                       (r"\{1,2\}", "1, 2"), (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
+                       ("x=1000, y=10", "10^3, 10"), ("(9, 3), (6, 3)", "(6,3),(9,3)"),
+                       ("330, 110", "330,110")],
+    "intervals": [("[0,1)", r"\left[0, 1\right)"),
+                  (r"(5,\infty) \cup (-\infty,5)", r"(-\infty,5)\cup(5,\infty)"),
+                  ("(-∞, 3)", r"(-\infty,3)"), (r"[0.5,+\infty)", r"[\frac12,\infty)")],
+    "matrices": [(r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                 (r"\begin{pmatrix} 0.5 \\ x+1 \\ \end{pmatrix}",
+                 r"\begin{pmatrix} \frac12 \\ 1+x \end{pmatrix}")],
+    "words": [("August", r"\text{August}"), (r"\textbf{august}", "August"), ("(B)", r"\text{B}"),
+              ("E", r"\text{(E)}"),
+              (r"4:30 \text{ p.m.}", r"\text{4:30 p.m.}"), ("June 20", r"\text{June 20}")],
+}
+
+
+@pytest.mark.parametrize("a, b", [pair for pairs in EQUAL.values() for pair in pairs])
+def test_equal(a, b):
+    assert equal(a, b)
+    assert equal(b, a)
+
+
+DIFFERENT = {
+    "numbers": [("705", "704"), ("-704", "704"), ("7040", "704"), ("704.5", "704"), ("704.001", "704"),
+                ("70400", "704"),
+                ("7.04", "704"), ("704704", "704"), ("1,042", "1041"), ("704x", "704"), ("704i", "704"),
+                (r"704\pi", "704"), ("704^2", "704"), (r"\sqrt{704}", "704"), ("5 6", "56"),
+                (r"5 \quad 6", "56"),
+                ("{5}{6}", "56"), ("31/2", "3½"), ("52", "5²"),
+                ("100000000000000000001", "100000000000000000000")],
+    "rounding": [("0.33", r"\frac13"), ("0.333", r"\frac13"), ("9.42", r"3\pi"), ("17.89", r"8\sqrt5")],
+    "percent": [("8300", r"83\%"), ("0.5%", "0.5"), ("500%", "5"), (r"830\%", r"83\%")],
+    "currency": [("5.50 cents", r"\$5.50"), (r"\$550", r"\$5.50")],
+    "units": [("1.8 billion", "1.8"), ("5 or more", "5"), (r"5\text{ million}", "5"), ("not 5", "5")],
+    "bases": [("12_5", "12_6"), ("12_5", "12"), ("7", "12_5"), ("120_5", "12_5")],
+    "names": [("x=5", "y=5"), ("98765 = 5", "5"), ("x = 5 = 6", "5"), (r"5 \approx 7", "5"),
+              ("0", "a + 3z = 0"),
+              (r"\cos(x)=\frac{42}{59}", r"\sin(x)=\frac{42}{59}"), ("x=3, y=4", "x=4, y=3")],
+    "expressions": [("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"), (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
+                    ("|x|", "x"), ("8+15i", "15+8i"), ("x_1", "x_2"), ("AB", "BC")],
+    "inequalities": [("x > 704", "704"), (r"x \le 5", "x < 5"), ("x < 5", "x > 5"), (r"5 \ne 6", "5")],
+    "tuples": [("(2,1)", "(1,2)"), ("1", "(1,2)"), ("(1)", "(1,2)"), ("(1,2,3)", "(1,2)"),
+               ("1, 2", "(1, 2)")],
+    "lists and sets": [("-4", "-4,4"), ("-4,4,99", "-4,4"), ("5,5", "5"), ("A,C,B", "A,B,C"),
+                       (r"\pm 5", "5")],
+    "intervals": [("[0,1)", "(0,1)"), (r"(-\infty,5)", r"(-\infty,5)\cup(5,\infty)"),
+                  (r"(-\infty,5)\cap(5,\infty)", r"(-\infty,5)\cup(5,\infty)"), (r"[704,\infty)", "704")],
+    "matrices": [(r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+                 (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")],
+    "words": [(r"\text{not August}", r"\text{August}"), ("B", "E"), ("A, B, C, D, E", "B"),
+              ("1:00", "12:00")],
+}
+
+
+@pytest.mark.parametrize("a, b", [pair for pairs in DIFFERENT.values() for pair in pairs])
+def test_different(a, b):
+    assert not equal(a, b)
+    assert not equal(b, a)
+
+
+# ------------------------------------------------------------------------------------ reward hacks
+
+@pytest.mark.parametrize("boxed", [
+    r"5 \text{ or } 98765", "98765 = 5", "5 = 98765", "5, 98765", r"\{5, 98765\}",
+    r"5 \text{ and } 98765", "5 98765",
+    "5 or 6", "5/6", "5:6", "5;6", "5|6", "(5)(6)", r"5 \cup 6", r"5\\6", "5 vs 6", "5 to 6", r"5 \lor 6",
+    "4<5<6",
+    r"x \in \{5, 6\}", r"5 \neq 6", r"5 \text{ (or 6)}", "4, 5, 6", "5 5", r"98765 \boxed{5}", "5 and",
+    "=5=6", "5?",
+    r"\text{August} \text{ or } \text{other}", "500", r"500\%",
+])
+def test_a_box_that_only_contains_the_answer_is_wrong(boxed):
+    assert not verify(f"\\boxed{{{boxed}}}", "5")
+
+
+@pytest.mark.parametrize("completion", [
+    r"\boxed{5} or \boxed{6}", r"\boxed{5} \boxed{6} \boxed{7}", r"\boxed{6}, \boxed{5}", "#### 5\n#### 6",
+    "<answer>5</answer> <answer>6</answer>", "The answer is 5. The answer is 6.", "The answer is 5 or 6.",
+    "The final answer is $5$ or $6$.", "Answer: 5, 6", r"\boxed{5} was my guess. The final answer is 6.",
+    "".join(f"\\boxed{{{i}}}" for i in range(100)), "The answer is not 5.", "5 5 5 5 5", r"\boxed{5",
+])
+def test_several_candidates_or_no_mark_are_wrong(completion):
+    assert not verify(completion, "5")
+
+
+def test_a_list_of_boxes_is_right_when_the_gold_answer_is_that_list():
+    assert verify(r"$\boxed{1}, \boxed{2}$ and $\boxed{3}$", r"\{1,2,3\}")
+
+
+@pytest.mark.parametrize("gold", ["", " ", "$", r"\text{}"])
+def test_an_empty_gold_answer_is_never_verified(gold):
+    for completion in ("", "#### 5", r"\boxed{}", r"\boxed{ }", r"\boxed{$}", "<answer> </answer>"):
+        assert not verify(completion, gold)
+
+
+def test_gsm8k_gold_answers():
+    solution = ("Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\n"
+                "She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18")
+    assert verify(solution, "18")
+    assert not verify(solution, "1,800")
+    assert verify("She has 2125 left.\n#### 2125", "2,125")
+    assert verify("The answer is $2,125.00.", "2125")
+
+
+# ------------------------------------------------------------------------------------ hostile inputs
+
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize("completion", [
+    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^9}!}", r"\boxed{170!!!!}", r"\boxed{2^{4000} 2^{4000} x^{4000}}",
+    r"\boxed{10^{-999999999}}", r"\boxed{\frac{1}{0}}", r"\boxed{\tan(\frac{\pi}{2}) \log 0}",
+    r"\boxed{0^{-1}}",
+    r"\boxed{nan}", r"\boxed{inf}", r"\boxed{-\infty}", r"\boxed{1e400}", r"\boxed{\sqrt[0]{5}}",
+    "\\boxed{" + "9" * 5000 + "}", "\\boxed{" + "9" * MEGABYTE + "}",
+    "9" * MEGABYTE, " " * MEGABYTE, "\n" * MEGABYTE,
+    "{" * 20_000, "\\boxed" + "{" * 20_000, "\\boxed" + "{" * 9000 + "5" + "}" * 9000, "\\boxed{" * 20_000,
+    "\\boxed{" + "(" * 299 + "5" + ")" * 299 + "}", "\\boxed{" + r"\sqrt" * 100 + "}",
+    "\\boxed{" + r"\frac" * 110 + "}",
+    "\\boxed{5" + "!" * 500 + "}", "\\boxed{" + "x^" * 290 + "x}", "\\boxed{" + "±" * 500 + "}",
+    "\\boxed{" + "{6}," * 140 + "}",
+    "<answer>" * 50_000, "####" * 50_000, "the answer to " * 50_000, "the answer is " * 50_000,
+    "<answer>6</answer>" * 50_000, r"\boxed{10^{400}x\sqrt2=1}", r"\boxed{\sqrt{3}*10^{308}(1+i)\%}",
+    "\\boxed{__import__('os').system('false')}", "\\boxed{exit()}", "\\boxed{().__class__}",
+    "\\boxed{5\ud800_{\ud800}}",
+    "\\boxed{٥}", "\\boxed{5\x00}", "\x00" * 1000, "\\boxed{" + "5<" * 250 + "6}",
+    "\\boxed{" + "x=(" * 150 + "}",
+], ids=lambda completion: repr(completion[:30]))
+def test_hostile_text_is_never_an_error_and_never_right(completion):
+    assert verify(completion, "5") is False
+    assert verify(completion, "5", lenient=True) is False
+    assert format_reward(completion) == 0.0
+    assert consistency_reward(completion) in (0.0, 1.0)
+
+
+def test_unicode_spellings_of_a_number_are_that_number():
+    assert verify("\\boxed{9\u200b8765}", "98765")                      # zero-width space
+    assert verify("\\boxed{\uff19\uff18\uff17\uff16\uff15}", "98765")   # full-width digits
+    assert not verify("\\boxed{9\u200b8765}", "8765")
+
+
+def test_a_tower_of_powers_is_equal_to_itself_as_a_string():
+    assert equal("9^{9^{9^{9}}}", "9^{9^{9^9}}") is False
+    assert equal("9^{9^{9^{9}}}", "9^{9^{9^{9}}}") is True
+
+
+ALPHABET = list(r"0123456789+-*/^_=<>()[]{}|!,.;:%$&#~'xyzie ") + [
+    "\\", "\\boxed{", "\\frac", "\\sqrt", "\\text{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "\\le",
+    "\\pm", "\\cup",
+    "\\{", "\\}", "\\infty", "\\pi", "\\sin", "\\log_", "\\binom", "\\left", "<answer>", "</answer>",
+    "#### ", "The answer is ",
+    "\n", " or ", " and ", "²", "₅", "½", "√", "∞", "π", "°", "⟦", "⟧", "⦃", "∪", "\u200b", "cm", "million"]
+MATHS = st.lists(st.sampled_from(ALPHABET), max_size=25).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.text(max_size=80), MATHS), st.one_of(st.text(max_size=20), MATHS), st.booleans())
+def test_never_raises_and_returns_a_bool(completion, gold, lenient):
+    marks = ("{}", "\\boxed{{{}}}", "The answer is {}", "<answer>{}</answer>", "#### {}")
+    for text in (mark.format(completion) for mark in marks):
+        assert type(verify(text, gold, lenient)) is bool
+        assert consistency_reward(text) in (0.0, 1.0)
+    assert type(equal(completion, gold)) is bool
+
+
+@settings(max_examples=200, deadline=None)
+@given(MATHS)
+def test_equality_is_reflexive_unless_empty(text):
+    assert equal(text, text) == (reward._clean(text.strip()) != "")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-10**6, 10**6), st.integers(-10**6, 10**6))
+def test_different_integers_are_different(a, b):
+    assert equal(str(a), str(b)) == (a == b)
+    assert equal(f"{a:,}", str(b)) == (a == b)
+    assert equal(f"\\frac{{{3 * a}}}{{3}}", str(b)) == (a == b)
+
+
+@pytest.mark.parametrize("completion, answer", [(None, "5"), (5, "5"), (b"#### 5", "5"), ("#### 5", None)])
+def test_what_is_not_text_is_not_verified(completion, answer):
+    assert verify(completion, answer) is False
+
+
+# ------------------------------------------------------------------------------------ rewards
+
+@pytest.mark.parametrize("completion, value", [
+    ("<reasoning>2+2=4</reasoning><answer>4</answer>", 1.0),
+    ("\n<reasoning>\n2+2=4\n</reasoning>\n<answer>\n4\n</answer>\n", 1.0),
+    ("<reasoning>2+2=4</reasoning><answer> </answer>", 0.0),
+    ("<reasoning></reasoning><answer>4</answer>", 0.0),
+    ("Sure! <reasoning>2+2=4</reasoning><answer>4</answer>", 0.0),
+    ("<reasoning>2+2=4</reasoning><answer>4</answer> Done.", 0.0),
+    ("<reasoning>2+2=4</reasoning> so <answer>4</answer>", 0.0),
+    ("<reasoning>a</reasoning><reasoning>b</reasoning><answer>4</answer>", 0.0),
+    ("<answer>4</answer><reasoning>2+2=4</reasoning>", 0.0),
+    ("<reasoning>2+2=4<answer>4</answer></reasoning>", 0.0),
+    ("<answer>4</answer>", 0.0), ("4", 0.0), ("", 0.0),
+])
+def test_format_reward(completion, value):
+    assert format_reward(completion) == value
+
+
+@pytest.mark.parametrize("completion, value", [
+    ("9 * 2 = 18\n#### 18", 1.0),
+    ("9 * 2 = 18\n#### 20", 0.0),
+    (r"we get $\frac{2}{4}$, that is \boxed{\frac12}", 1.0),
+    ("<reasoning>10 - 3 = 7.0</reasoning><answer>7</answer>", 1.0),
+    ("It costs $1,250 in all. The answer is 1250.", 1.0),
+    (r"Then x = -3. \boxed{-3}", 1.0),
+    (r"\boxed{18}", 0.0),                                               # no number before it
+    ("9 * 2 = 18", 0.0),                                                # no final answer
+])
+def test_consistency_reward(completion, value):
+    assert consistency_reward(completion) == value
+
+
+def test_score():
+    good = "<reasoning>2+2 = 4</reasoning><answer>4</answer>"
+    wrong = "<reasoning>2+2 = 5</reasoning><answer>5</answer>"
+    plain = "#### 4"
+    assert score([[good, wrong], [plain, plain]], ["4", "5"]) == [[1.0, 0.0], [0.0, 0.0]]
+    both = score([[good, wrong, plain]], ["4"], format_weight=1.0, consistency_weight=0.5)
+    assert both == [[2.5, 1.5, 1.0]]
+    assert score([], []) == []
+    with pytest.raises(ValueError, match="2 groups of completions but 1 answers"):
+        score([[good], [good]], ["4"])
+
+
+# ------------------------------------------------------------------------------------ labelled data
+
+def rows(pattern):
+    files = sorted(DATA.glob(pattern))
+    if not files:
+        pytest.skip("no labelled data beside this repository")
+    return [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("pattern, share", [("problems/gsm8k*.jsonl", 0.999), ("problems/math*.jsonl", 0.99)])
+def test_solutions_verify_against_their_own_answers(pattern, share):
+    verified = [verify(row["solution"], row["answer"]) for row in rows(pattern)]
+    assert sum(verified) >= share * len(verified)
+
+
+def test_labelled_outputs():
+    labelled = [row for row in rows("verifier/*_dev.jsonl") if row["correct"] is not None]
+    verdicts = [(verify(row["output"], row["gold"]), row["correct"]) for row in labelled]
+    assert verdicts.count((True, False)) <= 0.0005 * len(labelled)
+    assert verdicts.count((False, True)) <= 0.01 * len(labelled)
+
+
+def test_gsm8k_solutions_are_consistent():
+    values = [consistency_reward(row["solution"]) for row in rows("problems/gsm8k_test.jsonl")]
+    assert sum(values) > 0.8 * len(values)
