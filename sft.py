@@ -13,7 +13,7 @@ import argparse
 import math
 import random
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,10 +33,11 @@ class SFTConfig:
     heads: int = 4                    # of a new model; half as many key-value heads
     vocab_size: int = 512             # of a new model: the tokenizer is trained on the data
     max_length: int = 512             # longest prompt + completion in tokens; longer ones are dropped
-    terse_share: float = 0.0          # share of the solutions cut down to their last line
+    terse_steps: int = 0              # optimizer steps of a second stage that mixes terse answers in
+    terse_share: float = 0.7          # share of its solutions that are cut down to their last line
     problems: int = 20000             # of the built-in task
     levels: str = "4-6"               # of the built-in task: fewest-most steps
-    steps: int = 600                  # optimizer steps
+    steps: int = 1000                 # optimizer steps on full solutions
     batch_size: int = 16              # sequences an optimizer step
     lr: float = 2e-3                  # peak; linear warm-up over a tenth, then cosine to a tenth
     weight_decay: float = 0.01
@@ -51,12 +52,12 @@ def completion_text(problem, terse):
     return solution.splitlines()[-1] if terse else solution
 
 
-def corpus(problems, tokenizer, config):
-    """Problems -> [(prompt ids, completion ids with eos)], `terse_share` of them terse, chosen by seed."""
+def corpus(problems, tokenizer, config, terse_share=0.0):
+    """Problems -> [(prompt ids, completion ids with eos)], a share of them terse, chosen by seed."""
     rng = random.Random(f"terse/{config.seed}")
     prompts = tokenizer([data.prompt_text(p["problem"], tokenizer, config.template) for p in problems],
                         add_special_tokens=False)["input_ids"]
-    texts = [completion_text(p, rng.random() < config.terse_share) for p in problems]
+    texts = [completion_text(p, rng.random() < terse_share) for p in problems]
     completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
     pairs = [(p, c + [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= config.max_length]
@@ -146,9 +147,12 @@ def warm_start(config, progress=True):
         model, tokenizer = build(problems, config)
         model.to(config.device)
     loss = train(model, corpus(problems, tokenizer, config), config, progress)
+    if config.terse_steps:
+        second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
+        loss = train(model, corpus(problems, tokenizer, config, config.terse_share), second, progress)
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    tqdm.write(f"sft: loss {loss:.3f} nats a token after {config.steps} steps, model in {config.out}")
+    tqdm.write(f"sft: loss {loss:.3f} nats a token after {config.steps + config.terse_steps} steps, model in {config.out}")
     return model, tokenizer
 
 

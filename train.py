@@ -84,6 +84,7 @@ class Config:
     save_every: int = 20                # steps between checkpoints
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
+    warm_start_steps: int = 1200        # supervised steps before the default run (sft.py)
     # machine
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
@@ -123,7 +124,7 @@ def check(c):
                "template": ("auto", "chat", "plain", "reasoning"), "device": ("", "cpu", "cuda", "npu")}
     least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
              "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1, "seed": 0,
-             "rows_at_once": 1, "max_prompt_tokens": 1, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0}
+             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0}
     why = {"group_size": ": an advantage compares completions of one prompt"}
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
@@ -153,22 +154,18 @@ def levels(c):
 
 
 def open_run(c):
-    """The run's folder, claimed by its config.json; ValueError when it holds another run."""
-    name = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
-    folder = Path(name)
+    """The run's folder, not yet written to; ValueError when it holds another run."""
+    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    folder = Path(c.out)
     if not c.resume and folder.exists() and any(folder.iterdir()):
-        hint = f"python train.py --resume --out {name}" if (folder / "config.json").exists() else "an empty one"
-        raise ValueError(f"--out {name} is not empty: choose another folder, or go on with it: {hint}")
-    folder.mkdir(parents=True, exist_ok=True)
-    c.out, c.resume = name, False
-    if not (folder / "config.json").exists():
-        c.threads = c.threads or dist.choose_threads(1 if dist.world() > 1 else None)
-    (folder / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
+        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
+        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
+    c.threads = c.threads or dist.choose_threads(1 if dist.world() > 1 else None)
     return folder
 
 
 def agree_on_run(c):
-    """Rank 0 claims the folder; every rank gets the same settings, or the same error."""
+    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
     outcome = None
     if dist.rank() == 0:
         try:
@@ -181,23 +178,32 @@ def agree_on_run(c):
     return Config(**settings), folder
 
 
+def claim(c, folder):
+    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
+    if dist.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+
+
 # -------------------------------------------------------------------------------------------------------- set-up
 
 def start(c, folder, device):
     """Everything the loop needs, as one namespace."""
+    train, held_out = problems(c)
+    if not c.model:
+        claim(c, folder)
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    tokenizer = data.load_tokenizer(source)
-    model = Transformer.from_pretrained(source, device)
+    model, tokenizer = Transformer.from_pretrained(source, device), data.load_tokenizer(source)
+    say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+    train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
+    held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
+    claim(c, folder)
     model.activation_checkpointing = c.activation_checkpointing
     master = dist.Master(model, dtype)
     reference = Transformer.from_pretrained(source, device, dtype) if c.beta > 0 else None
     optimizer = torch.optim.AdamW(master.params, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
                                   fused=device.type != "cpu")
-    train, held_out = problems(c)
-    say = tqdm.write if dist.rank() == 0 else (lambda line: None)
-    train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
-    held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
     return SimpleNamespace(
         c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
         tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, step=0, num_tokens=0, bad_steps=0,
@@ -210,7 +216,8 @@ def warm_start(c, folder, device):
     final = folder / "warm_start"
     if dist.rank() == 0 and not final.exists():
         part = folder / ".warm_start"
-        sft.warm_start(sft.SFTConfig(out=str(part), seed=c.seed, steps=int(os.environ.get("WS","600")), levels=c.levels, device=str(device)))
+        sft.warm_start(sft.SFTConfig(out=str(part), seed=c.seed, steps=c.warm_start_steps,
+                                     terse_steps=c.warm_start_steps // 5, levels=c.levels, device=str(device)))
         os.replace(part, final)         # whole or absent: an interrupted warm start is never taken for a finished one
     dist.barrier()
     return str(final)
@@ -390,7 +397,7 @@ def evaluate(run):
 
 def write_samples(run, problems, groups, scores):
     """Some completions of this step, to be read by a person."""
-    with open(run.folder / "samples.jsonl", "a") as f:
+    with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as f:
         for problem, texts, rewards in zip(problems, groups, scores):
             for text, score in list(zip(texts, rewards))[:4]:
                 f.write(json.dumps({"step": run.step, "problem": problem["problem"], "answer": problem["answer"],
@@ -408,7 +415,7 @@ def draw_curve(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
     panels = (("accuracy", ("eval_pass@1", "eval_greedy")), ("training reward", ("reward",)),
               ("completion length (tokens)", ("completion_length", "eval_length")))
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
@@ -455,8 +462,9 @@ def restore(run):
     if dist.rank() == 0:
         for name in ("log.jsonl", "samples.jsonl"):
             file = run.folder / name
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            file.write_text("".join(x for x in lines if json.loads(x)["step"] <= run.step))
+            lines = list(open(file, encoding="utf-8")) if file.exists() else []
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= run.step]    # a crash may cut a line
+            file.write_text("".join(kept), encoding="utf-8")
     run.say(f"resumed at step {run.step} from {found[-1]}")
 
 
@@ -493,8 +501,7 @@ def finish(run):
     """Write the model in HF format and the last line."""
     if dist.rank() == 0:
         run.model.save_pretrained(run.folder / "model")
-        log = [json.loads(x) for x in (run.folder / "log.jsonl").read_text().splitlines()]
-        last = [x for x in log if "eval_pass@1" in x][-1]
+        last = [x for x in map(json.loads, open(run.folder / "log.jsonl")) if "eval_pass@1" in x][-1]
         minutes, seconds = divmod(round(run.seconds), 60)
         print(f"pass@1 {run.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
               f"{run.first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "

@@ -1,0 +1,408 @@
+"""The specification of rollout.py by example: what is drawn, what is recorded of it, and on what it may depend."""
+
+import math
+import os
+import random
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+
+import rollout as rollout_file
+from model import ModelConfig, Transformer
+from rollout import Sampler, draw, truncate
+
+torch.set_num_threads(1)
+
+BELOW_ONE = 1 - 2 ** -24        # the largest float32 below 1
+
+
+def small_model(seed=0, vocab=50, spread=0.3, **changes):
+    """A random model whose distributions are neither flat nor certain (entropy about 2 of ln 50 = 3.9)."""
+    return Transformer(ModelConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                   head_dim=8, max_position_embeddings=64, initializer_range=spread,
+                                   **changes)).init_weights(seed)
+
+
+def ragged_prompts(count, seed=0, longest=9, vocab=50):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+MODEL = small_model()
+PROMPTS = ragged_prompts(5)
+STOPS = list(range(40, 50))     # a fifth of the vocabulary: some completions stop at once, some never do
+
+
+def assert_same(a, b, rows=None):
+    """Rollout a is rollout b (or these rows of it), token for token, whatever the width of either."""
+    rows = list(range(len(b.tokens))) if rows is None else rows
+    assert a.completions() == [b.completions()[i] for i in rows]
+    assert torch.equal(a.prompt_lengths, b.prompt_lengths[rows]) and torch.equal(a.lengths, b.lengths[rows])
+    assert torch.equal(a.finished, b.finished[rows])
+    width = min(a.tokens.shape[1], b.tokens.shape[1])
+    torch.testing.assert_close(a.logps[:, :width], b.logps[rows, :width], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ greedy
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_equals_transformers_token_for_token(seed, tmp_path):
+    """Ragged prompts here, one by one there. The two stop ids are taken from what is said without them."""
+    m, prompts = small_model(seed), ragged_prompts(6, seed)
+    free = Sampler(m, []).generate(prompts, 1, 12, temperature=0).completions()
+    stops = [free[0][3], free[1][8]]
+    ours = Sampler(m, stops).generate(prompts, 1, 12, temperature=0)
+    assert 2 <= ours.finished.sum() and not ours.finished.all()             # both kinds of ending occur
+
+    m.save_pretrained(tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt, completion in zip(prompts, ours.completions()):
+        ids = torch.tensor([prompt])
+        out = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                          eos_token_id=stops, pad_token_id=0)
+        assert completion == out[0, len(prompt):].tolist()
+
+
+def test_greedy_rows_of_a_group_are_equal_and_report_temperature_one():
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, 3, 8, temperature=0)
+    assert all(out.completions()[i] == out.completions()[i - i % 3] for i in range(15))
+    logps, _ = MODEL.token_logps(out.tokens, out.completion_mask())
+    torch.testing.assert_close(out.logps, logps, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ what is recorded
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_log_probs_are_those_of_the_trainer(temperature, seed):
+    """What is sampled is what is trained: the first update has ratio 1."""
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, 4, 20, temperature, seed=seed)
+    mask = out.completion_mask()
+    logps, _ = MODEL.token_logps(out.tokens, mask, temperature)
+    torch.testing.assert_close(out.logps, logps, atol=1e-4, rtol=0)
+    assert (out.logps[mask == 0] == 0).all() and (out.logps[mask == 1] < 0).all()
+    assert out.logps.dtype == torch.float32 and not out.logps.requires_grad
+
+
+def assert_consistent(out, prompts, group_size, max_new_tokens, stops):
+    """Lengths, mask, finished and padding are what the tokens say."""
+    assert out.tokens.dtype == torch.int64 and out.tokens.shape == out.logps.shape == out.completion_mask().shape
+    assert out.tokens.shape[1] == out.lengths.max()
+    mask = out.completion_mask()
+    for row, completion in enumerate(out.completions()):
+        prompt = prompts[row // group_size]                                     # prompt-major
+        assert out.tokens[row].tolist() == [*prompt, *completion] + [0] * (out.tokens.shape[1] - out.lengths[row])
+        assert out.prompt_lengths[row] == len(prompt) and out.lengths[row] == len(prompt) + len(completion)
+        assert mask[row].nonzero()[:, 0].tolist() == list(range(len(prompt), len(prompt) + len(completion)))
+        assert not set(completion[:-1]) & set(stops)
+        assert out.finished[row] == (completion[-1] in stops)                   # the stop token is in the mask
+        assert len(completion) == max_new_tokens or out.finished[row]
+    assert (out.logps[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 8])
+def test_lengths_mask_and_finished_follow_from_the_tokens(group_size, max_new_tokens):
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, group_size, max_new_tokens, seed=1)
+    assert_consistent(out, PROMPTS, group_size, max_new_tokens, STOPS)
+    if max_new_tokens == 8 and group_size == 4:
+        assert out.finished.any() and not out.finished.all()
+
+
+def test_stop_token_that_is_the_padding_id_is_in_the_mask():
+    """pad == eos == 0: masks come from lengths. The prompts hold 0 too, which ends nothing."""
+    prompts = [[0, 5, 0], [7, 0], [0]]
+    m = small_model(vocab=8)
+    out = Sampler(m, [0]).generate(prompts, 6, 12, seed=3)
+    assert_consistent(out, prompts, 6, 12, [0])
+    assert out.finished.any() and not out.finished.all()
+    last = out.lengths[out.finished] - 1
+    assert (out.tokens[out.finished, last] == 0).all() and (out.completion_mask()[out.finished, last] == 1).all()
+    torch.testing.assert_close(out.logps, m.token_logps(out.tokens, out.completion_mask())[0], atol=1e-4, rtol=0)
+
+
+def test_all_rows_stop_at_the_first_step():
+    out = Sampler(MODEL, range(50)).generate(PROMPTS, 2, 20)
+    assert out.finished.all() and (out.lengths == out.prompt_lengths + 1).all()
+    assert_consistent(out, PROMPTS, 2, 20, range(50))
+
+
+def test_without_stop_ids_every_row_is_cut():
+    out = Sampler(MODEL, []).generate(PROMPTS, 2, 6)
+    assert not out.finished.any() and (out.lengths == out.prompt_lengths + 6).all()
+
+
+def test_a_context_that_is_just_full_is_served():
+    prompt = list(range(40))
+    out = Sampler(MODEL, []).generate([prompt, [1]], 1, 24)                     # 40 + 24 = 64 positions
+    torch.testing.assert_close(out.logps, MODEL.token_logps(out.tokens, out.completion_mask())[0], atol=1e-4, rtol=0)
+
+
+def test_version_of_the_weights_is_recorded():
+    sampler = Sampler(MODEL, STOPS, max_rows=2)
+    assert sampler.generate(PROMPTS, 2, 2).version == 0
+    sampler.version = 7
+    assert sampler.generate(PROMPTS, 2, 2).version == 7                         # in several parts, too
+
+
+def test_activation_checkpointing_does_not_reach_the_sampler():
+    m = small_model()
+    m.activation_checkpointing = True
+    assert_same(Sampler(m, STOPS).generate(PROMPTS, 2, 8), Sampler(MODEL, STOPS).generate(PROMPTS, 2, 8))
+
+
+# ------------------------------------------------------------------------------------ seeds
+
+ALONE = {}
+
+
+def alone(i):
+    """Prompt i by itself, drawn once: what it must be in any company."""
+    if i not in ALONE:
+        ALONE[i] = Sampler(MODEL, STOPS).generate([PROMPTS[i]], 3, 12, seed=[(9, i)])
+    return ALONE[i]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.permutations(range(5)), st.integers(1, 5), st.sampled_from([1, 3, 4, 7, 100]),
+       st.sampled_from([0.0, 0.8, 1.0]))
+def test_a_completion_does_not_depend_on_its_batch(order, count, max_rows, leave_at):
+    """Any subset of the prompts in any order, any max_rows, rows that leave the cache soon or late."""
+    chosen, kept = order[:count], rollout_file.LEAVE_AT
+    rollout_file.LEAVE_AT = leave_at
+    try:
+        sampler = Sampler(MODEL, STOPS, max_rows)
+        out = sampler.generate([PROMPTS[i] for i in chosen], 3, 12, seed=[(9, i) for i in chosen])
+    finally:
+        rollout_file.LEAVE_AT = kept
+    for place, i in enumerate(chosen):
+        rows = range(place * 3, place * 3 + 3)
+        assert_same(alone(i), out, list(rows))
+
+
+def test_a_smaller_group_is_the_beginning_of_a_larger_one():
+    small, large = (Sampler(MODEL, STOPS).generate(PROMPTS, G, 12, seed=4) for G in (2, 5))
+    assert_same(small, large, [i * 5 + j for i in range(5) for j in range(2)])
+
+
+def test_fewer_new_tokens_are_the_beginning_of_more():
+    short, long = (Sampler(MODEL, STOPS).generate(PROMPTS, 2, n, seed=4).completions() for n in (3, 12))
+    assert short == [c[:3] for c in long]
+
+
+def test_one_integer_seed_is_a_seed_for_each_prompt():
+    by_integer = Sampler(MODEL, STOPS).generate(PROMPTS, 2, 8, seed=6)
+    assert_same(by_integer, Sampler(MODEL, STOPS).generate(PROMPTS, 2, 8, seed=[(6, i) for i in range(5)]))
+
+
+def test_seeds_prompts_and_samples_have_streams_of_their_own():
+    """The same prompt four times, four samples each, two seeds: 32 completions of 12 tokens, all different."""
+    drawn = [Sampler(MODEL, []).generate([PROMPTS[0]] * 4, 4, 12, seed=seed).completions() for seed in (0, 1)]
+    assert len({tuple(c) for completions in drawn for c in completions}) == 32
+
+
+def test_global_random_state_is_neither_used_nor_moved():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = Sampler(MODEL, STOPS).generate(PROMPTS, 2, 8)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert_same(first, Sampler(MODEL, STOPS).generate(PROMPTS, 2, 8))
+
+
+# ------------------------------------------------------------------------------------ order, parts, work
+
+def test_rows_are_prompt_major():
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, 3, 4)
+    for row in range(15):
+        assert out.tokens[row, :out.prompt_lengths[row]].tolist() == PROMPTS[row // 3]
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 8, 9])
+def test_parts_of_max_rows_concatenate_to_the_whole(max_rows):
+    """The parts have widths of their own: each is padded to the longest."""
+    whole = Sampler(MODEL, STOPS).generate(PROMPTS, 4, 12, seed=2)
+    parts = Sampler(MODEL, STOPS, max_rows).generate(PROMPTS, 4, 12, seed=2)
+    assert_same(parts, whole)
+    assert torch.equal(parts.tokens, whole.tokens)
+
+
+def record_calls(monkeypatch, m):
+    """The shapes of all that goes through the model."""
+    shapes, original = [], m.hidden_states
+
+    def recorder(tokens, *args, **kwargs):
+        shapes.append(tuple(tokens.shape))
+        return original(tokens, *args, **kwargs)
+    monkeypatch.setattr(m, "hidden_states", recorder)
+    return shapes
+
+
+def test_each_prompt_is_prefilled_once_whatever_the_group(monkeypatch):
+    """N x P tokens for the prefill, not N x G x P, and then one token a row and step: the first was drawn from it."""
+    m = small_model()
+    shapes = record_calls(monkeypatch, m)
+    Sampler(m, []).generate([[1] * 4, [2] * 9], 8, 5)
+    assert shapes == [(2, 9)] + [(16, 1)] * 4
+
+
+def test_prefill_counts_the_prompts_of_each_part(monkeypatch):
+    m = small_model()
+    shapes = record_calls(monkeypatch, m)
+    Sampler(m, [], max_rows=16).generate([[1] * 4, [2] * 9, [3] * 2], 8, 1)
+    assert shapes == [(2, 9), (1, 2)]
+
+
+def test_stopped_rows_leave(monkeypatch):
+    """Step t decodes the rows still alive, and never more than 1 / LEAVE_AT times as many."""
+    m = small_model()
+    shapes = record_calls(monkeypatch, m)
+    out = Sampler(m, STOPS).generate(PROMPTS, 8, 20, seed=1)
+    lengths = out.lengths - out.prompt_lengths
+    decoded = [rows for rows, width in shapes[1:] if width == 1]
+    assert len(decoded) == len(shapes) - 1 == lengths.max() - 1
+    for t, rows in enumerate(decoded, 1):
+        alive = int((lengths > t).sum())                    # still wants a token number t (counted from 0)
+        assert rows == alive or alive < rows and alive > rollout_file.LEAVE_AT * rows
+    assert decoded[-1] < 40 / 4 and decoded == sorted(decoded, reverse=True)
+
+
+# ------------------------------------------------------------------------------------ frequencies
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_drawn_frequencies_are_those_of_the_softmax(temperature):
+    """8000 pairs of tokens from a vocabulary of 8, against p(a) p(b | a): 8 and 64 cells.
+
+    99.9 % quantiles of chi-square: 24.3 at 7 degrees of freedom, 103.4 at 63. The wrong temperature is far outside."""
+    m, prompt, count = small_model(vocab=8, spread=0.05), [3, 1, 4], 8000
+    out = Sampler(m, [], max_rows=count).generate([prompt], count, 2, temperature, seed=0)
+    a, b = out.tokens[:, 3], out.tokens[:, 4]
+    with torch.no_grad():
+        after = m(torch.tensor([[*prompt, i] for i in range(8)]))
+    first, second = after[0, 2], after[:, 3]
+
+    p = (first / temperature).softmax(-1)
+    assert chi_square(a.bincount(minlength=8), p) < 24.3
+    joint = p[:, None] * (second / temperature).softmax(-1)
+    assert joint.min() * count > 5                                              # else the quantile would not hold
+    assert chi_square((a * 8 + b).bincount(minlength=64), joint.flatten()) < 103.4
+    wrong = (first / (temperature * 1.2)).softmax(-1)
+    assert chi_square(a.bincount(minlength=8), wrong) > 24.3
+
+
+# ------------------------------------------------------------------------------------ draw
+
+def test_draw_inverts_the_cumulative_distribution():
+    """p = .1 .2 .3 .4, cumulated .1 .3 .6 1: the first id whose sum exceeds u."""
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    u = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 0.99, BELOW_ONE])
+    ids, logps = draw(p.log().expand(9, 4), u, 1.0)
+    assert ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+    torch.testing.assert_close(logps, p.log()[ids])
+
+
+def test_temperature_divides_the_logits_of_drawn_and_recorded_alike():
+    """Logits ln 1, ln 2 at temperature 1/2 are ln 1, ln 4: p = .2 .8 and not 1/3, 2/3."""
+    ids, logps = draw(torch.tensor([[1.0, 2.0]] * 2).log(), torch.tensor([0.19, 0.21]), 0.5)
+    assert ids.tolist() == [0, 1]
+    torch.testing.assert_close(logps, torch.tensor([0.2, 0.8]).log())
+
+
+def test_temperature_zero_takes_the_largest_logit():
+    ids, logps = draw(torch.tensor([[1.0, 3.0, 2.0]]).log(), None, 0)
+    assert ids.tolist() == [1] and logps.item() == pytest.approx(math.log(3 / 6))
+
+
+EDGES = torch.tensor([0.0, 1e-8, 0.25, 0.5, 0.999999, BELOW_ONE])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(st.just(-math.inf), st.floats(-40, 40)), min_size=1, max_size=40).filter(
+    lambda logits: max(logits) > -math.inf),
+       st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 5), st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+def test_an_id_of_probability_zero_is_never_drawn(logits, temperature, top_k, top_p):
+    """Neither at u = 0 (where leading zeros lie) nor just below 1 (where trailing zeros do)."""
+    rows = torch.tensor(logits).expand(len(EDGES), -1)
+    ids, logps = draw(rows, EDGES, temperature, top_k, top_p)
+    assert logps.isfinite().all()
+    kept = truncate(rows / (temperature or 1.0), top_k, top_p)
+    assert (kept.softmax(-1).gather(-1, ids[:, None]) > 0).all()
+
+
+def test_an_id_of_probability_zero_is_never_drawn_from_a_large_vocabulary():
+    """150,000 ids, where the sum in float32 may end off 1; the first and last third are impossible."""
+    logits = torch.randn(150_000, generator=torch.Generator().manual_seed(0))
+    logits[:50_000], logits[100_000:] = -math.inf, -math.inf
+    ids, logps = draw(logits.expand(len(EDGES), -1), EDGES, 1.0)
+    assert ids[0] == 50_000 and ((ids >= 50_000) & (ids < 100_000)).all() and logps.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------ top-k and top-p
+
+P = torch.tensor([0.15, 0.5, 0.05, 0.3])        # in order: id 1, 3, 0, 2, cumulated .5 .8 .95 1
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [
+    (0, 1.0, {0, 1, 2, 3}), (1, 1.0, {1}), (2, 1.0, {1, 3}), (9, 1.0, {0, 1, 2, 3}),
+    (0, 0.4, {1}), (0, 0.6, {1, 3}), (0, 0.85, {0, 1, 3}), (0, 0.99, {0, 1, 2, 3}),     # the smallest set of mass top_p
+    (0, 0.0, {1}), (3, 0.6, {1, 3}), (1, 0.9, {1}),
+])
+def test_truncation_by_hand(top_k, top_p, kept):
+    left = truncate(P.log()[None], top_k, top_p)[0]
+    assert set(left.isfinite().nonzero()[:, 0].tolist()) == kept
+    torch.testing.assert_close(left[sorted(kept)], P.log()[sorted(kept)])
+
+
+def test_recorded_log_probs_are_those_of_the_truncated_distribution():
+    """Ids 1 and 3 are left with .5 and .3 of .8: .625 and .375; id 1 comes first in the cumulated sum."""
+    ids, logps = draw(P.log().expand(2, 4), torch.tensor([0.62, 0.63]), 1.0, top_k=2)
+    assert ids.tolist() == [1, 3]
+    torch.testing.assert_close(logps, torch.tensor([0.625, 0.375]).log())
+
+
+@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.8), (20, 0.8), (5, 0.7)])
+def test_truncation_is_that_of_transformers(top_k, top_p):
+    """With both, top_p counts the mass of what top_k has left (vLLM does the same): published settings mean that."""
+    logits = 2 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    expected = TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(truncate(logits, top_k, top_p).isfinite(), expected.isfinite())
+
+
+def test_sampler_passes_truncation_on():
+    """top_k=1 and a tiny top_p are greedy at any temperature."""
+    greedy = Sampler(MODEL, STOPS).generate(PROMPTS, 1, 8, temperature=0).completions()
+    assert Sampler(MODEL, STOPS).generate(PROMPTS, 1, 8, temperature=2.0, top_k=1).completions() == greedy
+    assert Sampler(MODEL, STOPS).generate(PROMPTS, 1, 8, temperature=2.0, top_p=1e-6).completions() == greedy
+
+
+# ------------------------------------------------------------------------------------ bad requests
+
+@pytest.mark.parametrize("request_, words", [
+    (dict(prompts=[]), "at least one prompt"),
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1], [2, 50]]), "prompt 1 has a token outside the vocabulary of 50"),
+    (dict(prompts=[[-1]]), "prompt 0 has a token outside the vocabulary of 50"),
+    (dict(prompts=[[1], [2] * 61]), "prompt 1 has 61 tokens"),                  # 61 + 4 > 64
+    (dict(group_size=0), "group_size 0"),
+    (dict(max_new_tokens=0), "max_new_tokens 0"),
+    (dict(temperature=-0.5), "temperature -0.5"),
+    (dict(seed=[(0, 0)]), "seed"),                                              # one seed for two prompts
+    (dict(seed=[(0, 0), (0, 1), (0, 2)]), "seed"),
+    (dict(seed=-1), "seed"),
+], ids=str)
+def test_bad_request_is_one_clear_line(request_, words):
+    good = dict(prompts=[[1], [2]], group_size=2, max_new_tokens=4)
+    with pytest.raises(ValueError) as caught:
+        Sampler(MODEL, STOPS).generate(**{**good, **request_})
+    assert words in str(caught.value) and "\n" not in str(caught.value)

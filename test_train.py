@@ -1,0 +1,259 @@
+"""The loop from the command line: contract of the run folder, resume bit for bit, world size, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import dist
+import sft
+import train
+from model import ModelConfig, Transformer
+
+HERE = Path(__file__).parent
+KEYS = {"step", "reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "lr", "entropy", "kl", "clip_ratio",
+        "ratio_max_dev", "completion_length", "truncated_frac", "num_tokens", "rollout_time", "rollout_tokens_per_s",
+        "train_time", "step_time", "peak_memory_mb"}
+TIMES = {"rollout_time", "rollout_tokens_per_s", "train_time", "step_time", "peak_memory_mb"}
+OPTIONS = ["--steps", "4", "--prompts-per-step", "6", "--group-size", "4", "--max-new-tokens", "8", "--eval-every", "2",
+        "--eval-problems", "6", "--eval-samples", "2", "--save-every", "2", "--threads", "1", "--lr", "1e-3",
+        "--device", "cpu"]
+
+
+def fast(start):
+    """A run of a few seconds on the tiny model's own problems."""
+    return [*OPTIONS, "--data", str(start.parent / "problems.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A tiny model that has learned to guess among three answers: right a third of the time, so there is a gradient.
+
+    Its folder also holds the problems as a jsonl file."""
+    folder = tmp_path_factory.mktemp("start")
+    rows = [{"problem": f"Which one, {i}?", "answer": str(i % 3), "solution": f"#### {i % 3}"} for i in range(200)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = sft.SFTConfig(data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32, layers=1,
+                           heads=2, vocab_size=280, lr=8e-3)
+    sft.warm_start(config, progress=False)
+    return folder / "model"
+
+
+def run_train(*args, nproc=0, check=True):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
+    done = subprocess.run([sys.executable, *launcher, str(HERE / "train.py"), *map(str, args)], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def log_of(folder, times=False):
+    lines = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [x if times else {k: v for k, v in x.items() if k not in TIMES} for x in lines]
+
+
+@pytest.fixture(scope="session")
+def whole(start, tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run_train("--model", start, "--out", out, *fast(start))
+    return out, done
+
+
+def test_run_folder_and_log_keep_the_contract(whole):
+    out, done = whole
+    for name in ("config.json", "log.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model/config.json"):
+        assert (out / name).exists(), name
+    lines = log_of(out, times=True)
+    assert [x["step"] for x in lines] == [0, 1, 2, 3, 4]
+    assert all(KEYS <= set(x) for x in lines[1:])
+    assert [x["step"] for x in lines if {"eval_pass@1", "eval_greedy"} <= set(x)] == [0, 2, 4]
+    assert done.stdout.strip().splitlines()[-1].startswith("pass@1 ")
+    sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "problem", "answer", "completion", "reward"} <= set(sample)
+
+
+def test_first_update_is_on_policy_and_something_is_learned_from(whole):
+    lines = log_of(whole[0])[1:]
+    assert all(x["ratio_max_dev"] < 1e-4 for x in lines)      # one update a rollout: the sampler is the trainer
+    assert any(x["grad_norm"] > 0 for x in lines) and any(0 < x["reward"] < 1 for x in lines)
+
+
+def test_the_written_model_loads_in_transformers_with_its_tokenizer(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = whole[0] / "model"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), Transformer.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Mia has 7 shells.", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(whole, start, tmp_path):
+    """Stop at step 2 (with junk after the checkpoint, as a crash in step 3 leaves it), resume, compare everything."""
+    out = tmp_path / "run"
+    run_train("--model", start, "--out", out, *fast(start), "--steps", "2")
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"step": 3, "reward": 9}) + "\n")
+    (out / "checkpoints" / ".part-000003").mkdir()
+    run_train("--resume", "--out", out, "--steps", "4")
+    a, b = (load_file(f / "checkpoints" / "step-000004" / "weights.safetensors") for f in (whole[0], out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert log_of(out) == log_of(whole[0])
+    before, after = (load_file(f) for f in (start / "model.safetensors", out / "model" / "model.safetensors"))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_any_world_size_gives_the_single_process_run(whole, start, tmp_path, nproc):
+    """6 prompts on 2 ranks and on 3; then 2 prompts on 3 ranks, where one rank has nothing to do."""
+    out = tmp_path / "run"
+    run_train("--model", start, "--out", out, *fast(start), nproc=nproc)
+    for one, many in zip(log_of(whole[0]), log_of(out)):
+        assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_prompts(start, tmp_path):
+    logs = []
+    for nproc in (0, 3):
+        out = tmp_path / str(nproc)
+        run_train("--model", start, "--out", out, *fast(start), "--prompts-per-step", "2", "--micro-batch-tokens", "50", nproc=nproc)
+        logs.append(log_of(out))
+    for one, many in zip(*logs):
+        assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--beta", "0.1"], ["--beta", "0.1", "--kl-kind", "k3_is", "--zero-variance", "keep"],
+    ["--epochs", "2", "--minibatches", "2"], ["--aggregation", "constant", "--advantage-scale", "loo", "--mask-truncated"],
+    ["--dtype", "bfloat16", "--activation-checkpointing", "--lr", "1e-6"], ["--ratio-level", "sequence", "--dual-clip", "3"],
+    ["--format-reward", "1", "--consistency-reward", ".5", "--template", "reasoning"]])
+def test_options_run_and_change_the_weights(start, tmp_path, extra, capsys):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "2", *extra])
+    line = log_of(tmp_path / "run")[-1]
+    assert all(torch.isfinite(torch.tensor(float(v))) for v in line.values())
+    if "--beta" in extra:
+        assert line["kl"] > 0
+    if "--epochs" in extra:
+        assert line["ratio_max_dev"] < 1e-4      # of the first update; later ones move away, as they should
+    before = Transformer.from_pretrained(start)
+    after = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "weights.safetensors")
+    if any(x["grad_norm"] > 0 for x in log_of(tmp_path / "run")[1:]):
+        assert any(not torch.equal(p, after[n]) for n, p in before.named_parameters())
+
+
+def test_a_learning_rate_of_1e_6_changes_bfloat16_training():
+    """bf16 alone would round the update away; the float32 master keeps it, and in time it reaches the bf16 weights."""
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
+    master = dist.Master(model, torch.bfloat16)
+    before = [p.detach().clone() for p in master.params]
+    optimizer = torch.optim.AdamW(master.params, lr=1e-6, weight_decay=0.0)
+    tokens = torch.arange(12).view(2, 6)
+    model.token_logps(tokens, torch.ones(2, 6))[0].sum().backward()
+    optimizer.step()
+    master.publish()
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters()) and all(p.dtype == torch.float32 for p in master.params)
+    assert all(not torch.equal(a, b) for a, b in zip(before, master.params))
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    """1 + 2^-9 is lost in bfloat16 (8 bits) and kept by the master."""
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
+    master = dist.Master(model, torch.bfloat16)
+    p = dict(model.named_parameters())["model.norm.weight"]
+    m = master.params[master.names.index("model.norm.weight")]
+    for value in (1.0, 2.0 ** -9):
+        (p * value).sum().backward()
+    assert p.grad is None and (m.grad == 1 + 2.0 ** -9).all()
+
+
+def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_path, monkeypatch):
+    real = train.grpo.loss
+    monkeypatch.setattr(train.grpo, "loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    with pytest.raises(SystemExit, match="five non-finite updates in a row"):
+        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20"])
+    first = Transformer.from_pretrained(start)
+    assert all(torch.isfinite(p).all() for p in first.parameters())
+
+
+@pytest.mark.parametrize("budget, lengths, expected", [
+    (10, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (100, [3, 5, 2], [[2, 0, 1]]), (10, [], [])])
+def test_micro_batches_are_sorted_and_within_budget(budget, lengths, expected):
+    assert train.micro_batches(lengths, budget) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+def broken_jsonl(folder):
+    file = folder / "broken.jsonl"
+    lines = [json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) for i in range(30)]
+    lines[16] = '{"problem": "half a li'
+    file.write_text("\n".join(lines))
+    return file
+
+
+BAD = {     # name -> (arguments, what the line must say); M is a good model, D an empty folder
+    "flag": (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    "algo": (["--algo", "ppo"], "--algo ppo: choose grpo"),
+    "file": (["--data", "D/no.jsonl", "--model", "M"], "no.jsonl: no such file"),
+    "line 17": (["--data", "BROKEN", "--model", "M"], "broken.jsonl:17:"),
+    "empty": (["--data", "EMPTY", "--model", "M"], "holds no problems"),
+    "no model": (["--data", "BROKEN"], "needs --model"),
+    "no weights": (["--model", "NOWEIGHTS"], "has no weights"),
+    "no such model": (["--model", "D/none"], "neither a checkpoint folder nor a hub id"),
+    "group": (["--group-size", "1"], "--group-size 1: must be at least 2"),
+    "length": (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    "taken": (["--out", "TAKEN", "--model", "M"], "is not empty"),
+    "resume nothing": (["--resume", "--out", "D"], "holds no run"),
+    "resume where": (["--resume"], "--resume needs --out"),
+    "levels": (["--levels", "6-4"], "--levels 6-4"),
+    "type": (["--steps", "many"], "invalid int value"),
+    "device": (["--device", "tpu"], "--device tpu: choose cpu, cuda, npu"),
+    "long prompts": (["--model", "M", "--max-prompt-tokens", "3"], "every prompt exceeds --max-prompt-tokens 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_and_loses_nothing(name, start, tmp_path, capsys):
+    taken, empty = tmp_path / "taken", tmp_path / "empty.jsonl"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    empty.write_text("\n")
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    for file in start.glob("*.json"):
+        (weightless / file.name).write_bytes(file.read_bytes())
+    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken),
+             "NOWEIGHTS": str(weightless), "D": str(tmp_path / "d")}
+    (tmp_path / "d").mkdir()
+    args, expected = BAD[name]
+    args = [words.get(a, a.replace("D/", str(tmp_path / "d") + "/")) for a in args]
+    out = [] if "--out" in args or name == "resume where" else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*args, *out])
+    message = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code != 0 and expected in message and "\n" not in message
+    assert (taken / "config.json").read_text() == "{}" and not (tmp_path / "out").exists()      # nothing written, nothing lost
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(HERE / "train.py"), "--model", str(start), "--out", str(out), *fast(start), "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (out / "log.jsonl").exists() or len(log_of(out)) < 4):
+        time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and f"python train.py --resume --out {out}" in error and "Traceback" not in error
+    last = log_of(out)[-1]["step"]
+    assert dist.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
+    run_train("--resume", "--out", out, "--steps", str(last + 1))
+    assert [x["step"] for x in log_of(out)] == list(range(last + 2))
