@@ -49,8 +49,9 @@ def from_jsonl(path):
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file; give arithmetic, gsm8k, math or a .jsonl file")
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):     # GSM8K holds U+2028, at
-        if line.strip():                                                               # which splitlines would cut
+    # not splitlines: GSM8K holds U+2028 inside a string, where that would cut
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
             try:
                 problems.append(normalize(json.loads(line), f"{path}:{number}"))
             except ValueError as error:

@@ -161,7 +161,7 @@ def load_checkpoint(path, master, optimizer):
         optimizer.load_state_dict(torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True))
         state = json.loads((Path(path) / "state.json").read_text())
     except Exception as error:   # truncated, foreign or misshapen files raise many types; all mean the same here
-        raise ValueError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); "
+        raise ValueError(f"checkpoint {path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); "
                          "remove that folder to resume from the one before") from None
     master.publish()
     return state

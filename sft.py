@@ -49,7 +49,7 @@ class SFTConfig:
 def completion_text(problem, terse):
     """What the model shall write: the worked solution, or its last line alone."""
     solution = problem.get("solution") or f"#### {problem['answer']}"
-    return solution.splitlines()[-1] if terse else solution
+    return solution.rstrip().rsplit("\n", 1)[-1] if terse else solution
 
 
 def corpus(problems, tokenizer, config, terse_share=0.0):
