@@ -91,7 +91,7 @@ def train_one_step(model, master, rollout, rewards):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory"])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--prompts", type=int, default=2)
@@ -102,9 +102,12 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", default="")
-    args = parser.parse_args()
-    if args.json and Path(args.json).exists():
-        sys.exit(f"error: {args.json} exists; choose another --json")
+    try:
+        args = parser.parse_args()
+        if args.json and Path(args.json).exists():
+            raise ValueError(f"--json {args.json} already exists: choose another file, results are never overwritten")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     result = {"command": "python bench.py " + " ".join(sys.argv[1:]), "torch": torch.__version__, **memory(args)}
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Processes, devices and checkpoints: what lets the same train.py run alone, under torchrun, and after a crash.
+"""Settings, processes, devices, checkpoints: what lets a program run alone, under torchrun, and after a crash.
 
 Every rank holds the whole model and its own share of the prompts. A loss is divided by a *global* count before
 backward, so summing the gradients over ranks gives the gradient of the single-process run: no rank average, no
@@ -7,17 +7,58 @@ dependence on how many prompts a rank got. A rank without prompts adds zeros and
 Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere.
 Left out as yet: sharding the model over ranks (FSDP2).
 """
+import argparse
+import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is a ValueError of one line instead of a page of usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def command_line(config_class, description, argv=None):
+    """The flags given on the command line, {field: value}; every field of the dataclass is a flag with dashes."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))     # become the help
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(config_class):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%"), **kind)
+    return vars(parser.parse_args(argv))
+
+
+def check_settings(config, choices, least):
+    """ValueError, one line, when a field is not among its choices {field: values} or below its bound {field: number}."""
+    flag = {f.name: "--" + f.name.replace("_", "-") for f in fields(config)}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: choose {', '.join(filter(None, allowed))}")
+    for name, low in least.items():
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be at least {low}")
+
+
+def parse_levels(text):
+    """"4-6" -> (4, 6), fewest and most steps of a story of the built-in task."""
+    low, dash, high = text.partition("-")
+    if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise ValueError(f"--levels {text}: give fewest-most steps, such as 4-6")
+    return int(low), int(high)
 
 
 def setup(device_name=""):
@@ -53,8 +94,8 @@ def world():
 
 
 def split(count):
-    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size."""
-    return range(count * rank() // world(), count * (rank() + 1) // world())
+    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size; rank 0 has the most."""
+    return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
 def barrier():
@@ -176,11 +217,14 @@ def peak_memory_mb(device):
     return torch.accelerator.max_memory_allocated() / 2 ** 20
 
 
-def choose_threads(limit=None):
-    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be slower than one."""
+def choose_threads():
+    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be slower than one.
+
+    At most PyTorch's own choice, which follows OMP_NUM_THREADS (torchrun sets it to 1)."""
+    limit = torch.get_num_threads()
     x, w = torch.randn(2048, 128), torch.randn(128, 384)
     best, best_time = 1, float("inf")
-    for threads in sorted({1, *(2 ** k for k in range(1, 7) if 2 ** k <= (limit or os.cpu_count())), limit or os.cpu_count()}):
+    for threads in sorted({1, *(2 ** k for k in range(1, 7) if 2 ** k <= limit), limit}):
         torch.set_num_threads(threads)
         times = []
         for _ in range(12):

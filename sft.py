@@ -9,17 +9,17 @@ the rest is told step by step. Which habit earns rewards is left for train.py to
     python sft.py --data gsm8k_train.jsonl --out runs/warm       a new small model and its own tokenizer
     python sft.py --data FILE.jsonl --model DIR --out DIR        or an existing checkpoint
 """
-import argparse
 import math
 import random
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data
+import dist
 from model import ModelConfig, Transformer
 
 
@@ -43,7 +43,8 @@ class SFTConfig:
     weight_decay: float = 0.01
     template: str = "auto"            # auto, chat, plain, reasoning: see data.prompt_text
     seed: int = 0
-    device: str = "cpu"
+    device: str = ""                  # cpu, cuda, npu; empty: the accelerator that is here
+    threads: int = 0                  # CPU threads; 0: measured
 
 
 def completion_text(problem, terse):
@@ -138,14 +139,14 @@ def build(problems, config):
 
 def warm_start(config, progress=True):
     """Run the whole thing: data, model, training, checkpoint in config.out. Returns (model, tokenizer)."""
-    levels = tuple(map(int, config.levels.split("-")))
+    levels = dist.parse_levels(config.levels)
     problems = data.load_problems(config.data, "train", config.seed, levels, config.problems)
     if config.model:
-        model = Transformer.from_pretrained(config.model, config.device)
+        model = Transformer.from_pretrained(config.model, config.device or "cpu")
         tokenizer = data.load_tokenizer(config.model)
     else:
         model, tokenizer = build(problems, config)
-        model.to(config.device)
+        model.to(config.device or "cpu")
     loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:
         second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
@@ -156,17 +157,21 @@ def warm_start(config, progress=True):
     return model, tokenizer
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(SFTConfig):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    config = SFTConfig(**vars(parser.parse_args()))
-    if (Path(config.out) / "config.json").exists():
-        sys.exit(f"error: {config.out} already holds a model; choose another --out")
+def main(argv=None):
     try:
+        config = SFTConfig(**dist.command_line(SFTConfig, __doc__, argv))
+        least = dict.fromkeys(("hidden_size", "layers", "heads", "vocab_size", "max_length", "problems", "steps", "batch_size"), 1)
+        dist.check_settings(config, {}, {**least, "seed": 0, "threads": 0, "terse_steps": 0})
+        if Path(config.out).exists() and any(Path(config.out).iterdir()):
+            raise ValueError(f"--out {config.out} is not empty: choose another folder")
+        config.device = str(dist.setup(config.device))
+        torch.set_num_threads(config.threads or dist.choose_threads())
         warm_start(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: no checkpoint written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

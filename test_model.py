@@ -229,8 +229,10 @@ def test_bfloat16_is_chosen_on_reading(tmp_path):
 
 
 def test_bfloat16_is_chosen_on_writing(tmp_path):
-    """Training keeps float32 masters and writes bfloat16: half the bytes, and transformers is told so."""
-    ours = own_model()
+    """Training keeps float32 masters and writes bfloat16: half the bytes, and transformers is told so, also where the
+    config.json that was read said float32."""
+    reference().save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
     ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
     assert ours.dtype == torch.float32
     back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -378,6 +380,19 @@ def test_no_tensor_of_batch_times_length_times_vocabulary_is_made(monkeypatch):
     with Largest() as seen:                                               # the recorder does see it where it exists
         naive_token_logps(m, tokens, mask, 1.0)[0].sum().backward()
     assert seen.elements == 128_000
+
+
+def test_no_logits_are_kept_for_backward(monkeypatch):
+    """Chunks would not help if each kept its own: what autograd saves has no vocabulary dimension (1000) at all."""
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 4000)
+    m = randomize(Transformer(ModelConfig(vocab_size=1000, hidden_size=32, intermediate_size=48, head_dim=8,
+                                          num_hidden_layers=1)))
+    tokens, mask, kept = some_tokens(8, 16, vocab=1000), torch.ones(8, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        m.token_logps(tokens, mask)
+        assert kept and not [shape for shape in kept if shape[-1:] == (1000,)]
+        naive_token_logps(m, tokens, mask, 1.0)                           # the hook does see them where they are kept
+        assert (8, 16, 1000) in kept
 
 
 def test_activation_checkpointing_changes_memory_only():

@@ -323,7 +323,7 @@ def test_temperature_zero_takes_the_largest_logit():
     assert ids.tolist() == [1] and logps.item() == pytest.approx(math.log(3 / 6))
 
 
-EDGES = torch.tensor([0.0, 1e-8, 0.25, 0.5, 0.999999, BELOW_ONE])
+EDGES = torch.tensor([0.0, 1e-8, 0.25, 0.5, 0.999999, BELOW_ONE, 1.0])      # 1.0: where a device rounds u up
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -361,6 +361,11 @@ def test_truncation_by_hand(top_k, top_p, kept):
     left = truncate(P.log()[None], top_k, top_p)[0]
     assert set(left.isfinite().nonzero()[:, 0].tolist()) == kept
     torch.testing.assert_close(left[sorted(kept)], P.log()[sorted(kept)])
+
+
+def test_nucleus_ends_where_its_mass_is_reached():
+    """Four ids of exactly 1/4: two of them are 1/2, and a third is not needed."""
+    assert truncate(torch.zeros(1, 4), 0, 0.5).isfinite().sum() == 2
 
 
 def test_recorded_log_probs_are_those_of_the_truncated_distribution():

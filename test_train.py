@@ -40,7 +40,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     rows = [{"problem": f"Which one, {i}?", "answer": str(i % 3), "solution": f"#### {i % 3}"} for i in range(200)]
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = sft.SFTConfig(data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32, layers=1,
+    config = sft.SFTConfig(device="cpu", data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32, layers=1,
                            heads=2, vocab_size=280, lr=8e-3)
     sft.warm_start(config, progress=False)
     return folder / "model"

@@ -9,14 +9,13 @@ Each step: take prompts (data.py), draw a group of completions of each (rollout.
 into advantages and a loss (grpo.py), take one or more optimizer steps (dist.py sums gradients over ranks).
 All randomness is a function of (seed, step, prompt, sample): no generator state has to be saved or shared.
 """
-import argparse
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,12 +94,7 @@ class Config:
 
 def parse(argv=None):
     """Command line -> Config. With --resume the run's own config.json counts; only --steps may be given beside it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
-    given = vars(parser.parse_args(argv))
+    given = dist.command_line(Config, __doc__, argv)
     if not given.get("resume"):
         return check(Config(**given))
     if not given.get("out"):
@@ -125,13 +119,7 @@ def check(c):
     least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
              "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1, "seed": 0,
              "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0}
-    why = {"group_size": ": an advantage compares completions of one prompt"}
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: choose {', '.join(filter(None, allowed))}")
-    for name, low in least.items():
-        if getattr(c, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least {low}{why.get(name, '')}")
+    dist.check_settings(c, choices, least)
     if c.temperature <= 0 or c.lr <= 0:
         raise ValueError(f"--temperature {c.temperature} and --lr {c.lr} must be above 0")
     if c.minibatches > c.prompts_per_step:
@@ -139,18 +127,8 @@ def check(c):
     if not c.model and c.data != "arithmetic":
         raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
                          f"to make a small one: python sft.py --data {c.data} --out DIR")
-    levels(c)
+    dist.parse_levels(c.levels)
     return c
-
-
-def levels(c):
-    """--levels "4-6" -> (4, 6)."""
-    try:
-        low, high = map(int, c.levels.split("-"))
-        assert 1 <= low <= high
-        return low, high
-    except (ValueError, AssertionError):
-        raise ValueError(f"--levels {c.levels}: give fewest-most steps, such as 4-6") from None
 
 
 def open_run(c):
@@ -160,7 +138,7 @@ def open_run(c):
     if not c.resume and folder.exists() and any(folder.iterdir()):
         hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
         raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
-    c.threads = c.threads or dist.choose_threads(1 if dist.world() > 1 else None)
+    c.threads = c.threads or dist.choose_threads()
     return folder
 
 
@@ -225,11 +203,10 @@ def warm_start(c, folder, device):
 
 def problems(c):
     """(training problems, held-out problems), never overlapping."""
-    train = data.load_problems(c.data, "train", c.seed, levels(c))
-    if c.eval_data:
-        return train, data.load_problems(c.eval_data, "test", 0, levels(c))
-    if c.data == "arithmetic" or c.data in data.HUB:
-        return train, data.load_problems(c.data, "test", 0, levels(c), c.eval_problems)
+    levels = dist.parse_levels(c.levels)
+    train = data.load_problems(c.data, "train", c.seed, levels)
+    if c.eval_data or c.data == "arithmetic" or c.data in data.HUB:
+        return train, data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems)
     return data.hold_out(train, c.eval_problems)
 
 
@@ -451,21 +428,20 @@ def save(run):
 
 
 def restore(run):
-    """Go back to the newest checkpoint, if there is one, and cut the logs to it."""
+    """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to it."""
     found = dist.checkpoints(run.folder / "checkpoints")
-    if not found:
-        return
-    state = dist.load_checkpoint(found[-1], run.master, run.optimizer)
-    run.step, run.stream.cursor, run.num_tokens = state["step"], state["cursor"], state["num_tokens"]
-    run.bad_steps, run.seconds, run.first = state["bad_steps"], state["seconds"], state["first"]
+    if found:
+        state = dist.load_checkpoint(found[-1], run.master, run.optimizer)
+        run.step, run.stream.cursor, run.num_tokens = state["step"], state["cursor"], state["num_tokens"]
+        run.bad_steps, run.seconds, run.first = state["bad_steps"], state["seconds"], state["first"]
+        run.say(f"resumed at step {run.step} from {found[-1]}")
     dist.barrier()
     if dist.rank() == 0:
-        for name in ("log.jsonl", "samples.jsonl"):
-            file = run.folder / name
+        for file in (run.folder / "log.jsonl", run.folder / "samples.jsonl"):
             lines = list(open(file, encoding="utf-8")) if file.exists() else []
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= run.step]    # a crash may cut a line
+            whole = [x for x in lines if x.endswith("\n")]                         # a crash may cut the last line
+            kept = [x for x in whole if found and json.loads(x)["step"] <= run.step]
             file.write_text("".join(kept), encoding="utf-8")
-    run.say(f"resumed at step {run.step} from {found[-1]}")
 
 
 def loop(run, interrupted):
@@ -519,6 +495,7 @@ def main(argv=None):
 
     looping, c = [], None
     signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_interrupt)         # what schedulers and torchrun send
     try:
         c = parse(argv)
         device = dist.setup(c.device)
