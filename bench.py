@@ -5,6 +5,7 @@
 The checkpoint is written sharded in HF layout first, so loading, sampling, training and saving are what a real one gets.
 Rewards are drawn at random: random weights answer nothing, and a step without a gradient would measure nothing.
 """
+import os
 import argparse
 import json
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threads soon sleep (LOG.md)
 import torch
 
 import dist

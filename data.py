@@ -10,6 +10,7 @@ whose single steps a tiny model learns, while their composition, told step by st
 Training and held-out stories differ in start and operations, not only in words: see `_held_out`.
 """
 import json
+import math
 import random
 import zlib
 from pathlib import Path
@@ -50,13 +51,21 @@ def from_jsonl(path):
         raise FileNotFoundError(f"--data {path}: no such file; give arithmetic, gsm8k, math or a .jsonl file")
     problems = []
     # not splitlines: GSM8K holds U+2028 inside a string, where that would cut
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 problems.append(normalize(json.loads(line), f"{path}:{number}"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     return problems
+
+
+def read_text(path):
+    """A UTF-8 file (with or without a byte-order mark); one line that names it when it is something else."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}): convert it first") from None
 
 
 def hold_out(problems, count):
@@ -85,7 +94,7 @@ def normalize(row, name):
         answer, solution = None, answer
     if answer is None and isinstance(solution, str):
         answer = extract_answer(solution)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str):
         raise ValueError('no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
@@ -204,10 +213,12 @@ def prompt_text(question, tokenizer, template="auto"):
 
 
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
-    """Problems with "prompt" (token ids) added; those above max_length tokens are dropped, and the count reported."""
+    """Problems with "prompt" (token ids) added; those above max_length tokens are dropped, and the count reported.
+
+    report: a function of one line. ValueError when nothing is left."""
     texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    kept = [{**p, "prompt": i} for p, i in zip(problems, ids) if 0 < len(i) <= max_length]
+    kept = [{**p, "prompt": i} for p, i in zip(problems, ids) if len(i) <= max_length]
     if len(kept) < len(problems):
         report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
                f"their prompts exceed --max-prompt-tokens {max_length}")
@@ -258,7 +269,10 @@ def load_tokenizer(folder):
     """The tokenizer of a checkpoint folder (no remote code). ValueError when there is none."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer("1 + 1")["input_ids"]:     # without its files transformers gives an empty tokenizer, not an error
+            raise ValueError("it has no vocabulary: are the tokenizer files missing?")
+        return tokenizer
     except Exception as error:   # transformers raises many types; all mean the same to the user
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{folder}: cannot read its tokenizer ({reason})") from None
@@ -266,7 +280,10 @@ def load_tokenizer(folder):
 
 def stop_ids(model, tokenizer):
     """Every id that ends a completion: of config.json, generation_config.json and the tokenizer."""
-    generation = json.loads(model.files.get("generation_config.json", b"{}"))
+    try:
+        generation = json.loads(model.files.get("generation_config.json", b"{}"))
+    except ValueError as error:
+        raise ValueError(f"generation_config.json is not valid JSON: {error}") from None
     ids = set()
     for value in (model.config.eos_token_id, generation.get("eos_token_id"), tokenizer.eos_token_id):
         ids |= set(value) if isinstance(value, list) else {value}

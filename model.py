@@ -76,6 +76,9 @@ class ModelConfig:
             or any(t != "full_attention" for t in raw.get("layer_types") or ()),
             "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
         }
+        if rope_type == "llama3":
+            wrong |= {f"llama3 rope without {k}": k not in rope for k in
+                      ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         for what, bad in wrong.items():
             if bad:
                 raise ValueError(f"{kind} with {what} is not supported")
@@ -349,7 +352,7 @@ class Transformer(nn.Module):
         wanted = dict(self.named_parameters())
         seen = set()
         for file in weight_files(folder):
-            with safe_open(file, framework="pt") as shard:
+            with open_shard(file) as shard:
                 for name in shard.keys():
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
                         continue                # computed here; a tied head is the embedding
@@ -401,13 +404,24 @@ def _chunk_logps(hidden, weight, targets, temperature):
 # ------------------------------------------------------------------------------------------------------ files
 
 def read_json(file):
-    """A JSON file's content; one line that names the file when it is absent or malformed."""
+    """A JSON file's object; one line that names the file when it is absent or malformed."""
     try:
-        return json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: is the folder a Hugging Face checkpoint?") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return content
+
+
+def open_shard(file):
+    """An open safetensors file; one line that names it when it is cut short (a broken download) or something else."""
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:   # SafetensorError derives from Exception alone
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): download or copy it again") from None
 
 
 def find_checkpoint(path_or_id):
@@ -430,7 +444,7 @@ def weight_files(folder):
     """The safetensors files of a checkpoint folder, one or many."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     else:
         files = [folder / "model.safetensors"]
     for file in files:

@@ -44,7 +44,7 @@ class Sampler:
     """Draws completions from a model.
 
     eos_ids: every id that ends a completion (generation_config may name several, the tokenizer one more).
-    max_rows: completions held in the cache at once; more prompts than fit are served in turn."""
+    max_rows: completions held in the cache at once (one group at least); more prompts than fit are served in turn."""
 
     def __init__(self, model, eos_ids, max_rows=256):
         self.model, self.max_rows, self.version = model, max_rows, 0
@@ -59,6 +59,8 @@ class Sampler:
         ValueError for no prompts, an empty one, a token outside the vocabulary, or no room in the context."""
         check_request(prompts, group_size, max_new_tokens, temperature, self.model.config)
         seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts) or any(n < 0 for s in seeds for n in np.atleast_1d(s)):
+            raise ValueError(f"seed must be one non-negative integer, or one seed for each of {len(prompts)} prompts")
         step = max(1, self.max_rows // group_size)
         parts = [self._generate(prompts[i:i + step], group_size, max_new_tokens, temperature, seeds[i:i + step],
                                 top_k, top_p) for i in range(0, len(prompts), step)]
@@ -129,8 +131,12 @@ def check_request(prompts, group_size, max_new_tokens, temperature, config):
 
 def row_uniforms(seeds, G, count):
     """(N*G, count) float32 uniforms in [0, 1): row (i, j) depends on seeds[i] and j alone."""
-    rows = [np.random.default_rng([*np.atleast_1d(seed).tolist(), j]).random(count, dtype=np.float32)
-            for seed in seeds for j in range(G)]
+    rows = []
+    for seed in seeds:
+        numbers = np.atleast_1d(seed).tolist()
+        for j in range(G):      # the count first: numpy takes (1, 2) and (1, 2, 0) for the same seed
+            generator = np.random.default_rng([len(numbers), *numbers, j])
+            rows.append(generator.random(count, dtype=np.float32))
     return torch.from_numpy(np.stack(rows))
 
 
@@ -146,6 +152,8 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0):
         ids = logits.argmax(-1)
     else:
         cdf = log_probs.exp().cumsum(-1)
+        if cdf.device.type != "cpu":
+            cdf = cdf.cummax(-1).values         # a parallel sum need not be monotone in the last bit
         total = cdf[:, -1:]
         # the first id whose cdf exceeds u; "cdf < total" so that rounding can never step past the last possible id
         ids = ((cdf <= u[:, None] * total) & (cdf < total)).sum(-1)
@@ -155,11 +163,10 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0):
 def truncate(logits, top_k, top_p):
     """-inf for what nucleus (arXiv 1904.09751) and top-k sampling exclude; at least one id stays. Evaluation only."""
     ordered, order = logits.sort(-1, descending=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    probs = ordered.softmax(-1)
-    out = probs.cumsum(-1) - probs >= top_p
     if top_k > 0:
-        out = out | (rank >= top_k)
+        ordered[:, top_k:] = float("-inf")          # first: top_p is a share of what top_k leaves
+    probs = ordered.softmax(-1)
+    out = (probs.cumsum(-1) - probs >= top_p) | ordered.isinf()
     out[:, 0] = False
     return logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float("-inf"))
 

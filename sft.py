@@ -9,12 +9,14 @@ the rest is told step by step. Which habit earns rewards is left for train.py to
     python sft.py --data gsm8k_train.jsonl --out runs/warm       a new small model and its own tokenizer
     python sft.py --data FILE.jsonl --model DIR --out DIR        or an existing checkpoint
 """
+import os
 import math
 import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threads soon sleep (LOG.md)
 import torch
 from tqdm import tqdm
 

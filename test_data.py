@@ -61,6 +61,21 @@ def test_missing_and_empty_files_are_named(tmp_path):
         data.load_problems(str(write(tmp_path, "")))
 
 
+def test_other_encodings_are_named_and_a_byte_order_mark_is_not_minded(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '{"problem": "1?", "answer": "1"}'.encode())
+    assert data.load_problems(str(file))[0]["answer"] == "1"
+    file.write_bytes('{"problem": "caf\u00e9?", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="p.jsonl: not UTF-8"):
+        data.load_problems(str(file))
+
+
+def test_line_separators_inside_a_string_do_not_cut_it(tmp_path):
+    """U+2028, as in GSM8K: str.splitlines would cut there."""
+    problem, = data.load_problems(str(write(tmp_path, '{"problem": "a\u2028b", "answer": "1"}')))
+    assert problem["problem"] == "a\u2028b"
+
+
 def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__",
@@ -201,6 +216,12 @@ def test_the_tokenizer_is_saved_like_any_other(tokenizer, tmp_path):
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.eos_token == data.EOS
     with pytest.raises(ValueError, match="cannot read its tokenizer"):
         data.load_tokenizer(tmp_path / "none")
+
+
+def test_a_checkpoint_without_tokenizer_files_is_not_given_an_empty_tokenizer(tmp_path):
+    Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot read its tokenizer"):
+        data.load_tokenizer(tmp_path)
 
 
 def test_the_stop_set_is_the_union_of_all_sources(tokenizer):

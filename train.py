@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threads soon sleep (LOG.md)
 import torch
 from tqdm import tqdm
 
@@ -83,7 +84,7 @@ class Config:
     save_every: int = 20                # steps between checkpoints
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
-    warm_start_steps: int = 1200        # supervised steps before the default run (sft.py)
+    warm_start_steps: int = 1400        # supervised steps before the default run (sft.py)
     # machine
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
