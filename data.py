@@ -31,17 +31,21 @@ REASONING_PROMPT = ("Answer the question. First write your reasoning, then only 
 
 # ------------------------------------------------------------------------------------------------------ sources
 
-def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000):
+def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, report=print):
     """Problems of a source: "arithmetic", "gsm8k", "math", or the path of a jsonl file (which has no splits).
 
-    seed, levels (fewest, most steps) and count concern only the built-in task. Returns a list of problems, in the
-    order of the source. FileNotFoundError or ValueError, one line, when there is nothing usable."""
+    seed, levels (fewest, most steps) and count concern only the built-in task; report takes the line that says how
+    many problems were dropped for want of an answer. Returns a list of problems in the order of the source.
+    FileNotFoundError or ValueError, one line, when there is nothing usable."""
     if data == "arithmetic":
         return arithmetic(count, split, seed, levels)
-    problems = from_hub(data, split) if data in HUB else from_jsonl(data)
-    if not problems:
+    problems = from_hub(data, split, report) if data in HUB else from_jsonl(data)
+    kept = [p for p in problems if p["answer"].strip()]
+    if len(kept) < len(problems):
+        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems of {data}: their answer is empty")
+    if not kept:
         raise ValueError(f"{data} holds no problems")
-    return problems
+    return kept
 
 
 def from_jsonl(path):
@@ -55,7 +59,7 @@ def from_jsonl(path):
         if line.strip():
             try:
                 problems.append(normalize(json.loads(line), f"{path}:{number}"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     return problems
 
@@ -92,8 +96,8 @@ def normalize(row, name):
     answer, solution = row.get("answer"), row.get("solution")
     if isinstance(answer, str) and "####" in answer:                # GSM8K: the answer field holds the solution
         answer, solution = None, answer
-    if answer is None and isinstance(solution, str):
-        answer = extract_answer(solution)
+    if (answer is None or answer == "") and isinstance(solution, str):
+        answer = extract_answer(solution) or answer
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str):
@@ -102,7 +106,7 @@ def normalize(row, name):
             "id": row.get("id", name)}
 
 
-def from_hub(name, split):
+def from_hub(name, split, report):
     """gsm8k or math through the `datasets` library, which is imported only here."""
     instead = f"download it and pass the file instead: --data {name}_{split}.jsonl (fields problem, answer)"
     try:
@@ -116,7 +120,13 @@ def from_hub(name, split):
         except Exception as error:   # no network, no such dataset, a proxy: whatever it is, the way out is the same
             raise FileNotFoundError(f"--data {name}: the hub did not give {dataset} ({type(error).__name__}); "
                                     + instead) from None
-    return [normalize(row, f"{name}/{split}/{i}") for i, row in enumerate(rows)]
+    problems = []
+    for i, row in enumerate(rows):
+        try:
+            problems.append(normalize(row, f"{name}/{split}/{i}"))
+        except ValueError as error:     # MATH has solutions with an empty box
+            report(f"data: dropped {name}/{split}/{i}: {error}")
+    return problems
 
 
 # ------------------------------------------------------------------------------------------- the built-in task
@@ -193,31 +203,50 @@ def _story(rng, start, steps, name):
 
 # ------------------------------------------------------------------------------------------ prompts and batches
 
-def prompt_text(question, tokenizer, template="auto"):
-    """The text that a completion continues.
-
-    "chat": the tokenizer's chat template, with BOXED_PROMPT as system message; "reasoning": the same (or plain text)
-    with REASONING_PROMPT; "plain": the question and a newline, for base models; "auto": chat where there is one."""
+def uses_chat(tokenizer, template):
+    """Does this template go through the tokenizer's chat template? ValueError for an unknown or impossible one."""
     if template not in ("auto", "chat", "plain", "reasoning"):
         raise ValueError(f"--template must be auto, chat, plain or reasoning, not {template!r}")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise ValueError("--template chat, but this tokenizer has no chat template; use plain or reasoning")
-    if template == "plain" or (template == "auto" and not has_chat):
-        return question + "\n"
+    return has_chat and template != "plain" and (template != "auto" or speaks_chat(tokenizer))
+
+
+def prompt_text(question, tokenizer, template="auto"):
+    """The text that a completion continues.
+
+    "chat": the tokenizer's chat template, with BOXED_PROMPT as system message; "reasoning": the same (or plain text)
+    with REASONING_PROMPT; "plain": the question and a newline, for base models; "auto": chat for instruct models."""
     system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
-    if not has_chat:
-        return f"{system}\n\n{question}\n"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if uses_chat(tokenizer, template):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        return render(tokenizer, messages, add_generation_prompt=True)
+    return f"{system}\n\n{question}\n" if template == "reasoning" else question + "\n"
+
+
+def render(tokenizer, messages, **options):
+    """A conversation as text. Llama's template would put today's date in: a fixed one keeps runs repeatable."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **options)
+
+
+def speaks_chat(tokenizer):
+    """Is this an instruct model? Base checkpoints carry a chat template too, but their eos does not end its turns."""
+    turns = render(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
+    return tokenizer.eos_token is not None and tokenizer.eos_token in turns
+
+
+def encode_prompts(problems, tokenizer, template):
+    """Token ids of each problem's prompt. A chat template writes its own bos; other text gets the tokenizer's, if any."""
+    texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
+    return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
 
 
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
     """Problems with "prompt" (token ids) added; those above max_length tokens are dropped, and the count reported.
 
     report: a function of one line. ValueError when nothing is left."""
-    texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = encode_prompts(problems, tokenizer, template)
     kept = [{**p, "prompt": i} for p, i in zip(problems, ids) if len(i) <= max_length]
     if len(kept) < len(problems):
         report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
@@ -265,6 +294,15 @@ def train_tokenizer(texts, vocab_size=512):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
 
 
+def save_tokenizer(tokenizer, folder):
+    """Write the tokenizer's files, under the class name that transformers of any recent version knows."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":       # transformers 5's name for the same thing
+        file.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint folder (no remote code). ValueError when there is none."""
     from transformers import AutoTokenizer
@@ -284,8 +322,8 @@ def stop_ids(model, tokenizer):
         generation = json.loads(model.files.get("generation_config.json", b"{}"))
     except ValueError as error:
         raise ValueError(f"generation_config.json is not valid JSON: {error}") from None
-    ids = set()
-    for value in (model.config.eos_token_id, generation.get("eos_token_id"), tokenizer.eos_token_id):
+    ids, named = set(), generation.get("eos_token_id") if isinstance(generation, dict) else None
+    for value in (model.config.eos_token_id, named, tokenizer.eos_token_id):
         ids |= set(value) if isinstance(value, list) else {value}
     ids = {i for i in ids if isinstance(i, int) and 0 <= i < model.config.vocab_size}
     if not ids:

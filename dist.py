@@ -65,8 +65,8 @@ def setup(device_name=""):
     """Join the process group that torchrun describes (none under plain python) and return this rank's device.
 
     device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. ValueError when it is absent."""
-    found = torch.accelerator.current_accelerator()
-    kind = device_name or (found.type if found else "cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)     # built for one is not having one
+    kind = device_name or (found.type if found and found.type in ("cuda", "npu") else "cpu")
     if kind != "cpu" and (found is None or found.type != kind):
         raise ValueError(f"--device {kind}: no such device here (found: {found.type if found else 'cpu only'})")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -136,7 +136,7 @@ class Master:
     """float32 weights for the optimizer beside a bfloat16 model for compute (rollouts and training alike).
 
     bfloat16 has 8 bits of mantissa: an update of 1e-6 relative size would vanish in it. Gradients are added up in
-    float32 as they arrive. With float32 compute the master *is* the model."""
+    float32 over micro-batches. With float32 compute the master *is* the model."""
 
     def __init__(self, model, dtype=torch.float32):
         """model: float32; it is rounded to dtype in place, after its weights have been copied."""
@@ -144,9 +144,11 @@ class Master:
         self.names = [name for name, _ in model.named_parameters()]
         self.params = list(model.parameters())
         if self.separate:
-            self.params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
-            model.to(dtype)
-            for p, m in zip(model.parameters(), self.params):
+            self.params = []
+            for p in model.parameters():        # tensor by tensor: the float32 weights never exist twice
+                m = torch.nn.Parameter(p.data)
+                p.data = p.data.to(dtype)
+                self.params.append(m)
                 p.register_post_accumulate_grad_hook(lambda p, m=m: self._collect(p, m))
 
     @staticmethod
@@ -170,21 +172,29 @@ def save_checkpoint(folder, step, master, optimizer, state, keep=2):
     state: a JSON-able dict. Rank 0 writes (all ranks hold the same); the newest `keep` checkpoints stay."""
     if rank() == 0:
         final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
-        shutil.rmtree(part, ignore_errors=True)
+        for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
+            shutil.rmtree(left_over)
         part.mkdir(parents=True)
         weights = {n: p.detach().cpu().contiguous() for n, p in zip(master.names, master.params)}
         save_file(weights, part / "weights.safetensors")
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
         (part / "state.json").write_text(json.dumps({**state, "step": step}))
-        for file in part.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+        for path in (*part.iterdir(), part):
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(part, final)
+        sync(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier()
+
+
+def sync(path):
+    """Wait until a file or folder is on disk: a rename must not get there before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def checkpoints(folder):

@@ -48,6 +48,14 @@ def informative(rewards):
     return rewards.amax(1) != rewards.amin(1)
 
 
+def _ratio(logp, old_logp, mask, level):
+    """pi / mu of each token, or of the row's geometric mean: (B, T)."""
+    log_ratio = _log_ratio(logp, old_logp, mask)
+    if level == "sequence":
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logp)
+    return log_ratio.exp()
+
+
 def _log_ratio(logp, other, mask):
     """logp - other on the mask and exactly 0 off it (padding may hold anything, even nan), bounded."""
     return torch.where(mask.bool(), logp - other, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -62,19 +70,16 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, l
     dual_clip: for A < 0 the loss is at most dual_clip x |A| (arXiv 1912.09729; verl uses 3), None for no bound."""
     if level not in ("token", "sequence"):
         raise ValueError(f"level must be token or sequence, not {level!r}")
-    log_ratio = _log_ratio(logp, old_logp, mask)
-    if level == "sequence":
-        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(logp)
-    ratio, A = log_ratio.exp(), advantages[:, None]
+    ratio, A = _ratio(logp, old_logp, mask, level), advantages[:, None]
     loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
     if dual_clip is not None:
         loss = torch.where(A < 0, torch.minimum(loss, -dual_clip * A), loss)
     return torch.where(mask.bool(), loss, 0.0)
 
 
-def clipped(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
+def clipped(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, level="token"):
     """(B, T) of 0/1: tokens whose gradient the clip removes: pushed up above 1 + high or down below 1 - low."""
-    ratio, A = _log_ratio(logp, old_logp, mask).exp(), advantages[:, None]
+    ratio, A = _ratio(logp, old_logp, mask, level), advantages[:, None]
     return ((A > 0) & (ratio > 1 + clip_high) | (A < 0) & (ratio < 1 - clip_low)).float() * mask
 
 
@@ -156,6 +161,6 @@ def loss(logp, entropy, batch, config, normalizer):
         per_token = per_token + config.beta * kl
     with torch.no_grad():
         sums = {"tokens": mask.sum(), "entropy": (entropy * mask).sum(), "kl": kl.sum(),
-                "clip_ratio": clipped(logp, old, A, mask, config.clip_low, config.clip_high).sum(),
+                "clip_ratio": clipped(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level).sum(),
                 "ratio_max_dev": (_log_ratio(logp, old, mask).exp() - 1).abs().max()}
     return aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums

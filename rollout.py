@@ -27,7 +27,7 @@ class Rollout:
     lengths: torch.Tensor           # (B,) int64, prompt and completion together, stop token included
     logps: torch.Tensor             # (B, T) float32 log mu(token), 0 off the completion
     finished: torch.Tensor          # (B,) bool, a stop token was drawn; False: cut at max_new_tokens
-    version: int = 0                # optimizer steps that the weights of mu had seen
+    version: int = 0                # Sampler.version: optimizer steps that the weights of mu had seen
 
     def completion_mask(self):
         """(B, T) float32, 1 on completion tokens including the stop token. From lengths, so pad == eos is no problem."""

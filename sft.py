@@ -58,8 +58,7 @@ def completion_text(problem, terse):
 def corpus(problems, tokenizer, config, terse_share=0.0):
     """Problems -> [(prompt ids, completion ids with eos)], a share of them terse, chosen by seed."""
     rng = random.Random(f"terse/{config.seed}")
-    prompts = tokenizer([data.prompt_text(p["problem"], tokenizer, config.template) for p in problems],
-                        add_special_tokens=False)["input_ids"]
+    prompts = data.encode_prompts(problems, tokenizer, config.template)
     texts = [completion_text(p, rng.random() < terse_share) for p in problems]
     completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
     pairs = [(p, c + [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
@@ -154,7 +153,7 @@ def warm_start(config, progress=True):
         second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
         loss = train(model, corpus(problems, tokenizer, config, config.terse_share), second, progress)
     model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
+    data.save_tokenizer(tokenizer, config.out)
     tqdm.write(f"sft: loss {loss:.3f} nats a token after {config.steps + config.terse_steps} steps, model in {config.out}")
     return model, tokenizer
 
@@ -164,6 +163,8 @@ def main(argv=None):
         config = SFTConfig(**dist.command_line(SFTConfig, __doc__, argv))
         least = dict.fromkeys(("hidden_size", "layers", "heads", "vocab_size", "max_length", "problems", "steps", "batch_size"), 1)
         dist.check_settings(config, {}, {**least, "seed": 0, "threads": 0, "terse_steps": 0})
+        if config.hidden_size % (2 * config.heads):
+            raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of 2 x --heads {config.heads}")
         if Path(config.out).exists() and any(Path(config.out).iterdir()):
             raise ValueError(f"--out {config.out} is not empty: choose another folder")
         config.device = str(dist.setup(config.device))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ import reward
 import sft
 from model import ModelConfig, Transformer
 
+torch.set_num_threads(1)
 PROBLEMS = Path(__file__).resolve().parent.parent / "shared" / "data" / "problems"
 
 
@@ -82,6 +84,46 @@ def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
                         lambda name, *a, **k: (_ for _ in ()).throw(ImportError()) if name == "datasets" else real(name, *a, **k))
     with pytest.raises(FileNotFoundError, match=r"pip install datasets.*--data gsm8k_train\.jsonl"):
         data.load_problems("gsm8k")
+
+
+def fake_hub(monkeypatch, rows):
+    import sys
+    from types import SimpleNamespace
+    calls = []
+
+    def load_dataset(*args, split):
+        calls.append((*args, split))
+        return rows
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_the_hub_gives_gsm8k_and_math_and_rows_without_an_answer_are_dropped_loudly(monkeypatch):
+    said = []
+    calls = fake_hub(monkeypatch, [{"question": "2+2?", "answer": "2+2=4\n#### 4"}])
+    assert data.load_problems("gsm8k", "test")[0]["answer"] == "4" and calls == [("openai/gsm8k", "main", "test")]
+    rows = [{"problem": "Two?", "solution": "It is $\\boxed{2}$."}, {"problem": "How many?", "solution": "There are $\\boxed{}$."}]
+    calls = fake_hub(monkeypatch, rows)
+    problems = data.load_problems("math", "train", report=said.append)
+    assert len(calls) == 7 and [p["answer"] for p in problems] == ["2"] * 7 and len(said) == 7 and "math/train/1" in said[0]
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    def load_dataset(*args, split):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(FileNotFoundError, match="--data math_train.jsonl") as error:
+        data.load_problems("math")
+    assert "\n" not in str(error.value)
+
+
+def test_problems_with_an_empty_answer_are_dropped_and_counted(tmp_path):
+    said = []
+    file = write(tmp_path, {"problem": "1?", "answer": "1"}, {"problem": "2?", "answer": " "})
+    assert len(data.load_problems(str(file), report=said.append)) == 1 and "dropped 1 of 2" in said[0]
 
 
 def test_held_out_problems_of_a_file_never_overlap_with_training():
@@ -166,11 +208,41 @@ def test_templates(tokenizer):
 def test_chat_template_where_there_is_one(tokenizer):
     from copy import deepcopy
     chat = deepcopy(tokenizer)
-    chat.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    chat.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + data.EOS + "{% endfor %}"
                           "{% if add_generation_prompt %}<assistant>{% endif %}")
-    for name in ("auto", "chat"):
-        assert data.prompt_text("How many?", chat, name) == f"<system>{data.BOXED_PROMPT}\n<user>How many?\n<assistant>"
+    expected = f"<system>{data.BOXED_PROMPT}{data.EOS}<user>How many?{data.EOS}<assistant>"
+    assert data.prompt_text("How many?", chat, "auto") == data.prompt_text("How many?", chat, "chat") == expected
     assert data.REASONING_PROMPT in data.prompt_text("How many?", chat, "reasoning")
+    assert data.prompt_text("How many?", chat, "plain") == "How many?\n"
+
+
+def test_a_base_model_with_a_chat_template_gets_the_plain_question(tokenizer):
+    """Qwen's base tokenizers carry the template of their instruct siblings, whose turns their own eos does not end."""
+    from copy import deepcopy
+    base = deepcopy(tokenizer)
+    base.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    assert data.prompt_text("How many?", base, "auto") == "How many?\n"
+    assert "<|im_start|>" in data.prompt_text("How many?", base, "chat")
+
+
+def test_bos_is_written_once(tokenizer):
+    """Plain text gets the tokenizer's bos (Llama); a chat template writes its own."""
+    from copy import deepcopy
+    from tokenizers.processors import TemplateProcessing
+    llama = deepcopy(tokenizer)
+    llama.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 5)])
+    problem = [{"problem": "How many?"}]
+    plain, = data.encode_prompts(problem, llama, "plain")
+    llama.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat, = data.encode_prompts(problem, llama, "chat")
+    assert plain[0] == 5 and 5 not in plain[1:] and chat[0] != 5
+
+
+def test_the_date_in_a_template_is_fixed(tokenizer):
+    from copy import deepcopy
+    dated = deepcopy(tokenizer)
+    dated.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    assert data.prompt_text("How many?", dated, "chat").startswith("26 Jul 2024")
 
 
 def test_long_prompts_are_dropped_and_counted(tokenizer):

@@ -15,6 +15,7 @@ import grpo
 from rollout import Rollout
 from train import Config, micro_batches, rows_of
 
+torch.set_num_threads(1)
 LOGP = torch.tensor([[-.1, -.5, -1.], [-.2, -.3, 0.]], dtype=torch.float64)
 OLD = torch.tensor([[-.2, -.4, -1.5], [-.1, -.8, 0.]], dtype=torch.float64)
 REF = torch.tensor([[-.15, -.6, -.9], [-.3, -.2, 0.]], dtype=torch.float64)
@@ -167,6 +168,17 @@ def test_the_clip_removes_the_gradient_only_where_the_policy_already_moved_that_
     grpo.policy_loss(logp, old, A, mask).sum().backward()
     assert (logp.grad == 0).item() == clipped
     assert grpo.clipped(logp, old, A, mask).item() == float(clipped)
+
+
+def test_the_reported_clip_is_that_of_the_ratio_in_use():
+    """Token ratios e^.1 and e^-.1 leave a clip of 5 %; their geometric mean is 1 and leaves nothing."""
+    logp, A, mask = torch.tensor([[.1, -.1]]), torch.ones(1), torch.ones(1, 2)
+    old = torch.zeros(1, 2)
+    assert grpo.clipped(logp, old, A, mask, .05, .05).tolist() == [[1., 0.]]
+    assert grpo.clipped(logp, old, A, mask, .05, .05, "sequence").tolist() == [[0., 0.]]
+    x = logp.clone().requires_grad_()
+    grpo.policy_loss(x, old, A, mask, .05, .05, "sequence").sum().backward()
+    assert (x.grad != 0).all()
 
 
 def test_asymmetric_clip():

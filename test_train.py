@@ -109,13 +109,48 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(whole, start, tmp_
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--beta", ".1", "--epochs", "2", "--minibatches", "3"]])
+def test_resume_is_exact_with_options(start, tmp_path, extra):
+    """In one process: 4 steps against 2 and 2. The master weights and Adam's moments must come back as they were."""
+    for name, steps in (("whole", ["4"]), ("two", ["2", "4"])):
+        train.main(["--model", str(start), "--out", str(tmp_path / name), *fast(start), "--steps", steps[0], *extra])
+        for more in steps[1:]:
+            train.main(["--resume", "--out", str(tmp_path / name), "--steps", more])
+    a, b = (tmp_path / name / "checkpoints" / "step-000004" for name in ("whole", "two"))
+    weights = [load_file(f / "weights.safetensors") for f in (a, b)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    moments = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (a, b)]
+    assert all(torch.equal(moments[0][k]["exp_avg_sq"], moments[1][k]["exp_avg_sq"]) for k in moments[0])
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
+
+
+def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
+    """A crash while it is written leaves the one before; a truncated file is one clear line."""
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(dist.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk gone")))
+        with pytest.raises(SystemExit, match="disk gone"):
+            train.main(["--resume", "--out", str(out), "--steps", "4"])
+    assert [f.name for f in dist.checkpoints(out / "checkpoints")] == ["step-000002"]
+    train.main(["--resume", "--out", str(out), "--steps", "4"])
+    assert not list((out / "checkpoints").glob(".part-*")) and log_of(out)[-1]["step"] == 4
+    file = out / "checkpoints" / "step-000004" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="step-000004 cannot be read"):
+        train.main(["--resume", "--out", str(out), "--steps", "6"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_any_world_size_gives_the_single_process_run(whole, start, tmp_path, nproc):
-    """6 prompts on 2 ranks and on 3; then 2 prompts on 3 ranks, where one rank has nothing to do."""
-    out = tmp_path / "run"
-    run_train("--model", start, "--out", out, *fast(start), nproc=nproc)
-    for one, many in zip(log_of(whole[0]), log_of(out)):
+def test_any_world_size_gives_the_single_process_run(start, tmp_path, nproc):
+    """7 prompts on 2 or 3 ranks, in two minibatches, which go by the prompts' global numbers."""
+    logs = []
+    for n in (0, nproc):
+        out = tmp_path / str(n)
+        run_train("--model", start, "--out", out, *fast(start), "--prompts-per-step", "7", "--minibatches", "2", nproc=n)
+        logs.append(log_of(out))
+    for one, many in zip(*logs):
         assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
 
 
@@ -145,8 +180,44 @@ def test_options_run_and_change_the_weights(start, tmp_path, extra, capsys):
         assert line["ratio_max_dev"] < 1e-4      # of the first update; later ones move away, as they should
     before = Transformer.from_pretrained(start)
     after = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "weights.safetensors")
-    if any(x["grad_norm"] > 0 for x in log_of(tmp_path / "run")[1:]):
-        assert any(not torch.equal(p, after[n]) for n, p in before.named_parameters())
+    assert any(x["grad_norm"] > 0 for x in log_of(tmp_path / "run")[1:])
+    assert any(not torch.equal(p, after[n]) for n, p in before.named_parameters())
+
+
+def test_form_alone_is_not_taken_for_a_right_answer(start, tmp_path, monkeypatch, capsys):
+    """Every completion is well-formed and wrong: the format reward is 1, pass@G is 0 and the warning says so."""
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.batch_decode",
+                        lambda self, ids, **k: ["<reasoning>a</reasoning><answer>77</answer>"] * len(ids))
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "1", "--format-reward", "1"])
+    line = log_of(tmp_path / "run")[-1]
+    assert line["reward"] == 1 and line["pass@G"] == 0 and line["grad_norm"] == 0
+    assert "warning: pass@G is 0" in "".join(capsys.readouterr())
+
+
+def test_cut_completions_are_warned_about(start, tmp_path, capsys):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "1", "--max-new-tokens", "1"])
+    assert "every completion was cut at --max-new-tokens 1" in "".join(capsys.readouterr())
+
+
+def test_a_problem_is_never_both_trained_on_and_held_out(start, tmp_path, capsys):
+    rows = [json.loads(x) for x in open(start.parent / "problems.jsonl")]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows[:50])))
+    config = train.Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
+    said = []
+    trained, evaluated = train.problems(config, said.append)
+    assert len(trained) == 150 and len(evaluated) == 50 and "left 50 of 200" in said[0]
+
+
+@pytest.mark.parametrize("type_, expected", [("cuda", "cpu"), ("mps", "cpu")])
+def test_a_build_for_an_absent_accelerator_runs_on_the_cpu(monkeypatch, type_, expected):
+    """current_accelerator() names what PyTorch was built for; only check_available says that it is here."""
+    def current_accelerator(check_available=False):
+        return torch.device(type_) if type_ == "mps" or not check_available else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert dist.setup("").type == expected
+    with pytest.raises(ValueError, match="--device cuda: no such device"):
+        dist.setup("cuda")
 
 
 def test_a_learning_rate_of_1e_6_changes_bfloat16_training():
@@ -178,9 +249,11 @@ def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_p
     real = train.grpo.loss
     monkeypatch.setattr(train.grpo, "loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     with pytest.raises(SystemExit, match="five non-finite updates in a row"):
-        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20"])
-    first = Transformer.from_pretrained(start)
-    assert all(torch.isfinite(p).all() for p in first.parameters())
+        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20",
+                    "--save-every", "1"])
+    weights = load_file(dist.checkpoints(tmp_path / "run" / "checkpoints")[-1] / "weights.safetensors")
+    assert all(torch.equal(p, weights[n]) for n, p in Transformer.from_pretrained(start).named_parameters())
+    assert log_of(tmp_path / "run")[-1]["loss"] is None             # NaN is not JSON
 
 
 @pytest.mark.parametrize("budget, lengths, expected", [
@@ -216,6 +289,10 @@ BAD = {     # name -> (arguments, what the line must say); M is a good model, D 
     "levels": (["--levels", "6-4"], "--levels 6-4"),
     "type": (["--steps", "many"], "invalid int value"),
     "device": (["--device", "tpu"], "--device tpu: choose cpu, cuda, npu"),
+    "context": (["--model", "M", "--max-new-tokens", "5000"], "leaves the context of 2048"),
+    "temperature": (["--temperature", "inf"], "--temperature inf: must be a number above 0"),
+    "clip": (["--clip-low", "-3"], "--clip-low -3.0: must be at least 0"),
+    "foreign config": (["--resume", "--out", "FOREIGN"], "is not a run of this version"),
     "long prompts": (["--model", "M", "--max-prompt-tokens", "3"], "every prompt exceeds --max-prompt-tokens 3"),
 }
 
@@ -225,12 +302,15 @@ def test_bad_input_is_one_clear_line_and_loses_nothing(name, start, tmp_path, ca
     taken, empty = tmp_path / "taken", tmp_path / "empty.jsonl"
     taken.mkdir()
     (taken / "config.json").write_text("{}")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"foo": 1}')
     empty.write_text("\n")
     weightless = tmp_path / "weightless"
     weightless.mkdir()
     for file in start.glob("*.json"):
         (weightless / file.name).write_bytes(file.read_bytes())
-    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken),
+    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken), "FOREIGN": str(foreign),
              "NOWEIGHTS": str(weightless), "D": str(tmp_path / "d")}
     (tmp_path / "d").mkdir()
     args, expected = BAD[name]

@@ -29,9 +29,10 @@ import grpo
 import reward
 import sft
 from model import Transformer
-from rollout import Sampler
+from rollout import Sampler, check_request
 
 ALGOS = {"grpo": grpo}
+BEGIN = time.perf_counter()
 
 
 @dataclass
@@ -103,7 +104,10 @@ def parse(argv=None):
     saved = Path(given["out"]) / "config.json"
     if not saved.exists():
         raise ValueError(f"--resume: {given['out']} holds no run (no config.json)")
-    stored = json.loads(saved.read_text())
+    try:
+        stored = asdict(Config(**json.loads(saved.read_text())))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{saved} is not a run of this version: {error}") from None
     changed = [k for k, v in given.items() if k not in ("resume", "out", "steps") and stored.get(k) != v]
     if changed:
         raise ValueError(f"--resume continues the run as it was: --{changed[0].replace('_', '-')} was "
@@ -119,10 +123,12 @@ def check(c):
                "template": ("auto", "chat", "plain", "reasoning"), "device": ("", "cpu", "cuda", "npu")}
     least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
              "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1, "seed": 0,
-             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0}
+             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0,
+             "clip_low": 0, "clip_high": 0, "weight_decay": 0}
     dist.check_settings(c, choices, least)
-    if c.temperature <= 0 or c.lr <= 0:
-        raise ValueError(f"--temperature {c.temperature} and --lr {c.lr} must be above 0")
+    for name in ("temperature", "lr", "grad_clip"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number above 0")
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step {c.prompts_per_step} (groups stay whole)")
     if not c.model and c.data != "arithmetic":
@@ -168,15 +174,17 @@ def claim(c, folder):
 
 def start(c, folder, device):
     """Everything the loop needs, as one namespace."""
-    train, held_out = problems(c)
+    say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+    train, held_out = problems(c, say)
     if not c.model:
         claim(c, folder)
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model, tokenizer = Transformer.from_pretrained(source, device), data.load_tokenizer(source)
-    say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
     held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
+    for p in (train, held_out):
+        check_request([x["prompt"] for x in p], c.group_size, c.max_new_tokens, c.temperature, model.config)
     claim(c, folder)
     model.activation_checkpointing = c.activation_checkpointing
     master = dist.Master(model, dtype)
@@ -185,8 +193,8 @@ def start(c, folder, device):
                                   fused=device.type != "cpu")
     return SimpleNamespace(
         c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
-        tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, step=0, num_tokens=0, bad_steps=0,
-        seconds=0.0, first={}, say=say, algo=ALGOS[c.algo],
+        tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, step=0, updates=0, num_tokens=0,
+        bad_steps=0, seconds=0.0, first={}, say=say, algo=ALGOS[c.algo],
         sampler=Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once))
 
 
@@ -202,30 +210,42 @@ def warm_start(c, folder, device):
     return str(final)
 
 
-def problems(c):
+def problems(c, say):
     """(training problems, held-out problems), never overlapping."""
     levels = dist.parse_levels(c.levels)
-    train = data.load_problems(c.data, "train", c.seed, levels)
-    if c.eval_data or c.data == "arithmetic" or c.data in data.HUB:
-        return train, data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems)
-    return data.hold_out(train, c.eval_problems)
+    train = data.load_problems(c.data, "train", c.seed, levels, report=say)
+    if not (c.eval_data or c.data == "arithmetic" or c.data in data.HUB):
+        return data.hold_out(train, c.eval_problems)
+    held_out = data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems, say)
+    texts = {p["problem"] for p in held_out}
+    kept = [p for p in train if p["problem"] not in texts]
+    if len(kept) < len(train):
+        say(f"data: left {len(train) - len(kept)} of {len(train)} training problems out: they are held out as well")
+    if not kept:
+        raise ValueError("every training problem is held out as well: give another --eval-data")
+    return kept, held_out
 
 
 # ------------------------------------------------------------------------------------------------------ one step
 
 def roll(run, batch):
-    """Completions of this rank's share of the prompts and their rewards (n, G): (None, None) when it has none."""
+    """Completions of this rank's share of the prompts, their rewards (n, G) and which are right (n, G).
+
+    (None, None, None) when the rank has no prompt."""
     c, mine = run.c, dist.split(len(batch))
     if not len(mine):
-        return None, None
+        return None, None, None
     rollout = run.sampler.generate([batch[i]["prompt"] for i in mine], c.group_size, c.max_new_tokens, c.temperature,
                                    seed=[(c.seed, run.step, i) for i in mine])
     texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
     groups = [texts[k:k + c.group_size] for k in range(0, len(texts), c.group_size)]
-    scores = reward.score(groups, [batch[i]["answer"] for i in mine], c.format_reward, c.consistency_reward)
+    answers = [batch[i]["answer"] for i in mine]
+    right = scores = reward.score(groups, answers)
+    if c.format_reward or c.consistency_reward:
+        scores = reward.score(groups, answers, c.format_reward, c.consistency_reward)
     if dist.rank() == 0 and (run.step - 1) % c.eval_every == 0:
         write_samples(run, [batch[i] for i in mine][:2], groups, scores)
-    return rollout, torch.tensor(scores, device=run.device)
+    return rollout, torch.tensor(scores, device=run.device), torch.tensor(right, device=run.device)
 
 
 def micro_batches(lengths, budget):
@@ -286,6 +306,7 @@ def descend(run, loss):
     norm = torch.nn.utils.clip_grad_norm_(run.master.params, run.c.grad_clip).item()
     if math.isfinite(norm) and math.isfinite(loss):
         run.bad_steps = 0
+        run.updates += 1
         run.optimizer.step()
         run.master.publish()
         return norm
@@ -303,37 +324,37 @@ def train_step(run):
     lr = c.lr * min(1.0, run.step / (c.warmup_steps + 1))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.sampler.version = run.step - 1
-    rollout, rewards = roll(run, run.stream.next(c.prompts_per_step))
-    line = {"step": run.step, **rollout_metrics(run, rollout, rewards, begin)}
+    run.sampler.version = run.updates
+    rollout, rewards, right = roll(run, run.stream.next(c.prompts_per_step))
+    line = {"step": run.step, **rollout_metrics(run, rollout, rewards, right, begin)}
     middle = time.perf_counter()
-    batch, groups = None, []
+    batch, groups, active = None, [], []
     if rollout is not None:
         batch = run.algo.prepare(rollout, rewards, c)
         if run.reference is not None:
             add_reference(run, batch)
         groups = torch.arange(rewards.numel()).view(rewards.shape).tolist()
-    updates = []
-    for epoch in range(c.epochs):
-        for k in range(c.minibatches):
-            rows = [r for g in groups[k::c.minibatches] for r in g if batch["active"][r]]
+        active = batch["active"].tolist()
+    updates, mine = [], dist.split(c.prompts_per_step)
+    for _ in range(c.epochs):
+        for k in range(c.minibatches):      # by the prompt's global number: the same minibatches on any world size
+            rows = [r for i, g in zip(mine, groups) if i % c.minibatches == k for r in g if active[r]]
             updates.append(update(run, batch, rows))
     line.update(update_metrics(updates, line), lr=lr)
     end = time.perf_counter()
     peak = dist.all_reduce([dist.peak_memory_mb(run.device)], run.device, "max")[0]
     line.update(train_time=end - middle, step_time=end - begin, peak_memory_mb=peak)
-    run.seconds += end - begin
     return line
 
 
-def rollout_metrics(run, rollout, rewards, begin):
+def rollout_metrics(run, rollout, rewards, right, begin):
     """Means over all ranks of what was drawn."""
     n = [0.0] * 9
     if rollout is not None:
         lengths = (rollout.lengths - rollout.prompt_lengths).float()
         n = [rewards.numel(), rewards.sum(), rewards.std(1, correction=0).sum(), (~grpo.informative(rewards)).sum(),
              lengths.sum(), (~rollout.finished).sum(), rollout.lengths.sum(), -rollout.logps.sum(),
-             (rewards >= 1).any(1).sum()]
+             right.any(1).sum()]
     n = dist.all_reduce([float(x) for x in n], run.device)
     seconds = time.perf_counter() - begin
     rows, groups = n[0], n[0] / run.c.group_size
@@ -385,7 +406,8 @@ def write_samples(run, problems, groups, scores):
 def write_line(run, line):
     if dist.rank() == 0:
         with open(run.folder / "log.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            f.write(json.dumps(finite) + "\n")             # NaN is not JSON
 
 
 def draw_curve(folder):
@@ -399,7 +421,7 @@ def draw_curve(folder):
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
     for axis, (title, keys) in zip(axes, panels):
         for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             axis.plot(*zip(*points), marker="o" if key.startswith("eval") else None, markersize=3, label=key)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
@@ -422,9 +444,12 @@ def warn(run, line):
 
 # ------------------------------------------------------------------------------------------------------ the loop
 
+CARRIED = ("updates", "num_tokens", "bad_steps", "first")        # what a checkpoint keeps besides weights and optimizer
+
+
 def save(run):
-    state = {"cursor": run.stream.cursor, "num_tokens": run.num_tokens, "bad_steps": run.bad_steps,
-             "seconds": run.seconds, "first": run.first}
+    state = {"cursor": run.stream.cursor, "seconds": run.seconds + time.perf_counter() - BEGIN,
+             **{name: getattr(run, name) for name in CARRIED}}
     dist.save_checkpoint(run.folder / "checkpoints", run.step, run.master, run.optimizer, state)
 
 
@@ -433,8 +458,9 @@ def restore(run):
     found = dist.checkpoints(run.folder / "checkpoints")
     if found:
         state = dist.load_checkpoint(found[-1], run.master, run.optimizer)
-        run.step, run.stream.cursor, run.num_tokens = state["step"], state["cursor"], state["num_tokens"]
-        run.bad_steps, run.seconds, run.first = state["bad_steps"], state["seconds"], state["first"]
+        run.step, run.stream.cursor, run.seconds = state["step"], state["cursor"], state["seconds"]
+        for name in CARRIED:
+            setattr(run, name, state[name])
         run.say(f"resumed at step {run.step} from {found[-1]}")
     dist.barrier()
     if dist.rank() == 0:
@@ -479,7 +505,7 @@ def finish(run):
     if dist.rank() == 0:
         run.model.save_pretrained(run.folder / "model")
         last = [x for x in map(json.loads, open(run.folder / "log.jsonl")) if "eval_pass@1" in x][-1]
-        minutes, seconds = divmod(round(run.seconds), 60)
+        minutes, seconds = divmod(round(run.seconds + time.perf_counter() - BEGIN), 60)
         print(f"pass@1 {run.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
               f"{run.first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
               f"model in {run.folder}/model")
@@ -515,8 +541,11 @@ def main(argv=None):
     finally:
         dist.close()
     if not done:
-        where = f"python train.py --resume --out {c.out}" if c and c.out else "the same command"
-        print(f"stopped; go on with: {where}", file=sys.stderr)
+        claimed = c and c.out and (Path(c.out) / "config.json").exists()
+        launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped; go on with: {launcher} --resume --out {c.out}" if claimed else
+                  "stopped before anything was written", file=sys.stderr)
         sys.exit(130)
 
 
