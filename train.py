@@ -3,7 +3,7 @@
     python train.py                                              a small model, on a laptop, nothing to download
     python train.py --model Qwen/Qwen3-4B --data gsm8k           a real one
     torchrun --nproc-per-node 8 train.py --model DIR ...         data-parallel: the same numbers on any world size
-    python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C, bit for bit
+    python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C (on CPU bit for bit)
 
 Each step: take prompts (data.py), draw a group of completions of each (rollout.py), score them (reward.py), turn scores
 into advantages and a loss (grpo.py), take one or more optimizer steps (dist.py sums gradients over ranks).
@@ -79,7 +79,7 @@ class Config:
     micro_batch_tokens: int = 8192      # padded tokens a forward pass holds; memory, not mathematics
     activation_checkpointing: bool = False   # less memory, a third more time
     # evaluation and output
-    eval_every: int = 20                # steps; also before the first and after the last
+    eval_every: int = 10                # steps; also before the first and after the last
     eval_problems: int = 200            # held-out problems
     eval_samples: int = 4               # completions each, for pass@1 at the training temperature
     save_every: int = 20                # steps between checkpoints
