@@ -299,14 +299,16 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V). For inspection and tests: nothing here trains or samples through it."""
         return self.lm_head(self.hidden_states(tokens))
 
-    def token_logps(self, tokens, mask, temperature=1.0):
+    def token_logps(self, tokens, mask=None, temperature=1.0):
         """Log-probabilities of given tokens, and the entropies of the distributions they were drawn from.
 
-        tokens (B, T) int64 right-padded; mask (B, T), 1 where a token is wanted (position 0 never is).
+        tokens (B, T) int64 right-padded; mask (B, T), 1 where a token is wanted; None wants all. Position 0 has nothing
+        before it and is never wanted.
         Returns logps (B, T) float32 with gradient and entropy (B, T) float32 without, both of logits / temperature
         and 0 off the mask. Only wanted positions reach the vocabulary, LOGIT_CHUNK logits at a time, and each
         chunk is recomputed in backward: memory does not grow with B x T x V."""
         hidden = self.hidden_states(tokens)
+        mask = torch.ones_like(tokens) if mask is None else mask
         rows, columns = mask.bool()[:, 1:].nonzero(as_tuple=True)      # the token at column + 1 is read at column
         wanted, targets = hidden[rows, columns], tokens[rows, columns + 1]
         step = max(1, LOGIT_CHUNK // self.config.vocab_size)

@@ -568,3 +568,12 @@ def test_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with one_line("Qwen/Qwen3-4B", "We couldn't connect", error=FileNotFoundError):
         find_checkpoint("Qwen/Qwen3-4B")
+
+
+def test_without_a_mask_every_position_but_the_first_is_read():
+    model = Transformer(ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1)).init_weights(0)
+    tokens = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    logps, _ = model.token_logps(tokens)
+    expected = model(tokens).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logps[:, 1:], expected)
+    assert (logps[:, 0] == 0).all()
