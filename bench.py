@@ -93,7 +93,7 @@ def train_one_step(model, master, rollout, rewards):
 
 
 def main():
-    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=["memory"])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--prompts", type=int, default=2)
@@ -108,9 +108,9 @@ def main():
         args = parser.parse_args()
         if args.json and Path(args.json).exists():
             raise ValueError(f"--json {args.json} already exists: choose another file, results are never overwritten")
-    except ValueError as error:
+        result = {"command": "python bench.py " + " ".join(sys.argv[1:]), "torch": torch.__version__, **memory(args)}
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    result = {"command": "python bench.py " + " ".join(sys.argv[1:]), "torch": torch.__version__, **memory(args)}
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -227,7 +227,10 @@ def prompt_text(question, tokenizer, template="auto"):
 
 def render(tokenizer, messages, **options):
     """A conversation as text. Llama's template would put today's date in: a fixed one keeps runs repeatable."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **options)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **options)
+    except Exception as error:      # a template is a program: some refuse a system message
+        raise ValueError(f"the chat template refuses this prompt ({error}): use --template plain") from None
 
 
 def speaks_chat(tokenizer):

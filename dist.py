@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -70,6 +71,9 @@ def setup(device_name=""):
     if kind != "cpu" and (found is None or found.type != kind):
         raise ValueError(f"--device {kind}: no such device here (found: {found.type if found else 'cpu only'})")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind != "cpu" and local_rank >= torch.accelerator.device_count():
+        raise ValueError(f"local rank {local_rank} has no {kind} device: start at most "
+                         f"{torch.accelerator.device_count()} processes a node")
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         torch.accelerator.set_device_index(local_rank)
@@ -223,7 +227,8 @@ def load_checkpoint(path, master, optimizer):
 def peak_memory_mb(device):
     """Largest memory so far in MB: of the accelerator's allocator, or of the process on CPU."""
     if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10         # macOS counts bytes, Linux kilobytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return torch.accelerator.max_memory_allocated() / 2 ** 20
 
 

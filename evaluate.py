@@ -168,7 +168,7 @@ def start(c):
     device = dist.setup(c.device)
     c.device, c.dtype = str(device), c.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     levels = dist.parse_levels(c.levels)
-    problems = data.load_problems(c.data, "test", 0, levels, c.limit or ENDLESS)
+    problems = data.load_problems(c.data, "test", 0, levels, c.limit or ENDLESS, warn)
     problems = [{**p, "index": i} for i, p in enumerate(problems[:c.limit or None])]
     model = Transformer.from_pretrained(c.model, device, getattr(torch, c.dtype))
     tokenizer = data.load_tokenizer(c.model)

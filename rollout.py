@@ -58,8 +58,8 @@ class Sampler:
         a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens.
         ValueError for no prompts, an empty one, a token outside the vocabulary, or no room in the context."""
         check_request(prompts, group_size, max_new_tokens, temperature, self.model.config)
-        seeds = [(seed, i) for i in range(len(prompts))] if np.ndim(seed) == 0 else list(seed)
-        if len(seeds) != len(prompts) or any(n < 0 for s in seeds for n in np.atleast_1d(s)):
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [(seed, i) for i in range(len(prompts))]
+        if len(seeds) != len(prompts) or min(n for s in seeds for n in np.atleast_1d(s)) < 0:
             raise ValueError(f"seed must be one non-negative integer, or one seed for each of {len(prompts)} prompts")
         step = max(1, self.max_rows // group_size)
         parts = [self._generate(prompts[i:i + step], group_size, max_new_tokens, temperature, seeds[i:i + step],

@@ -167,6 +167,10 @@ def main(argv=None):
             raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of 2 x --heads {config.heads}")
         if Path(config.out).exists() and any(Path(config.out).iterdir()):
             raise ValueError(f"--out {config.out} is not empty: choose another folder")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("sft.py is one process: start it with python, not torchrun")
+        if not (0 < config.lr < math.inf and 0 <= config.terse_share <= 1):
+            raise ValueError(f"--lr {config.lr} must be above 0 and --terse-share {config.terse_share} between 0 and 1")
         config.device = str(dist.setup(config.device))
         torch.set_num_threads(config.threads or dist.choose_threads())
         warm_start(config)

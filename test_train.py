@@ -205,7 +205,7 @@ def test_a_problem_is_never_both_trained_on_and_held_out(start, tmp_path, capsys
     held_out.write_text("\n".join(map(json.dumps, rows[:50])))
     config = train.Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
     said = []
-    trained, evaluated = train.problems(config, said.append)
+    trained, evaluated = train.load_split(config, said.append)
     assert len(trained) == 150 and len(evaluated) == 50 and "left 50 of 200" in said[0]
 
 
@@ -290,6 +290,8 @@ BAD = {     # name -> (arguments, what the line must say); M is a good model, D 
     "type": (["--steps", "many"], "invalid int value"),
     "device": (["--device", "tpu"], "--device tpu: choose cpu, cuda, npu"),
     "context": (["--model", "M", "--max-new-tokens", "5000"], "leaves the context of 2048"),
+    "built-in context": (["--max-new-tokens", "5000"], "leave the context of 2048 tokens of the built-in model"),
+    "config of wrong types": (["--resume", "--out", "TYPES"], "is not a run of this version"),
     "temperature": (["--temperature", "inf"], "--temperature inf: must be a number above 0"),
     "clip": (["--clip-low", "-3"], "--clip-low -3.0: must be at least 0"),
     "foreign config": (["--resume", "--out", "FOREIGN"], "is not a run of this version"),
@@ -304,13 +306,16 @@ def test_bad_input_is_one_clear_line_and_loses_nothing(name, start, tmp_path, ca
     (taken / "config.json").write_text("{}")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
+    types = tmp_path / "types"
+    types.mkdir()
+    (types / "config.json").write_text('{"steps": "x"}')
     (foreign / "config.json").write_text('{"foo": 1}')
     empty.write_text("\n")
     weightless = tmp_path / "weightless"
     weightless.mkdir()
     for file in start.glob("*.json"):
         (weightless / file.name).write_bytes(file.read_bytes())
-    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken), "FOREIGN": str(foreign),
+    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken), "FOREIGN": str(foreign), "TYPES": str(types),
              "NOWEIGHTS": str(weightless), "D": str(tmp_path / "d")}
     (tmp_path / "d").mkdir()
     args, expected = BAD[name]
@@ -324,13 +329,17 @@ def test_bad_input_is_one_clear_line_and_loses_nothing(name, start, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
+    """Ctrl-C, and what schedulers send, sometimes twice."""
     out = tmp_path / "run"
     command = [sys.executable, str(HERE / "train.py"), "--model", str(start), "--out", str(out), *fast(start), "--steps", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and (not (out / "log.jsonl").exists() or len(log_of(out)) < 4):
         time.sleep(.1)
-    process.send_signal(signal.SIGINT)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(.02)
     error = process.communicate()[1]
     assert process.returncode == 130 and f"python train.py --resume --out {out}" in error and "Traceback" not in error
     last = log_of(out)[-1]["step"]

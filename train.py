@@ -1,7 +1,7 @@
 """Train a language model to reason with critic-free reinforcement learning: one loop, one file per concept.
 
     python train.py                                              a small model, on a laptop, nothing to download
-    python train.py --model Qwen/Qwen3-4B --data gsm8k           a real one
+    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512        a real one
     torchrun --nproc-per-node 8 train.py --model DIR ...         data-parallel: the same numbers on any world size
     python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C (on CPU bit for bit)
 
@@ -28,7 +28,7 @@ import dist
 import grpo
 import reward
 import sft
-from model import Transformer
+from model import ModelConfig, Transformer
 from rollout import Sampler, check_request
 
 ALGOS = {"grpo": grpo}
@@ -105,8 +105,8 @@ def parse(argv=None):
     if not saved.exists():
         raise ValueError(f"--resume: {given['out']} holds no run (no config.json)")
     try:
-        stored = asdict(Config(**json.loads(saved.read_text())))
-    except (TypeError, ValueError) as error:
+        stored = asdict(check(Config(**json.loads(saved.read_text()))))
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is not a run of this version: {error}") from None
     changed = [k for k, v in given.items() if k not in ("resume", "out", "steps") and stored.get(k) != v]
     if changed:
@@ -123,8 +123,8 @@ def check(c):
                "template": ("auto", "chat", "plain", "reasoning"), "device": ("", "cpu", "cuda", "npu")}
     least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
              "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1, "seed": 0,
-             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0, "dual_clip": 0,
-             "clip_low": 0, "clip_high": 0, "weight_decay": 0}
+             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0,
+             "dual_clip": 0, "clip_low": 0, "clip_high": 0, "weight_decay": 0}
     dist.check_settings(c, choices, least)
     for name in ("temperature", "lr", "grad_clip"):
         if not 0 < getattr(c, name) < math.inf:
@@ -134,6 +134,10 @@ def check(c):
     if not c.model and c.data != "arithmetic":
         raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
                          f"to make a small one: python sft.py --data {c.data} --out DIR")
+    room = ModelConfig.max_position_embeddings
+    if not c.model and c.max_prompt_tokens + c.max_new_tokens > room:       # found now, not after the warm start
+        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens {c.max_new_tokens} leave the "
+                         f"context of {room} tokens of the built-in model")
     dist.parse_levels(c.levels)
     return c
 
@@ -167,7 +171,8 @@ def claim(c, folder):
     """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+        (folder / ".config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+        os.replace(folder / ".config.json", folder / "config.json")         # never half a file
 
 
 # -------------------------------------------------------------------------------------------------------- set-up
@@ -175,7 +180,7 @@ def claim(c, folder):
 def start(c, folder, device):
     """Everything the loop needs, as one namespace."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
-    train, held_out = problems(c, say)
+    train, held_out = load_split(c, say)
     if not c.model:
         claim(c, folder)
     source = c.model or warm_start(c, folder, device)
@@ -194,7 +199,7 @@ def start(c, folder, device):
     return SimpleNamespace(
         c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
         tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, step=0, updates=0, num_tokens=0,
-        bad_steps=0, seconds=0.0, first={}, say=say, algo=ALGOS[c.algo],
+        bad_steps=0, seconds=0.0, first={}, latest=None, say=say, algo=ALGOS[c.algo],
         sampler=Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once))
 
 
@@ -210,7 +215,7 @@ def warm_start(c, folder, device):
     return str(final)
 
 
-def problems(c, say):
+def load_split(c, say):
     """(training problems, held-out problems), never overlapping."""
     levels = dist.parse_levels(c.levels)
     train = data.load_problems(c.data, "train", c.seed, levels, report=say)
@@ -483,7 +488,8 @@ def loop(run, interrupted):
         warn(run, line)
         last = run.step == c.steps
         if last or run.step % c.eval_every == 0:
-            line.update(evaluate(run))
+            run.latest = evaluate(run)
+            line.update(run.latest)
         write_line(run, line)
         bar.update()
         bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
@@ -502,9 +508,9 @@ def loop(run, interrupted):
 
 def finish(run):
     """Write the model in HF format and the last line."""
+    last = run.latest or evaluate(run)      # nothing evaluated yet: a resumed run that had no step left
     if dist.rank() == 0:
         run.model.save_pretrained(run.folder / "model")
-        last = [x for x in map(json.loads, open(run.folder / "log.jsonl")) if "eval_pass@1" in x][-1]
         minutes, seconds = divmod(round(run.seconds + time.perf_counter() - BEGIN), 60)
         print(f"pass@1 {run.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
               f"{run.first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
@@ -514,9 +520,10 @@ def finish(run):
 def main(argv=None):
     interrupted = [0]
 
-    def on_interrupt(*_):
+    def on_interrupt(number, _):
         interrupted[0] += 1
-        if interrupted[0] > 1 or not looping:
+        impatient = number == signal.SIGINT and interrupted[0] > 1      # schedulers may well send SIGTERM twice
+        if impatient or not looping:
             raise KeyboardInterrupt
         print("\ninterrupted: finishing this step, then saving (Ctrl-C again to stop at once)", file=sys.stderr)
 

@@ -1,6 +1,6 @@
 """How often the default run's models answer tersely or step by step, and how often each is right, before and after RL.
 
-    python results/default/styles.py runs/default-seed0 runs/default-seed1 runs/default-seed2
+    python results/default/styles.py runs/grpo-arithmetic-seed0 runs/grpo-arithmetic-seed1 runs/grpo-arithmetic-seed2
 """
 import sys
 from pathlib import Path
