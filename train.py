@@ -69,7 +69,7 @@ class Config:
     beta: float = 0.0                   # weight of the KL to the starting model; above 0 loads a frozen reference
     kl_kind: str = "k3"                 # k1, k2, k3, k3_is
     # optimisation
-    steps: int = 80                     # rollouts
+    steps: int = 60                     # rollouts
     epochs: int = 1                     # passes over a rollout
     minibatches: int = 1                # optimizer steps a pass
     lr: float = 1e-4                    # for the default small model; 1e-6 is usual for billions of parameters
