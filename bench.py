@@ -5,13 +5,14 @@
 The checkpoint is written sharded in HF layout first, so loading, sampling, training and saving are what a real one gets.
 Rewards are drawn at random: random weights answer nothing, and a step without a gradient would measure nothing.
 """
-import os
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threads soon sleep (LOG.md)
 import torch
@@ -21,7 +22,7 @@ import grpo
 import model as model_module
 from model import ModelConfig, Transformer
 from rollout import Sampler
-from train import Config, micro_batches, rows_of
+from train import Config, update
 
 SHAPES = {   # config.json of the published checkpoints, as far as it decides shapes
     "tiny": dict(model_type="qwen3", vocab_size=512, hidden_size=96, intermediate_size=288, num_hidden_layers=4,
@@ -80,16 +81,12 @@ def memory(args):
 
 
 def train_one_step(model, master, rollout, rewards):
-    """The loop's update, with this module's own settings."""
+    """train.update, as the loop calls it."""
     config = Config()
-    batch = grpo.prepare(rollout, rewards, config)
-    optimizer = torch.optim.AdamW(master.params, lr=1e-6, fused=model.device.type != "cpu", foreach=False)
-    for rows in micro_batches(rollout.lengths.tolist(), config.micro_batch_tokens):
-        micro = rows_of(batch, rows)
-        logp, entropy = model.token_logps(micro["tokens"], micro["mask"])
-        grpo.loss(logp, entropy, micro, config, batch["mask"].sum())[0].backward()
-    optimizer.step()
-    master.publish()
+    optimizer = torch.optim.AdamW(master.params, lr=1e-6, fused=model.device.type != "cpu")
+    run = SimpleNamespace(c=config, device=model.device, model=model, master=master, optimizer=optimizer, algo=grpo,
+                          step=1, updates=0, bad_steps=0, say=print)
+    update(run, grpo.prepare(rollout, rewards, config), list(range(rewards.numel())))
 
 
 def main():

@@ -241,8 +241,11 @@ def speaks_chat(tokenizer):
 
 def encode_prompts(problems, tokenizer, template):
     """Token ids of each problem's prompt. A chat template writes its own bos; other text gets the tokenizer's, if any."""
+    chat = uses_chat(tokenizer, template)
+    if template == "auto":          # decided once, not for every problem
+        template = "chat" if chat else "plain"
     texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
-    return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
+    return tokenizer(texts, add_special_tokens=not chat)["input_ids"]
 
 
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):

@@ -43,15 +43,32 @@ def command_line(config_class, description, argv=None):
     return vars(parser.parse_args(argv))
 
 
+SHARED_CHOICES = {"device": ("", "cpu", "cuda", "npu"), "dtype": ("", "float32", "bfloat16"),
+                  "template": ("auto", "chat", "plain", "reasoning")}        # of fields that several programs have
+SHARED_LEAST = {"seed": 0, "threads": 0}
+
+
 def check_settings(config, choices, least):
-    """ValueError, one line, when a field is not among its choices {field: values} or below its bound {field: number}."""
+    """ValueError, one line, when a field is not among its choices {field: values} or below its bound {field: number}.
+
+    The fields that the programs share (above, and levels) are checked where the config has them."""
     flag = {f.name: "--" + f.name.replace("_", "-") for f in fields(config)}
+    choices = {**choices, **{name: allowed for name, allowed in SHARED_CHOICES.items() if name in flag}}
+    least = {**least, **{name: low for name, low in SHARED_LEAST.items() if name in flag}}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{flag[name]} {getattr(config, name)}: choose {', '.join(filter(None, allowed))}")
     for name, low in least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"{flag[name]} {getattr(config, name)}: must be at least {low}")
+    if "levels" in flag:
+        parse_levels(config.levels)
+
+
+def refuse_torchrun(program):
+    """ValueError when a program of one process was started as one of several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{program} is one process: start it with python, not torchrun")
 
 
 def parse_levels(text):

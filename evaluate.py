@@ -142,20 +142,15 @@ def parse(argv=None):
 
 def check(c):
     """ValueError, one line, for settings that cannot work: before anything is loaded, let alone generated."""
-    least = {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "rows_at_once": 1, "limit": 0, "top_k": 0,
-             "seed": 0, "threads": 0}
-    choices = {"template": ("auto", "chat", "plain", "reasoning"), "device": ("", "cpu", "cuda", "npu"),
-               "dtype": ("", "float32", "bfloat16")}
-    dist.check_settings(c, choices, least)
-    dist.parse_levels(c.levels)
+    least = {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "rows_at_once": 1, "limit": 0, "top_k": 0}
+    dist.check_settings(c, {}, least)
     if not 0 < c.temperature < math.inf:
         raise ValueError(f"--temperature {c.temperature}: must be above 0 (the greedy accuracy is always reported)")
     if not 0 < c.top_p <= 1:
         raise ValueError(f"--top-p {c.top_p}: must be above 0 and at most 1")
     if not c.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("evaluate.py is one process: start it with python, not torchrun")
+    dist.refuse_torchrun("evaluate.py")
     if c.json and Path(c.json).exists():
         raise ValueError(f"--json {c.json} already exists: choose another file, results are never overwritten")
     if c.json and not os.access(Path(c.json).parent, os.W_OK):      # now, not after hours of sampling

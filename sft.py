@@ -9,8 +9,8 @@ the rest is told step by step. Which habit earns rewards is left for train.py to
     python sft.py --data gsm8k_train.jsonl --out runs/warm       a new small model and its own tokenizer
     python sft.py --data FILE.jsonl --model DIR --out DIR        or an existing checkpoint
 """
-import os
 import math
+import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -140,14 +140,14 @@ def build(problems, config):
 
 def warm_start(config, progress=True):
     """Run the whole thing: data, model, training, checkpoint in config.out. Returns (model, tokenizer)."""
-    levels = dist.parse_levels(config.levels)
+    levels, device = dist.parse_levels(config.levels), config.device or "cpu"
     problems = data.load_problems(config.data, "train", config.seed, levels, config.problems)
     if config.model:
-        model = Transformer.from_pretrained(config.model, config.device or "cpu")
+        model = Transformer.from_pretrained(config.model, device)
         tokenizer = data.load_tokenizer(config.model)
     else:
         model, tokenizer = build(problems, config)
-        model.to(config.device or "cpu")
+        model.to(device)
     loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:
         second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
@@ -162,13 +162,12 @@ def main(argv=None):
     try:
         config = SFTConfig(**dist.command_line(SFTConfig, __doc__, argv))
         least = dict.fromkeys(("hidden_size", "layers", "heads", "vocab_size", "max_length", "problems", "steps", "batch_size"), 1)
-        dist.check_settings(config, {}, {**least, "seed": 0, "threads": 0, "terse_steps": 0})
+        dist.check_settings(config, {}, {**least, "terse_steps": 0})
         if config.hidden_size % (2 * config.heads):
             raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of 2 x --heads {config.heads}")
         if Path(config.out).exists() and any(Path(config.out).iterdir()):
             raise ValueError(f"--out {config.out} is not empty: choose another folder")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("sft.py is one process: start it with python, not torchrun")
+        dist.refuse_torchrun("sft.py")
         if not (0 < config.lr < math.inf and 0 <= config.terse_share <= 1):
             raise ValueError(f"--lr {config.lr} must be above 0 and --terse-share {config.terse_share} between 0 and 1")
         config.device = str(dist.setup(config.device))

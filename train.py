@@ -119,11 +119,10 @@ def check(c):
     """ValueError, one line, for settings that cannot work."""
     choices = {"algo": ALGOS, "advantage_scale": ("std", "none", "loo", "batch"), "ratio_level": ("token", "sequence"),
                "aggregation": ("token", "sequence", "constant"), "zero_variance": ("drop", "keep"),
-               "kl_kind": ("k1", "k2", "k3", "k3_is"), "dtype": ("", "float32", "bfloat16"),
-               "template": ("auto", "chat", "plain", "reasoning"), "device": ("", "cpu", "cuda", "npu")}
+               "kl_kind": ("k1", "k2", "k3", "k3_is")}
     least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
-             "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1, "seed": 0,
-             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "threads": 0, "beta": 0, "warmup_steps": 0,
+             "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1,
+             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "beta": 0, "warmup_steps": 0,
              "dual_clip": 0, "clip_low": 0, "clip_high": 0, "weight_decay": 0}
     dist.check_settings(c, choices, least)
     for name in ("temperature", "lr", "grad_clip"):
@@ -138,7 +137,6 @@ def check(c):
     if not c.model and c.max_prompt_tokens + c.max_new_tokens > room:       # found now, not after the warm start
         raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens {c.max_new_tokens} leave the "
                          f"context of {room} tokens of the built-in model")
-    dist.parse_levels(c.levels)
     return c
 
 
