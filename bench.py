@@ -22,7 +22,8 @@ import grpo
 import model as model_module
 from model import ModelConfig, Transformer
 from rollout import Sampler
-from train import Config, update
+from train import Config
+from update import update
 
 SHAPES = {   # config.json of the published checkpoints, as far as it decides shapes
     "tiny": dict(model_type="qwen3", vocab_size=512, hidden_size=96, intermediate_size=288, num_hidden_layers=4,
@@ -81,12 +82,12 @@ def memory(args):
 
 
 def train_one_step(model, master, rollout, rewards):
-    """train.update, as the loop calls it."""
+    """update.update, as the loop calls it."""
     config = Config()
     optimizer = torch.optim.AdamW(master.params, lr=1e-6, fused=model.device.type != "cpu")
     run = SimpleNamespace(c=config, device=model.device, model=model, master=master, optimizer=optimizer, algo=grpo,
                           step=1, updates=0, bad_steps=0, say=print)
-    update(run, grpo.prepare(rollout, rewards, config), list(range(rewards.numel())))
+    update(run, grpo.prepare(rollout, rewards, config), [list(range(rewards.numel()))], config)
 
 
 def main():

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -140,17 +140,30 @@ def broadcast_object(value):
     return box[0]
 
 
+def gather_objects(value):
+    """Every rank's value, in a list by rank, on every rank. Between our own processes only: it pickles."""
+    box = [value]
+    if dist.is_initialized():
+        box = [None] * world()
+        dist.all_gather_object(box, value)
+    return box
+
+
 def sum_gradients(params):
-    """Sum .grad over ranks, in one buffer; a parameter without a gradient counts as zero."""
-    if not dist.is_initialized():
-        return
+    """Sum .grad over ranks; a parameter without a gradient counts as zero."""
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
+    sum_tensors([p.grad for p in params])
+
+
+def sum_tensors(tensors):
+    """Sum each tensor over ranks in place, in one buffer."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
 
 
 class Master:
@@ -185,12 +198,48 @@ class Master:
                 p.copy_(m)
 
 
+# ------------------------------------------------------------------------------------------------------ run folder
+
+def open_run(c):
+    """The run's folder, not yet written to; ValueError when it holds another run."""
+    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    folder = Path(c.out)
+    if not c.resume and folder.exists() and any(folder.iterdir()):
+        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
+        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
+    c.threads = c.threads or choose_threads()
+    return folder
+
+
+def agree_on_run(c):
+    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = (open_run(c), asdict(c))
+        except (ValueError, OSError) as error:
+            outcome = (None, str(error))
+    folder, settings = broadcast_object(outcome)
+    if folder is None:
+        raise ValueError(settings)
+    return type(c)(**settings), folder
+
+
+def claim(c, folder):
+    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+        os.replace(folder / ".config.json", folder / "config.json")         # never half a file
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(folder, step, master, optimizer, state, keep=2):
+def save_checkpoint(folder, step, master, optimizer, state, extra=None, keep=2):
     """Write folder/step-NNNNNN, whole or not at all: into a hidden folder first, renamed when complete and on disk.
 
-    state: a JSON-able dict. Rank 0 writes (all ranks hold the same); the newest `keep` checkpoints stay."""
+    state: a JSON-able dict; extra: a dict of tensors, lists and numbers (the replay buffer). Rank 0 writes (all ranks
+    hold the same); the newest `keep` checkpoints stay."""
     if rank() == 0:
         final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
         for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
@@ -199,6 +248,7 @@ def save_checkpoint(folder, step, master, optimizer, state, keep=2):
         weights = {n: p.detach().cpu().contiguous() for n, p in zip(master.names, master.params)}
         save_file(weights, part / "weights.safetensors")
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        torch.save(extra or {}, part / "extra.pt")
         (part / "state.json").write_text(json.dumps({**state, "step": step}))
         for path in (*part.iterdir(), part):
             sync(path)
@@ -225,18 +275,20 @@ def checkpoints(folder):
 
 @torch.no_grad()
 def load_checkpoint(path, master, optimizer):
-    """Restore weights and optimizer in place; returns the state dict. ValueError when a file does not fit."""
+    """Restore weights and optimizer in place; returns (state, extra). ValueError when a file does not fit."""
     try:
         with safe_open(Path(path) / "weights.safetensors", framework="pt") as file:
             for name, p in zip(master.names, master.params):
                 p.copy_(file.get_tensor(name))
-        optimizer.load_state_dict(torch.load(Path(path) / "optimizer.pt", map_location="cpu", weights_only=True))
+        stored, extra = (torch.load(Path(path) / name, map_location="cpu", weights_only=True)
+                         for name in ("optimizer.pt", "extra.pt"))
+        optimizer.load_state_dict(stored)
         state = json.loads((Path(path) / "state.json").read_text())
     except Exception as error:   # truncated, foreign or misshapen files raise many types; all mean the same here
         raise ValueError(f"checkpoint {path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); "
                          "remove that folder to resume from the one before") from None
     master.publish()
-    return state
+    return state, extra
 
 
 # --------------------------------------------------------------------------------------------------------- machine

@@ -130,6 +130,9 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
 
 # ------------------------------------------------------------------------------ the two calls of train.py's loop
 
+METRICS = {"entropy": "tokens", "kl": "tokens", "clip_ratio": "tokens"}     # sums of `loss`, and the count to divide by
+
+
 def prepare(rollout, rewards, config):
     """Rollout and rewards (N, G) -> the batch that `loss` reads: a dict of tensors with B rows.
 
@@ -148,19 +151,27 @@ def prepare(rollout, rewards, config):
             "advantages": advantages.flatten(), "active": active & (mask.sum(1) > 0)}
 
 
-def loss(logp, entropy, batch, config, normalizer):
+def ratio_deviation(logp, old_logp, mask):
+    """Largest |pi / mu - 1| over the tokens: rounding error where the trainer is the sampler."""
+    return (_log_ratio(logp.detach(), old_logp, mask).exp() - 1).abs().max()
+
+
+def loss(logp, entropy, batch, config, normalizer, weight=None):
     """The objective on some rows of the batch: a scalar, and sums over tokens for the log.
 
-    logp, entropy (B, T) of the current policy; normalizer as in aggregate, over the whole optimizer step."""
+    logp, entropy (B, T) of the current policy; normalizer as in aggregate, over the whole optimizer step; weight (B, T)
+    multiplies the policy term (offpolicy.py)."""
     A, mask, old = batch["advantages"], batch["mask"], batch["old_logp"]
     per_token = policy_loss(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level,
                             config.dual_clip or None)
+    if weight is not None:
+        per_token = per_token * weight
     kl = torch.zeros_like(logp)
     if config.beta > 0:
         kl = kl_penalty(logp, batch["ref_logp"], config.kl_kind, old, mask)
         per_token = per_token + config.beta * kl
     with torch.no_grad():
-        sums = {"tokens": mask.sum(), "entropy": (entropy * mask).sum(), "kl": kl.sum(),
+        sums = {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(), "entropy": (entropy * mask).sum(), "kl": kl.sum(),
                 "clip_ratio": clipped(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level).sum(),
-                "ratio_max_dev": (_log_ratio(logp, old, mask).exp() - 1).abs().max()}
+                "ratio_max_dev": ratio_deviation(logp, old, mask)}
     return aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums

@@ -40,6 +40,12 @@ class Rollout:
         return [tokens[start:end] for tokens, start, end in rows]
 
 
+def empty_rollout(device):
+    """No completions: what a rank without prompts has."""
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return Rollout(none[:, None], none, none, none[:, None].float(), none.bool())
+
+
 class Sampler:
     """Draws completions from a model.
 

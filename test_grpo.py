@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import grpo
 from rollout import Rollout
-from train import Config, micro_batches, rows_of
+from train import Config
+from update import micro_batches, rows_of
 
 torch.set_num_threads(1)
 LOGP = torch.tensor([[-.1, -.5, -1.], [-.2, -.3, 0.]], dtype=torch.float64)

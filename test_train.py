@@ -15,6 +15,7 @@ import data
 import dist
 import sft
 import train
+import update
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parent
@@ -259,7 +260,7 @@ def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_p
 @pytest.mark.parametrize("budget, lengths, expected", [
     (10, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (100, [3, 5, 2], [[2, 0, 1]]), (10, [], [])])
 def test_micro_batches_are_sorted_and_within_budget(budget, lengths, expected):
-    assert train.micro_batches(lengths, budget) == expected
+    assert update.micro_batches(lengths, budget) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

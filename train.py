@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,19 +26,23 @@ from tqdm import tqdm
 import data
 import dist
 import grpo
+import gtpo
+import offpolicy
+import report
 import reward
 import sft
 from model import ModelConfig, Transformer
-from rollout import Sampler, check_request
+from rollout import Sampler, check_request, empty_rollout
+from update import learn
 
-ALGOS = {"grpo": grpo}
+ALGOS = {"grpo": grpo, "gtpo": gtpo, "offpolicy": offpolicy}
 BEGIN = time.perf_counter()
 
 
 @dataclass
 class Config:
     # what
-    algo: str = "grpo"                  # the objective: grpo
+    algo: str = "grpo"                  # the objective: grpo, gtpo, offpolicy
     model: str = ""                     # checkpoint folder or hub id; empty: warm-start a small one on the built-in task
     data: str = "arithmetic"            # arithmetic, gsm8k, math, or a .jsonl file
     eval_data: str = ""                 # held-out problems; empty: the source's test split, or a part of the file
@@ -57,17 +61,46 @@ class Config:
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result
     # objective (grpo.py)
-    advantage_scale: str = "std"        # std, none (Dr. GRPO), loo (RLOO), batch
+    advantage_scale: str = ""           # std, none (Dr. GRPO), loo (RLOO), batch; empty: std, with gtpo none
     unbiased_std: bool = False          # std with G - 1, as TRL and verl
     clip_low: float = 0.2
     clip_high: float = 0.2              # 0.28: DAPO's clip-higher
     ratio_level: str = "token"          # token, sequence (GSPO: clip about 3e-4)
     dual_clip: float = 0.0              # 3.0: verl's bound for negative advantages; 0: none
-    aggregation: str = "token"          # token (DAPO), sequence (DeepSeekMath), constant (Dr. GRPO)
+    aggregation: str = ""               # token (DAPO), sequence (DeepSeekMath), constant (Dr. GRPO); empty: token, gtpo: sequence
     zero_variance: str = "drop"         # groups of equal rewards: drop, keep (in the normalizer)
     mask_truncated: bool = False        # leave cut completions out of the loss
     beta: float = 0.0                   # weight of the KL to the starting model; above 0 loads a frozen reference
     kl_kind: str = "k3"                 # k1, k2, k3, k3_is
+    # gtpo only (gtpo.py)
+    gtpo_gamma: float = 0.005           # entropy penalty; the paper's 0.1 is for rewards of 0 to 20
+    gtpo_amplify: float = 2.0           # weight of conflict tokens in positive rows
+    gtpo_cap: float = 2.0               # largest weight of a token in both runs; 0: no bound
+    gtpo_ratio: bool = True             # pi / mu for several updates a rollout; else 1
+    gtpo_official: bool = False         # the official code instead of the published objective (also set --gtpo-gamma)
+    # offpolicy only (offpolicy.py)
+    sync_every: int = 1                 # v: steps between updates of the weights that draw completions
+    replay_ratio: int = 2               # K: passes a rollout, one over fresh groups and K - 1 over the buffer
+    correction: str = "bypass"          # bypass (ratio to mu), decoupled (ratio to prox, importance weights)
+    importance: str = "truncated"       # decoupled: none, standard, clipped, truncated, masked, self_normalized, retrace, tempered
+    importance_level: str = "sequence"  # token, sequence, geometric
+    importance_cap: float = 2.0         # largest weight of clipped, truncated, masked
+    importance_low: float = 0.0         # least weight of clipped (0: 1 / cap) and masked
+    importance_normalize: str = ""      # batch, group: weights of mean 1
+    trace: float = 1.0                  # of retrace and tempered
+    trust_region: str = ""              # sequence, token, second_moment: leave out what has drifted
+    trust_delta: float = 0.2            # sequence: nats a token; token: probability; second_moment: 0.04 (M2PO)
+    kl_limit: float = 0.0               # nats a token: above this KL(pi||mu) the reuse of a step ends; 0: never
+    adaptive_clip: bool = False         # widen and narrow the clip to hold --kl-limit
+    adaptive_replay: bool = False       # let ESS (below half) and --kl-limit choose K, up to --replay-ratio
+    buffer_groups: int = 512            # capacity in groups
+    buffer_mb: float = 0.0              # and in megabytes; 0: no bound
+    max_staleness: int = 32             # optimizer updates after which a group leaves; 0: never
+    max_reuse: int = 0                  # draws after which it leaves; 0: never
+    min_ess: float = 0.0                # share of effective sequences below which it leaves
+    priority: float = 0.0               # alpha of prioritized replay (usual 0.6); 0: uniform
+    priority_beta: float = 0.4          # its bias correction at the start, rising to 1 at the end
+    variance_every: int = 0             # steps between estimates of the gradient's variance; 0: none
     # optimisation
     steps: int = 60                     # rollouts
     epochs: int = 1                     # passes over a rollout
@@ -91,8 +124,20 @@ class Config:
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
     threads: int = 0                    # CPU threads; 0: measured
 
+    def __post_init__(self):
+        """The two defaults that depend on the algorithm."""
+        self.advantage_scale = self.advantage_scale or ("none" if self.algo == "gtpo" else "std")
+        self.aggregation = self.aggregation or ("sequence" if self.algo == "gtpo" else "token")
+
 
 # ------------------------------------------------------------------------------------------------------ settings
+
+GTPO_ONLY = tuple(f.name for f in fields(Config) if f.name.startswith("gtpo_"))
+OFFPOLICY_ONLY = (
+    "sync_every", "replay_ratio", "correction", "importance", "importance_level", "importance_cap", "importance_low",
+    "importance_normalize", "trace", "trust_region", "trust_delta", "kl_limit", "adaptive_clip", "adaptive_replay",
+    "buffer_groups", "buffer_mb", "max_staleness", "max_reuse", "min_ess", "priority", "priority_beta")
+
 
 def parse(argv=None):
     """Command line -> Config. With --resume the run's own config.json counts; only --steps may be given beside it."""
@@ -115,19 +160,34 @@ def parse(argv=None):
     return check(Config(**{**stored, **given}))
 
 
+CHOICES = {"algo": ALGOS, "advantage_scale": ("std", "none", "loo", "batch"), "ratio_level": ("token", "sequence"),
+           "aggregation": ("token", "sequence", "constant"), "zero_variance": ("drop", "keep"),
+           "kl_kind": ("k1", "k2", "k3", "k3_is"), "correction": ("bypass", "decoupled"), "importance": offpolicy.SCHEMES,
+           "importance_level": offpolicy.LEVELS, "importance_normalize": ("", "batch", "group"),
+           "trust_region": ("", "sequence", "token", "second_moment")}
+LEAST = {**dict.fromkeys((
+    "max_new_tokens", "prompts_per_step", "steps", "epochs", "minibatches", "micro_batch_tokens", "eval_every",
+    "eval_problems", "eval_samples", "save_every", "rows_at_once", "max_prompt_tokens", "sync_every", "replay_ratio",
+    "buffer_groups"), 1), "group_size": 2, "warm_start_steps": 5, **dict.fromkeys((
+        "beta", "warmup_steps", "dual_clip", "clip_low", "clip_high", "weight_decay", "gtpo_gamma", "gtpo_amplify",
+        "gtpo_cap", "importance_low", "trust_delta", "kl_limit", "buffer_mb", "max_staleness", "max_reuse", "min_ess",
+        "priority", "priority_beta", "variance_every"), 0)}
+UNUSED = {      # settings without a meaning for an algorithm: changing one is an error, not silence
+    "grpo": GTPO_ONLY + OFFPOLICY_ONLY, "offpolicy": GTPO_ONLY, "gtpo": OFFPOLICY_ONLY + (
+        "clip_low", "clip_high", "ratio_level", "dual_clip", "beta", "kl_kind")}
+
+
 def check(c):
     """ValueError, one line, for settings that cannot work."""
-    choices = {"algo": ALGOS, "advantage_scale": ("std", "none", "loo", "batch"), "ratio_level": ("token", "sequence"),
-               "aggregation": ("token", "sequence", "constant"), "zero_variance": ("drop", "keep"),
-               "kl_kind": ("k1", "k2", "k3", "k3_is")}
-    least = {"group_size": 2, "max_new_tokens": 1, "prompts_per_step": 1, "steps": 1, "epochs": 1, "minibatches": 1,
-             "micro_batch_tokens": 1, "eval_every": 1, "eval_problems": 1, "eval_samples": 1, "save_every": 1,
-             "rows_at_once": 1, "max_prompt_tokens": 1, "warm_start_steps": 5, "beta": 0, "warmup_steps": 0,
-             "dual_clip": 0, "clip_low": 0, "clip_high": 0, "weight_decay": 0}
-    dist.check_settings(c, choices, least)
-    for name in ("temperature", "lr", "grad_clip"):
+    dist.check_settings(c, CHOICES, LEAST)
+    for name in ("temperature", "lr", "grad_clip", "importance_cap"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number above 0")
+    for name in UNUSED[c.algo]:
+        if getattr(c, name) != getattr(Config, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --algo {c.algo}: leave it out")
+    if c.algo == "offpolicy":
+        check_offpolicy(c)
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step {c.prompts_per_step} (groups stay whole)")
     if not c.model and c.data != "arithmetic":
@@ -140,37 +200,18 @@ def check(c):
     return c
 
 
-def open_run(c):
-    """The run's folder, not yet written to; ValueError when it holds another run."""
-    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
-    folder = Path(c.out)
-    if not c.resume and folder.exists() and any(folder.iterdir()):
-        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
-        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
-    c.threads = c.threads or dist.choose_threads()
-    return folder
-
-
-def agree_on_run(c):
-    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
-    outcome = None
-    if dist.rank() == 0:
-        try:
-            outcome = (open_run(c), asdict(c))
-        except (ValueError, OSError) as error:
-            outcome = (None, str(error))
-    folder, settings = dist.broadcast_object(outcome)
-    if folder is None:
-        raise ValueError(settings)
-    return Config(**settings), folder
-
-
-def claim(c, folder):
-    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
-        os.replace(folder / ".config.json", folder / "config.json")         # never half a file
+def check_offpolicy(c):
+    """Combinations that would do nothing, or count the ratio twice."""
+    if c.correction == "bypass":
+        for name in ("importance", "importance_level", "importance_cap", "importance_low", "importance_normalize", "trace"):
+            if getattr(c, name) != getattr(Config, name):
+                raise ValueError(f"--{name.replace('_', '-')} needs --correction decoupled: the bypass loss has the ratio "
+                                 "to mu already, a weight would count it twice")
+    for name in ("min_ess", "trace", "priority_beta"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be between 0 and 1")
+    if c.adaptive_clip and not (c.kl_limit and c.clip_low):
+        raise ValueError("--adaptive-clip holds the KL near --kl-limit: give one above 0, and --clip-low above 0")
 
 
 # -------------------------------------------------------------------------------------------------------- set-up
@@ -180,7 +221,7 @@ def start(c, folder, device):
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     train, held_out = load_split(c, say)
     if not c.model:
-        claim(c, folder)
+        dist.claim(c, folder)
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model, tokenizer = Transformer.from_pretrained(source, device), data.load_tokenizer(source)
@@ -188,17 +229,23 @@ def start(c, folder, device):
     held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
     for p in (train, held_out):
         check_request([x["prompt"] for x in p], c.group_size, c.max_new_tokens, c.temperature, model.config)
-    claim(c, folder)
+    dist.claim(c, folder)
     model.activation_checkpointing = c.activation_checkpointing
     master = dist.Master(model, dtype)
     reference = Transformer.from_pretrained(source, device, dtype) if c.beta > 0 else None
     optimizer = torch.optim.AdamW(master.params, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
                                   fused=device.type != "cpu")
+    sampler = behaviour = Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once)
+    if c.sync_every > 1:        # a second copy of the weights, which lags behind
+        behaviour = Sampler(Transformer.from_pretrained(source, device, dtype), sampler.eos_ids.tolist(), c.rows_at_once)
+    buffer = offpolicy.ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse, c.min_ess, c.priority,
+                                    seed=c.seed)
     return SimpleNamespace(
         c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
-        tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, step=0, updates=0, num_tokens=0,
-        bad_steps=0, seconds=0.0, first={}, latest=None, say=say, algo=ALGOS[c.algo],
-        sampler=Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once))
+        tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, sampler=sampler, behaviour=behaviour,
+        buffer=buffer, algo=ALGOS[c.algo], say=say, latest=None, seconds=0.0, first={}, step=0, updates=0, num_tokens=0,
+        bad_steps=0, replay_ratio=float(c.replay_ratio if c.algo == "offpolicy" else 1), clip=c.clip_low,
+        initial_entropy=None)
 
 
 def warm_start(c, folder, device):
@@ -231,93 +278,30 @@ def load_split(c, say):
 
 # ------------------------------------------------------------------------------------------------------ one step
 
-def roll(run, batch):
-    """Completions of this rank's share of the prompts, their rewards (n, G) and which are right (n, G).
+def synchronise(run):
+    """Bring the weights that draw completions up to date: every step, or every --sync-every steps."""
+    if (run.step - 1) % run.c.sync_every == 0:
+        if run.behaviour is not run.sampler:
+            run.behaviour.model.load_state_dict(run.model.state_dict())
+        run.behaviour.version = run.updates
 
-    (None, None, None) when the rank has no prompt."""
-    c, mine = run.c, dist.split(len(batch))
-    if not len(mine):
-        return None, None, None
-    rollout = run.sampler.generate([batch[i]["prompt"] for i in mine], c.group_size, c.max_new_tokens, c.temperature,
-                                   seed=[(c.seed, run.step, i) for i in mine])
+
+def roll(run, problems):
+    """Completions of this rank's share of the problems, their rewards (n, G) and which are right (n, G); n may be 0."""
+    c, mine = run.c, [problems[i] for i in dist.split(len(problems))]
+    if not mine:
+        return empty_rollout(run.device), *torch.zeros(2, 0, c.group_size, device=run.device)
+    rollout = run.behaviour.generate([p["prompt"] for p in mine], c.group_size, c.max_new_tokens, c.temperature,
+                                     seed=[(c.seed, run.step, i) for i in dist.split(len(problems))])
     texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
     groups = [texts[k:k + c.group_size] for k in range(0, len(texts), c.group_size)]
-    answers = [batch[i]["answer"] for i in mine]
+    answers = [p["answer"] for p in mine]
     right = scores = reward.score(groups, answers)
     if c.format_reward or c.consistency_reward:
         scores = reward.score(groups, answers, c.format_reward, c.consistency_reward)
     if dist.rank() == 0 and (run.step - 1) % c.eval_every == 0:
-        write_samples(run, [batch[i] for i in mine][:2], groups, scores)
+        report.write_samples(run, mine[:2], groups, scores)
     return rollout, torch.tensor(scores, device=run.device), torch.tensor(right, device=run.device)
-
-
-def micro_batches(lengths, budget):
-    """Row indices in parts: sorted by length, so that rows x longest stays within `budget` padded tokens (or one row)."""
-    parts, order = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for i in order:
-        if parts and lengths[i] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
-
-
-def rows_of(batch, rows):
-    """The given rows of every tensor of the batch, cut to their longest."""
-    rows = torch.as_tensor(rows, dtype=torch.int64, device=batch["tokens"].device)
-    T = int(batch["lengths"][rows].max())
-    return {k: v[rows][:, :T] if v.ndim == 2 else v[rows] for k, v in batch.items()}
-
-
-def add_reference(run, batch):
-    """The reference model's log-probs of the drawn tokens, once a rollout."""
-    batch["ref_logp"] = torch.zeros_like(batch["old_logp"])
-    for rows in micro_batches(batch["lengths"].tolist(), run.c.micro_batch_tokens):
-        part = rows_of(batch, rows)
-        with torch.no_grad():
-            logp, _ = run.reference.token_logps(part["tokens"], part["mask"], run.c.temperature)
-        batch["ref_logp"][rows, :logp.shape[1]] = logp
-
-
-def update(run, batch, rows):
-    """One optimizer step on the given rows of this rank's batch; sums for the log, already reduced over ranks."""
-    c, unit = run.c, "tokens" if run.c.aggregation == "token" else "rows"
-    local = {"tokens": float(batch["mask"][rows].sum()) if rows else 0.0, "rows": float(len(rows))}
-    normalizer = dist.all_reduce([local[unit]], run.device)[0]      # fixed before any backward, over all ranks
-    total = dict.fromkeys(("loss", "tokens", "entropy", "kl", "clip_ratio"), 0.0)
-    deviation = 0.0
-    run.optimizer.zero_grad(set_to_none=True)
-    lengths = batch["lengths"].tolist() if rows else []
-    for part in micro_batches([lengths[r] for r in rows], c.micro_batch_tokens):
-        micro = rows_of(batch, [rows[i] for i in part])
-        logp, entropy = run.model.token_logps(micro["tokens"], micro["mask"], c.temperature)
-        loss, sums = run.algo.loss(logp, entropy, micro, c, normalizer)
-        loss.backward()
-        deviation = max(deviation, sums.pop("ratio_max_dev").item())
-        for name, value in {"loss": loss.detach(), **sums}.items():
-            total[name] += value.item()
-    keys = list(total)
-    out = dict(zip(keys, dist.all_reduce([total[k] for k in keys], run.device)))
-    out["ratio_max_dev"] = dist.all_reduce([deviation], run.device, "max")[0]
-    dist.sum_gradients(run.master.params)
-    out["grad_norm"] = descend(run, out["loss"]) if normalizer > 0 else 0.0     # no signal anywhere: no step
-    return out
-
-
-def descend(run, loss):
-    """Clip and step; the gradient norm. A non-finite one is skipped and counted, five in a row end the run."""
-    norm = torch.nn.utils.clip_grad_norm_(run.master.params, run.c.grad_clip).item()
-    if math.isfinite(norm) and math.isfinite(loss):
-        run.bad_steps = 0
-        run.updates += 1
-        run.optimizer.step()
-        run.master.publish()
-        return norm
-    run.bad_steps += 1
-    run.say(f"step {run.step}: loss {loss} and gradient norm {norm}: update skipped ({run.bad_steps} in a row)")
-    if run.bad_steps >= 5:
-        raise ValueError(f"five non-finite updates in a row at step {run.step}: lower --lr, or resume from a checkpoint")
-    return norm
 
 
 def train_step(run):
@@ -327,23 +311,11 @@ def train_step(run):
     lr = c.lr * min(1.0, run.step / (c.warmup_steps + 1))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.sampler.version = run.updates
+    synchronise(run)
     rollout, rewards, right = roll(run, run.stream.next(c.prompts_per_step))
     line = {"step": run.step, **rollout_metrics(run, rollout, rewards, right, begin)}
     middle = time.perf_counter()
-    batch, groups, active = None, [], []
-    if rollout is not None:
-        batch = run.algo.prepare(rollout, rewards, c)
-        if run.reference is not None:
-            add_reference(run, batch)
-        groups = torch.arange(rewards.numel()).view(rewards.shape).tolist()
-        active = batch["active"].tolist()
-    updates, mine = [], dist.split(c.prompts_per_step)
-    for _ in range(c.epochs):
-        for k in range(c.minibatches):      # by the prompt's global number: the same minibatches on any world size
-            rows = [r for i, g in zip(mine, groups) if i % c.minibatches == k for r in g if active[r]]
-            updates.append(update(run, batch, rows))
-    line.update(update_metrics(updates, line), lr=lr)
+    line.update(learn(run, rollout, rewards, line["entropy"]), lr=lr)
     end = time.perf_counter()
     peak = dist.all_reduce([dist.peak_memory_mb(run.device)], run.device, "max")[0]
     line.update(train_time=end - middle, step_time=end - begin, peak_memory_mb=peak)
@@ -352,12 +324,9 @@ def train_step(run):
 
 def rollout_metrics(run, rollout, rewards, right, begin):
     """Means over all ranks of what was drawn."""
-    n = [0.0] * 9
-    if rollout is not None:
-        lengths = (rollout.lengths - rollout.prompt_lengths).float()
-        n = [rewards.numel(), rewards.sum(), rewards.std(1, correction=0).sum(), (~grpo.informative(rewards)).sum(),
-             lengths.sum(), (~rollout.finished).sum(), rollout.lengths.sum(), -rollout.logps.sum(),
-             right.any(1).sum()]
+    lengths = (rollout.lengths - rollout.prompt_lengths).float()
+    n = [rewards.numel(), rewards.sum(), rewards.std(1, correction=0).sum(), (~grpo.informative(rewards)).sum(),
+         lengths.sum(), (~rollout.finished).sum(), rollout.lengths.sum(), -rollout.logps.sum(), right.any(1).sum()]
     n = dist.all_reduce([float(x) for x in n], run.device)
     seconds = time.perf_counter() - begin
     rows, groups = n[0], n[0] / run.c.group_size
@@ -368,17 +337,7 @@ def rollout_metrics(run, rollout, rewards, right, begin):
             "rollout_tokens_per_s": n[4] / seconds}
 
 
-def update_metrics(updates, line):
-    """Means over the updates of a step. Without any trained token the entropy stays the sampler's estimate, -log mu."""
-    tokens = sum(u["tokens"] for u in updates)
-    out = {name: sum(u[name] for u in updates) / max(tokens, 1) for name in ("kl", "clip_ratio")}
-    out["entropy"] = sum(u["entropy"] for u in updates) / tokens if tokens else line["entropy"]
-    out.update(loss=sum(u["loss"] for u in updates) / len(updates), ratio_max_dev=updates[0]["ratio_max_dev"],
-               grad_norm=sum(u["grad_norm"] for u in updates) / len(updates))
-    return out
-
-
-# ---------------------------------------------------------------------------------------- evaluation and output
+# ---------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(run):
     """Held-out accuracy: greedy, and pass@1 of eval_samples draws at the training temperature; mean sampled length."""
@@ -397,73 +356,35 @@ def evaluate(run):
     return {"eval_pass@1": n[3] / n[4], "eval_greedy": n[0] / n[1], "eval_length": n[5] / n[4]}
 
 
-def write_samples(run, problems, groups, scores):
-    """Some completions of this step, to be read by a person."""
-    with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as f:
-        for problem, texts, rewards in zip(problems, groups, scores):
-            for text, score in list(zip(texts, rewards))[:4]:
-                f.write(json.dumps({"step": run.step, "problem": problem["problem"], "answer": problem["answer"],
-                                    "completion": text, "reward": score}, ensure_ascii=False) + "\n")
-
-
-def write_line(run, line):
-    if dist.rank() == 0:
-        with open(run.folder / "log.jsonl", "a") as f:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            f.write(json.dumps(finite) + "\n")             # NaN is not JSON
-
-
-def draw_curve(folder):
-    """curve.png from log.jsonl: accuracy, reward, completion length over steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-    panels = (("accuracy", ("eval_pass@1", "eval_greedy")), ("training reward", ("reward",)),
-              ("completion length (tokens)", ("completion_length", "eval_length")))
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
-    for axis, (title, keys) in zip(axes, panels):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            axis.plot(*zip(*points), marker="o" if key.startswith("eval") else None, markersize=3, label=key)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "curve.png", dpi=110)
-    plt.close(figure)
-
-
-def warn(run, line):
-    """What a beginner should see at once, each in one line."""
-    if run.step == 1:
-        run.say(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer among {run.c.group_size} samples")
-        if line["pass@G"] == 0:
-            run.say("warning: pass@G is 0: with no right answer there is nothing to learn from; "
-                    "use a better start (sft.py), easier problems or a larger --group-size")
-    if line["truncated_frac"] == 1:
-        run.say(f"warning: step {run.step}: every completion was cut at --max-new-tokens {run.c.max_new_tokens}")
-
-
 # ------------------------------------------------------------------------------------------------------ the loop
 
-CARRIED = ("updates", "num_tokens", "bad_steps", "first")        # what a checkpoint keeps besides weights and optimizer
+CARRIED = ("updates", "num_tokens", "bad_steps", "first", "replay_ratio", "clip", "initial_entropy")      # what a checkpoint keeps besides weights and optimizer
 
 
 def save(run):
     state = {"cursor": run.stream.cursor, "seconds": run.seconds + time.perf_counter() - BEGIN,
              **{name: getattr(run, name) for name in CARRIED}}
-    dist.save_checkpoint(run.folder / "checkpoints", run.step, run.master, run.optimizer, state)
+    extra = {}
+    if run.c.algo == "offpolicy":
+        extra = {"buffer": run.buffer.state_dict(), "behaviour_version": run.behaviour.version}
+        if run.behaviour is not run.sampler:
+            extra["behaviour"] = run.behaviour.model.state_dict()
+    dist.save_checkpoint(run.folder / "checkpoints", run.step, run.master, run.optimizer, state, extra)
 
 
 def restore(run):
     """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to it."""
     found = dist.checkpoints(run.folder / "checkpoints")
     if found:
-        state = dist.load_checkpoint(found[-1], run.master, run.optimizer)
+        state, extra = dist.load_checkpoint(found[-1], run.master, run.optimizer)
         run.step, run.stream.cursor, run.seconds = state["step"], state["cursor"], state["seconds"]
         for name in CARRIED:
             setattr(run, name, state[name])
+        if extra:
+            run.buffer.load_state_dict(extra["buffer"])
+            run.behaviour.version = extra["behaviour_version"]
+        if "behaviour" in extra:
+            run.behaviour.model.load_state_dict(extra["behaviour"])
         run.say(f"resumed at step {run.step} from {found[-1]}")
     dist.barrier()
     if dist.rank() == 0:
@@ -479,16 +400,16 @@ def loop(run, interrupted):
     c, line = run.c, {}
     if run.step == 0:
         run.first = evaluate(run)
-        write_line(run, {"step": 0, **run.first})
+        report.write_line(run, {"step": 0, **run.first})
     bar = tqdm(total=c.steps, initial=run.step, desc=c.algo, disable=dist.rank() > 0)
     while run.step < c.steps:
         line = train_step(run)
-        warn(run, line)
+        report.warn(run, line)
         last = run.step == c.steps
         if last or run.step % c.eval_every == 0:
             run.latest = evaluate(run)
             line.update(run.latest)
-        write_line(run, line)
+        report.write_line(run, line)
         bar.update()
         bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
                         tok_s=f"{line['rollout_tokens_per_s']:.0f}")
@@ -496,7 +417,7 @@ def loop(run, interrupted):
         if last or stop or run.step % c.save_every == 0:
             save(run)
         if dist.rank() == 0 and "eval_pass@1" in line:
-            draw_curve(run.folder)
+            report.draw_curve(run.folder)
         if stop and not last:
             bar.close()
             return False
@@ -531,7 +452,7 @@ def main(argv=None):
     try:
         c = parse(argv)
         device = dist.setup(c.device)
-        c, folder = agree_on_run(c)
+        c, folder = dist.agree_on_run(c)
         torch.set_num_threads(c.threads)
         run = start(c, folder, device)
         restore(run)

@@ -1,0 +1,362 @@
+"""Off-policy GRPO: learn from completions that an older policy mu drew, as pure functions and one replay buffer.
+
+Drawing completions costs most of a step, so let more than one update learn from them. Two ways, often confused:
+
+    stale weights   --sync-every v     fresh completions every step, drawn by weights up to v - 1 steps old, so that
+                                       sampling need not wait for training: what arXiv 2505.22257 does (v = 10)
+    sample reuse    --replay-ratio K   K passes a rollout: one over the fresh groups, K - 1 over groups from the buffer.
+                                       That paper's own reuse arm converged more slowly; classic for off-policy RL
+
+Both train pi on tokens of mu. Two forms of the loss (l = log pi/mu, a ratio a token as in grpo.py):
+
+    bypass      - min(rho A, clip(rho) A),       rho = pi / mu          the clip is the only correction (2505.22257)
+    decoupled   - W min(rho A, clip(rho) A),     rho = pi / prox,  W = importance weight of prox / mu, no gradient
+                  prox = pi at the start of the pass, one more forward (AReaL, arXiv 2505.24298; verl)
+
+The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu. Sequence weights are
+exact but their variance grows like exp(2 KL); token weights are biased but tame; a truncated sequence weight is mostly
+the best compromise. --replay-ratio 1 --sync-every 1 is grpo.py, bit for bit.
+Left out: weights that change in the middle of a completion; asynchronous processes.
+"""
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import grpo
+
+METRICS = grpo.METRICS
+
+
+# ------------------------------------------------------------------------------------------------ importance weights
+
+def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, low=None, normalize="", group_size=None,
+                       mean=None, trace=1.0):
+    """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the mask.
+
+    log_ratio (B, T) = log pi - log mu of the drawn tokens. level: whose ratio w it is: "token", "sequence" (product over
+    the row), "geometric" (its |y|-th root, GSPO). scheme:
+      none             1: biased, no variance
+      standard         w: at sequence level unbiased, variance 1 + chi^2
+      clipped          w in [low, cap], low by default 1 / cap (CISPO's form; not PPO's clip, which masks)
+      truncated        min(w, cap) (TIS, V-trace's rho-bar)
+      masked           w where low <= w <= cap, else 0 (MIS, IcePop); low by default 0
+      self_normalized  w / mean(w): biased by O(1/B), bounded by B; the same as standard with normalize="batch"
+      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace without a critic. Beware: the product
+                       dies exponentially with length (exp(-8) for 1,024 tokens of sd 0.02), so early tokens learn nothing
+      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS, 1 is retrace
+    normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean weight, over rows, for
+    token level over tokens. mean: that mean where it comes from more than this call (other ranks, other micro-batches).
+    Raises ValueError for names that are not these."""
+    if scheme not in SCHEMES or level not in LEVELS or normalize not in ("", "batch", "group"):
+        raise ValueError(f"scheme {scheme!r}, level {level!r}, normalize {normalize!r}: choose {', '.join(SCHEMES)}; "
+                         f"{', '.join(LEVELS)}; '', batch, group")
+    if scheme in ("retrace", "tempered"):
+        return _trace_weights(log_ratio.detach(), mask, scheme, trace)
+    w = level_ratio(log_ratio.detach(), mask, level)
+    if scheme == "none":
+        w = torch.ones_like(w)
+    elif scheme == "clipped":
+        w = w.clamp(1 / cap if low is None else low, cap)
+    elif scheme == "truncated":
+        w = w.clamp(max=cap)
+    elif scheme == "masked":
+        w = torch.where((w <= cap) & (w >= (low or 0.0)), w, 0.0)
+    w = torch.where(mask.bool(), w, 0.0)
+    if mean is None and (normalize or scheme == "self_normalized"):
+        total, count = weight_mass(w, mask, level, group_size if normalize == "group" else None)
+        mean = (total / count.clamp(min=1))
+    return w if mean is None else w / torch.as_tensor(mean).clamp(min=1e-30)
+
+
+SCHEMES = ("none", "standard", "clipped", "truncated", "masked", "self_normalized", "retrace", "tempered")
+LEVELS = ("token", "sequence", "geometric")
+
+
+def level_ratio(log_ratio, mask, level):
+    """exp of the log-ratio of each token, of its row's sum, or of its row's mean: (B, T), the exponent within +-20."""
+    log_ratio = torch.where(mask.bool(), log_ratio, 0.0)
+    if level != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    if level == "geometric":
+        log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.clamp(-grpo.MAX_LOG_RATIO, grpo.MAX_LOG_RATIO).exp()
+
+
+def weight_mass(weights, mask, level="sequence", group_size=None):
+    """(sum of weights, their number), one weight a token or a row: scalars, or (B, 1) of each row's group."""
+    if level == "token":
+        total, count = weights.sum(1), mask.sum(1)
+    else:
+        total, count = weights.amax(1), (mask.sum(1) > 0).to(weights.dtype)
+    if group_size is None:
+        return total.sum(), count.sum()
+    return [x.view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None] for x in (total, count)]
+
+
+def _trace_weights(log_ratio, mask, scheme, trace):
+    """min(1, rho_t) times the traces of the tokens after t: a reversed cumulative sum of logs."""
+    on = mask.bool()
+    down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)
+    factor = down * trace if scheme == "tempered" else down + torch.tensor(float(trace)).log()
+    from_here = torch.where(on, factor, 0.0).flip(1).cumsum(1).flip(1)
+    after = torch.nn.functional.pad(from_here[:, 1:], (0, 1))
+    return torch.where(on, (down + after).exp(), 0.0)
+
+
+# ------------------------------------------------------------------------------------- how far pi has moved from mu
+
+def effective_sample_size(weights):
+    """(sum w)^2 / sum w^2 of weights (B,), one a sequence: how many samples of pi they are worth, between 1 and B.
+
+    Unnormalised weights will do (the formula 1 / sum w^2 needs a sum of 1). 0 when all are 0."""
+    w = torch.as_tensor(weights).cpu().double()
+    return (w.sum().square() / w.square().sum().clamp(min=1e-300)).item()
+
+
+def kl_pi_mu(log_ratio, mask):
+    """Estimate of KL(pi || mu) at each token drawn by mu: rho log rho - rho + 1, unbiased and never negative. (B, T)"""
+    log_ratio = torch.where(mask.bool(), log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, grpo.MAX_LOG_RATIO)
+    return log_ratio.exp() * log_ratio - log_ratio.exp() + 1
+
+
+def drift(log_ratio, mask):
+    """What ESS, KL and the largest weight are made of, to be added up (the last: maximised) over ranks and passes.
+
+    [sequences, sum w, sum w^2, tokens, sum of the KL estimate], [max w]; w = pi / mu of a whole completion."""
+    w = level_ratio(log_ratio, mask, "sequence")[:, 0][mask.sum(1) > 0].cpu().double()
+    sums = [float(len(w)), w.sum().item(), w.square().sum().item(), mask.sum().item(), kl_pi_mu(log_ratio, mask).sum().item()]
+    return sums, [w.max().item() if len(w) else 0.0]
+
+
+def drift_metrics(sums):
+    """{"ess": share of the sequences (0 to 1), "kl_pi_mu": nats a token} of summed `drift`."""
+    n, w, w2, tokens, kl = sums
+    return {"ess": w * w / (n * w2) if n and w2 else 1.0, "kl_pi_mu": kl / max(tokens, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------ trust region
+
+def sequence_mask(logp, old_logp, advantages, mask, delta):
+    """Keep a completion unless it is bad and has become unlikely: A >= 0 or mean(log mu - log pi) <= delta. (B, 1) of 0/1.
+
+    (DeepSeek-V3.2, arXiv 2512.02556.) delta in nats a token."""
+    gap = -torch.where(mask.bool(), logp.detach() - old_logp, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    return ((advantages >= 0) | (gap <= delta)).to(logp.dtype)[:, None]
+
+
+def token_mask(logp, old_logp, advantages, mask, delta):
+    """Drop tokens whose probability has already moved delta in the direction of the advantage (DPPO, arXiv 2602.04879).
+
+    (B, T) of 0/1. Unlike a ratio, a difference does not let rare tokens fill the mask."""
+    moved = torch.where(mask.bool(), logp.detach().exp() - old_logp.exp(), 0.0)
+    return torch.where(advantages[:, None] > 0, moved <= delta, moved >= -delta).to(logp.dtype)
+
+
+def second_moment_limit(squares, limit):
+    """The square from which on tokens must go, so that the mean of the rest stays within `limit` (M2PO, arXiv 2510.01161).
+
+    squares (n,) of log-ratios of *all* tokens of the update; float, inf when all may stay. Keep what is strictly below."""
+    ordered = torch.as_tensor(squares).cpu().double().sort().values
+    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
+    fit = int((means <= limit).sum())       # means of sorted numbers only grow
+    return ordered[fit].item() if fit < len(ordered) else math.inf
+
+
+def adapt_clip(clip, kl, limit):
+    """The clip range after an update at that KL: 10 % wider below limit / 1.5, narrower above 1.5 limit (PPO's rule for its
+    KL coefficient, on the clip); within 0.05 and 0.4."""
+    factor = 1.1 if kl < limit / 1.5 else 1 / 1.1 if kl > 1.5 * limit else 1.0
+    return min(max(clip * factor, 0.05), 0.4)
+
+
+def adapt_replay(ratio, tripped, most):
+    """The next step's replay ratio: 20 % less when the trust region ended this step's reuse, else 20 % more; 1 to most."""
+    return min(max(ratio * (0.8 if tripped else 1.2), 1.0), float(most))
+
+
+# ------------------------------------------------------------------------------------------------------------ buffer
+
+@dataclass
+class Group:
+    """The completions of one prompt, compact: 2 or 4 bytes a token id and 2 a log-probability (fp16: a sum over 1,000 tokens
+    is off by 0.005; bfloat16 by 0.04, int8 by more than 0.4)."""
+    tokens: np.ndarray          # uint16 or uint32: the prompt, then the G completions
+    logps: np.ndarray           # float16, of the completions
+    lengths: np.ndarray         # (G,) int32, of the completions
+    finished: np.ndarray        # (G,) bool
+    rewards: np.ndarray         # (G,) float32
+    version: int                # optimizer updates that mu had seen
+    uses: int = 0               # times drawn from the buffer
+    ess: float = 1.0            # share of its sequences that the weights left, when last trained on
+
+    @property
+    def nbytes(self):
+        return sum(x.nbytes for x in (self.tokens, self.logps, self.lengths, self.finished, self.rewards))
+
+
+def pack(rollout, rewards, vocab_size):
+    """Rollout and rewards (n, G) -> its informative groups, as a list of Group; the others can teach nothing."""
+    G, kind = rewards.shape[1], np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+    tokens, logps = rollout.tokens.cpu().numpy(), rollout.logps.cpu().numpy()
+    starts, ends, finished = (x.cpu().numpy() for x in (rollout.prompt_lengths, rollout.lengths, rollout.finished))
+    groups = []
+    for i in grpo.informative(rewards).nonzero()[:, 0].tolist():
+        rows = range(i * G, (i + 1) * G)
+        ids = [tokens[rows[0], :starts[rows[0]]], *(tokens[r, starts[r]:ends[r]] for r in rows)]
+        groups.append(Group(np.concatenate(ids).astype(kind),
+                            np.concatenate([logps[r, starts[r]:ends[r]] for r in rows]).astype(np.float16),
+                            (ends - starts)[rows].astype(np.int32), finished[rows], rewards[i].float().cpu().numpy(),
+                            rollout.version))
+    return groups
+
+
+def unpack(groups, device):
+    """A list of Group -> (fields of a Rollout, rewards (n, G), versions (n * G,)), on the device: what `pack` was given."""
+    completions = np.concatenate([g.lengths for g in groups]).astype(np.int64)
+    prompts = np.concatenate([np.full(len(g.lengths), len(g.tokens) - g.lengths.sum()) for g in groups]).astype(np.int64)
+    tokens = np.zeros((len(prompts), (prompts + completions).max()), np.int64)
+    logps, row = np.zeros(tokens.shape, np.float32), 0
+    for g in groups:
+        at = prompts[row]
+        for ids, lp in zip(np.split(g.tokens[at:], g.lengths.cumsum()[:-1]), np.split(g.logps, g.lengths.cumsum()[:-1])):
+            tokens[row, :at], tokens[row, at:at + len(ids)], logps[row, at:at + len(ids)] = g.tokens[:at], ids, lp
+            row += 1
+    finished = np.concatenate([g.finished for g in groups])
+    fields = {"tokens": tokens, "prompt_lengths": prompts, "lengths": prompts + completions, "logps": logps,
+              "finished": finished}
+    rewards = torch.from_numpy(np.stack([g.rewards for g in groups])).to(device)
+    versions = torch.tensor([g.version for g in groups for _ in g.lengths], device=device)
+    return {name: torch.from_numpy(x).to(device) for name, x in fields.items()}, rewards, versions
+
+
+class ReplayBuffer:
+    """Informative prompt groups of the last rollouts, the same on every rank.
+
+    capacity: groups; capacity_mb: megabytes, 0 for no bound (the oldest leave first). A group also leaves when it is more
+    than max_staleness optimizer updates old, has been drawn max_reuse times, or its effective sample size fell below the
+    share min_ess; 0 switches a rule off. alpha: 0 draws uniformly; above, in proportion to priority^alpha, priority =
+    std of the rewards x exp(-staleness / half_life) (prioritized replay, arXiv 1511.05952). All draws follow from seed."""
+
+    def __init__(self, capacity=512, capacity_mb=0.0, max_staleness=0, max_reuse=0, min_ess=0.0, alpha=0.0, half_life=16.0,
+                 seed=0):
+        self.capacity, self.capacity_mb, self.max_staleness, self.max_reuse = capacity, capacity_mb, max_staleness, max_reuse
+        self.min_ess, self.alpha, self.half_life, self.seed = min_ess, alpha, half_life, seed
+        self.groups, self.version, self.draws = [], 0, 0
+
+    def __len__(self):
+        return len(self.groups)
+
+    @property
+    def nbytes(self):
+        """Bytes of what is stored."""
+        return sum(g.nbytes for g in self.groups)
+
+    def add(self, groups, version):
+        """Store a list of Group; version: the trainer's optimizer updates now. Groups of equal rewards are refused."""
+        self.groups += [g for g in groups if g.rewards.min() != g.rewards.max()]
+        self.evict(version)
+
+    def evict(self, version):
+        """Apply the rules above."""
+        self.version = version
+        self.groups = [g for g in self.groups if not (
+            self.max_staleness and version - g.version > self.max_staleness
+            or self.max_reuse and g.uses >= self.max_reuse or g.ess < self.min_ess)][-self.capacity:]
+        spare = self.nbytes - self.capacity_mb * 2 ** 20 if self.capacity_mb else 0
+        while spare > 0:
+            spare -= self.groups.pop(0).nbytes
+
+    def probabilities(self):
+        """P(g) of every stored group, (n,) float64."""
+        lag = np.array([self.version - g.version for g in self.groups], float)
+        priority = np.array([g.rewards.std() for g in self.groups], float) * np.exp(-lag / self.half_life) + 1e-3
+        return priority ** self.alpha / (priority ** self.alpha).sum()
+
+    def sample(self, count, beta=1.0):
+        """(list of `count` groups, or all when there are fewer; their weights (count,) float32).
+
+        The weights (n P)^-beta / max correct for drawing some groups more often: beta 1 fully, 0 not at all; for uniform
+        draws they are 1. Systematic sampling: group g is drawn count x P(g) times, rounded up or down, never twice unless
+        that is above 1. Drawing counts as a use."""
+        rng = np.random.default_rng([self.seed, self.draws])
+        self.draws += 1
+        count, P = min(count, len(self.groups)), self.probabilities()
+        if count == 0:
+            return [], np.zeros(0, np.float32)
+        order = rng.permutation(len(P))
+        points = (rng.random() + np.arange(count)) / count
+        chosen = order[np.searchsorted(P[order].cumsum(), points, side="right").clip(max=len(P) - 1)]
+        weights = (len(P) * P) ** -beta
+        for i in chosen:
+            self.groups[i].uses += 1
+        return [self.groups[i] for i in chosen], (weights / weights.max())[chosen].astype(np.float32)
+
+    def state_dict(self):
+        """Everything as a flat dict of tensors and numbers, to be saved without pickle."""
+        state = {"version": self.version, "draws": self.draws, "sizes": [len(g.tokens) for g in self.groups]}
+        for name in ("tokens", "logps", "lengths", "finished", "rewards"):
+            arrays = [getattr(g, name) for g in self.groups]
+            state[name] = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.zeros(0)
+        for name in ("version", "uses", "ess"):
+            state["group_" + name] = [getattr(g, name) for g in self.groups]
+        return state
+
+    def load_state_dict(self, state):
+        """Back to what state_dict saw, bit for bit."""
+        self.version, self.draws, n = state["version"], state["draws"], len(state["sizes"])
+        G = len(state["rewards"]) // max(n, 1)
+        token_ends, lengths = np.cumsum(state["sizes"])[:-1], state["lengths"].numpy()
+        ends = lengths.reshape(n, G).sum(1).cumsum()[:-1] if n else []
+        split = {"tokens": token_ends, "logps": ends, **{name: n for name in ("lengths", "finished", "rewards")}}
+        parts = [np.split(state[name].numpy(), at) for name, at in split.items()] if n else [[]] * 5
+        rest = zip(state["group_version"], state["group_uses"], state["group_ess"])
+        self.groups = [Group(*arrays, *numbers) for *arrays, numbers in zip(*parts, rest)]
+
+
+# ------------------------------------------------------------------------------ the two calls of train.py's loop
+
+prepare = grpo.prepare      # of the fresh rollout and, on `unpack`ed groups, of a replayed one
+
+
+def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
+    """Add what `loss` needs once a pass: "weight" (B, T) = importance weight x replay weight, 0 for dropped tokens.
+
+    Needs batch["prox_logp"], pi at the start of the pass, unless config says bypass without a second-moment mask. weights
+    (B,) of the replay buffer. reduce sums a list of numbers over ranks, gather joins a vector over ranks: means and limits
+    belong to the whole update, never to a part of it."""
+    mask, W = batch["mask"], batch["mask"]
+    if "prox_logp" in batch:
+        l = torch.where(mask.bool(), batch["prox_logp"] - batch["old_logp"], 0.0)
+        if config.correction == "decoupled":
+            W = _weights(l, mask * batch["active"][:, None], config, reduce)
+        if config.trust_region == "second_moment":
+            squares = l.square()
+            W = W * (squares < second_moment_limit(gather(squares[mask.bool()]), config.trust_delta))
+    batch["weight"] = W if weights is None else W * weights[:, None]
+
+
+def _weights(log_ratio, mask, config, reduce):
+    """importance_weights as the config names them; a mean over the batch is one over all ranks."""
+    scheme, level, normalize = config.importance, config.importance_level, config.importance_normalize
+    if scheme == "self_normalized":
+        scheme, normalize = "standard", normalize or "batch"
+    options = {"cap": config.importance_cap, "low": config.importance_low or None, "trace": config.trace}
+    if normalize == "batch":
+        W = importance_weights(log_ratio, mask, scheme, level, **options)
+        total, count = reduce([float(x) for x in weight_mass(W, mask, level)])
+        return W / max(total / max(count, 1), 1e-30)
+    return importance_weights(log_ratio, mask, scheme, level, normalize=normalize, group_size=config.group_size, **options)
+
+
+def loss(logp, entropy, batch, config, normalizer):
+    """As grpo.loss, with prox in the place of mu when decoupled, the weights of `correct`, and the trust region."""
+    mu, A, mask, weight = batch["old_logp"], batch["advantages"], batch["mask"], batch["weight"]
+    if config.trust_region in ("sequence", "token"):
+        keep = sequence_mask if config.trust_region == "sequence" else token_mask
+        weight = weight * keep(logp, mu, A, mask, config.trust_delta)
+    if config.correction == "decoupled":
+        batch = {**batch, "old_logp": batch["prox_logp"]}
+    value, sums = grpo.loss(logp, entropy, batch, config, normalizer, weight)
+    return value, {**sums, "ratio_max_dev": grpo.ratio_deviation(logp, mu, mask)}

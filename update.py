@@ -1,0 +1,248 @@
+"""From a rollout to optimizer steps: the batch, passes over it, micro-batches, one normaliser, gradients over ranks.
+
+The gradient is that of the whole batch at once: the loss of every micro-batch is divided by the same count, taken over all
+micro-batches and ranks before the first backward. A rank without rows has tensors of 0 rows and enters every collective.
+"""
+import math
+from dataclasses import replace
+
+import torch
+
+import dist
+import gtpo
+import offpolicy
+from rollout import Rollout, empty_rollout
+
+
+def learn(run, rollout, rewards, sampler_entropy):
+    """All optimizer steps of a rollout; what they give for the log."""
+    if run.c.algo == "offpolicy":
+        updates, more = learn_off_policy(run, rollout, rewards)
+    else:
+        updates, more = one_pass(run, make_batch(run, rollout, rewards), run.c.prompts_per_step, run.c), {}
+    return {**update_metrics(run, updates, sampler_entropy), **more}
+
+
+def make_batch(run, rollout, rewards):
+    """What the loss reads: of the rollout, of the frozen reference, of the first policy."""
+    batch = run.algo.prepare(rollout, rewards, run.c)
+    if run.reference is not None:
+        batch["ref_logp"] = score(run.reference, batch, run.c)[0]
+    if run.c.algo == "gtpo":
+        if run.initial_entropy is None:         # mean over the completions of the first rollout, before any update
+            entropy = gtpo.mean_entropy(score(run.model, batch, run.c)[1], batch["mask"])
+            total, count = dist.all_reduce([float(entropy.sum()), float(len(entropy))], run.device)
+            run.initial_entropy = total / count
+        batch["initial_entropy"] = torch.full_like(batch["advantages"], run.initial_entropy)
+    return batch
+
+
+def one_pass(run, batch, count, config):
+    """The updates of --epochs passes over a batch whose groups are this rank's share of `count`; sums for the log.
+
+    Minibatches go by the group's global number: the same on any world size."""
+    c, mine = run.c, dist.split(count)
+    rows, active = torch.arange(len(batch["tokens"])).view(-1, c.group_size).tolist(), batch["active"].tolist()
+    split = 2 if c.variance_every and run.step % c.variance_every == 0 else 1
+
+    def part(k, half):
+        return [r for i, group in zip(mine, rows) if i % c.minibatches == k and i // c.minibatches % split == half
+                for r in group if active[r]]
+    return [update(run, batch, [part(k, half) for half in range(split)], config)
+            for _ in range(c.epochs) for k in range(c.minibatches)]
+
+
+def update_metrics(run, updates, sampler_entropy):
+    """Means over the updates of a step. Without any trained token the entropy stays the sampler's estimate, -log mu."""
+    count = {unit: sum(u[unit] for u in updates) for unit in ("tokens", "rows")}
+    out = {name: sum(u[name] for u in updates) / max(count[unit], 1) for name, unit in run.algo.METRICS.items()}
+    if not count["tokens"]:
+        out["entropy"] = sampler_entropy
+    for name in ("loss", "grad_norm", "grad_variance"):
+        if name in updates[0]:
+            out[name] = sum(u[name] for u in updates) / len(updates)
+    return {**out, "ratio_max_dev": updates[0]["ratio_max_dev"]}
+
+
+# ------------------------------------------------------------------------------------------------ one optimizer step
+
+def micro_batches(lengths, budget):
+    """Row indices in parts: sorted by length, so that rows x longest stays within `budget` padded tokens (or one row)."""
+    parts, order = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for i in order:
+        if parts and lengths[i] * (len(parts[-1]) + 1) <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def rows_of(batch, rows):
+    """The given rows of every tensor of the batch, cut to their longest."""
+    rows = torch.as_tensor(rows, dtype=torch.int64, device=batch["tokens"].device)
+    T = int(batch["lengths"][rows].max())
+    return {k: v[rows][:, :T] if v.ndim == 2 else v[rows] for k, v in batch.items()}
+
+
+@torch.no_grad()
+def score(model, batch, config):
+    """Log-probs and entropies of the batch's tokens under `model`: two (B, T), 0 off the mask."""
+    out = torch.zeros(2, *batch["mask"].shape, device=batch["mask"].device)
+    for rows in micro_batches(batch["lengths"].tolist(), config.micro_batch_tokens):
+        part = rows_of(batch, rows)
+        both = torch.stack(model.token_logps(part["tokens"], part["mask"], config.temperature))
+        out[:, rows, :both.shape[2]] = both * part["mask"]
+    return out
+
+
+def update(run, batch, halves, config):
+    """One optimizer step on the given rows of this rank's batch; sums for the log, already reduced over ranks.
+
+    halves: lists of rows, together the batch of this step; two of them give grad_variance as well. config: the settings
+    of the loss. Where batch has "pi_logp" (B, T), the log-probs met on the way are left there."""
+    unit = "tokens" if config.aggregation == "token" else "rows"
+    counts = [float(batch["mask"][rows].sum() if unit == "tokens" else len(rows)) if rows else 0.0 for rows in halves]
+    counts = dist.all_reduce(counts, run.device)
+    normalizer = sum(counts)            # fixed before any backward, over all ranks
+    total = dict.fromkeys(("loss", "tokens", "rows", *run.algo.METRICS), 0.0)
+    deviation, first = 0.0, None
+    run.optimizer.zero_grad(set_to_none=True)
+    for k, half in enumerate(halves):
+        if k == 1:
+            first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
+        lengths = batch["lengths"].tolist() if half else []
+        for part in micro_batches([lengths[r] for r in half], config.micro_batch_tokens):
+            rows = [half[i] for i in part]
+            sums = backward(run, batch, rows, config, normalizer)
+            deviation = max(deviation, sums.pop("ratio_max_dev"))
+            for name, value in sums.items():
+                total[name] += value
+    out = dict(zip(total, dist.all_reduce(list(total.values()), run.device)))
+    out["ratio_max_dev"] = dist.all_reduce([deviation], run.device, "max")[0]
+    dist.sum_gradients(run.master.params)
+    if first is not None:
+        out["grad_variance"] = gradient_variance(run.master.params, first, counts)
+    out["grad_norm"] = descend(run, out["loss"]) if normalizer > 0 else 0.0     # no signal anywhere: no step
+    return out
+
+
+def backward(run, batch, rows, config, normalizer):
+    """Forward and backward of one micro-batch; its sums as numbers."""
+    micro = rows_of(batch, rows)
+    logp, entropy = run.model.token_logps(micro["tokens"], micro["mask"], config.temperature)
+    loss, sums = run.algo.loss(logp, entropy, micro, config, normalizer)
+    loss.backward()
+    if "pi_logp" in batch:
+        batch["pi_logp"][rows, :logp.shape[1]] = logp.detach()
+    return {name: value.item() for name, value in {"loss": loss.detach(), **sums}.items()}
+
+
+def gradient_variance(params, first, counts):
+    """Variance of the batch gradient (trace of its covariance), estimated from its two halves: |g_1 - g_2|^2 / 4.
+
+    params hold the whole sum, first that of the first half on this rank; counts: the normalizer's two parts. The same as
+    the two-batch estimator of McCandlish et al. (arXiv 1812.06162, appendix A), with both halves averaged."""
+    dist.sum_tensors(first)
+    if min(counts) == 0:
+        return math.nan
+    one, two = sum(counts) / counts[0], sum(counts) / counts[1]
+    return sum((g * one - (p.grad - g) * two).square().sum().item() for p, g in zip(params, first)) / 4
+
+
+def descend(run, loss):
+    """Clip and step; the gradient norm. A non-finite one is skipped and counted, five in a row end the run."""
+    norm = torch.nn.utils.clip_grad_norm_(run.master.params, run.c.grad_clip).item()
+    if math.isfinite(norm) and math.isfinite(loss):
+        run.bad_steps = 0
+        run.updates += 1
+        run.optimizer.step()
+        run.master.publish()
+        return norm
+    run.bad_steps += 1
+    run.say(f"step {run.step}: loss {loss} and gradient norm {norm}: update skipped ({run.bad_steps} in a row)")
+    if run.bad_steps >= 5:
+        raise ValueError(f"five non-finite updates in a row at step {run.step}: lower --lr, or resume from a checkpoint")
+    return norm
+
+
+# ------------------------------------------------------------------------------------------- off-policy (offpolicy.py)
+
+
+def learn_off_policy(run, rollout, rewards):
+    """A pass over the fresh groups, then passes over the buffer while pi stays near enough: updates, more for the log."""
+    c, updates, sums, maxima = run.c, [], [0.0] * 6, [0.0] * 2
+    config = c if not c.adaptive_clip else replace(c, clip_low=run.clip, clip_high=run.clip * c.clip_high / c.clip_low)
+    versions = torch.full_like(rollout.lengths, rollout.version)
+    passes, tripped = 0, False
+    while passes < int(run.replay_ratio) and not tripped:
+        groups, count, weights = [], c.prompts_per_step, None
+        if passes:
+            groups, weights = run.buffer.sample(c.prompts_per_step, annealed_beta(run))
+            count = len(groups)
+            if not count:
+                break
+            rollout, rewards, versions, weights = replayed(run, groups, weights)
+        batch = off_policy_batch(run, rollout, rewards, versions, weights)
+        updates += one_pass(run, batch, count, config)
+        now, largest = measure(run, batch, groups)
+        sums, maxima = [a + b for a, b in zip(sums, now)], [max(a, b) for a, b in zip(maxima, largest)]
+        found = offpolicy.drift_metrics(now[:5])
+        tripped = bool(c.kl_limit and found["kl_pi_mu"] > c.kl_limit or c.adaptive_replay and found["ess"] < 0.5)
+        if not passes:
+            fresh = dist.gather_objects(offpolicy.pack(rollout, rewards, run.model.config.vocab_size))
+            run.buffer.add([g for part in fresh for g in part], run.updates)
+        passes += 1
+    run.buffer.evict(run.updates)
+    used, clip = passes, config.clip_low
+    if c.adaptive_replay:
+        run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
+    if c.adaptive_clip:
+        run.clip = offpolicy.adapt_clip(run.clip, found["kl_pi_mu"], c.kl_limit)
+    return updates, {**offpolicy.drift_metrics(sums[:5]), "staleness": sums[5] / max(sums[0], 1), "staleness_max": maxima[1],
+                     "is_weight_max": maxima[0], "replay_ratio": used, "clip": clip,
+                     "buffer_groups": len(run.buffer), "buffer_mb": run.buffer.nbytes / 2 ** 20}
+
+
+def annealed_beta(run):
+    """The bias correction of prioritized replay: from --priority-beta to 1 over the run."""
+    return run.c.priority_beta + (1 - run.c.priority_beta) * run.step / run.c.steps
+
+
+def replayed(run, groups, weights):
+    """This rank's share of the drawn groups, as if just rolled out; and their rows' weights (B,)."""
+    mine = dist.split(len(groups))
+    if not len(mine):
+        empty = empty_rollout(run.device)
+        return empty, torch.zeros(0, run.c.group_size, device=run.device), empty.lengths, empty.lengths.float()
+    fields_, rewards, versions = offpolicy.unpack([groups[i] for i in mine], run.device)
+    weights = torch.from_numpy(weights[mine.start:mine.stop]).to(run.device)
+    return Rollout(**fields_), rewards, versions, weights.repeat_interleave(run.c.group_size)
+
+
+def off_policy_batch(run, rollout, rewards, versions, weights):
+    """make_batch, with the age of each row, pi at the start of the pass where it is needed, and the weights."""
+    c, batch = run.c, make_batch(run, rollout, rewards)
+    batch["lag"] = run.updates - versions.float()
+    if c.correction == "decoupled" or c.trust_region == "second_moment":
+        batch["prox_logp"] = score(run.model, batch, c)[0]
+    else:
+        batch["pi_logp"] = batch["old_logp"].clone()        # update() leaves what it meets here, at no second forward
+    offpolicy.correct(batch, c, weights, lambda sums: dist.all_reduce(sums, run.device),
+                      lambda x: torch.cat(dist.gather_objects(x.cpu())))
+    return batch
+
+
+def measure(run, batch, groups):
+    """The pass's drift, summed (maximised) over ranks; replayed groups learn their effective sample size."""
+    pi = batch["prox_logp"] if "prox_logp" in batch else batch["pi_logp"]
+    mask = batch["mask"] * batch["active"][:, None]
+    log_ratio = torch.where(mask.bool(), pi - batch["old_logp"], 0.0)
+    sums, maxima = offpolicy.drift(log_ratio, mask)
+    lag = batch["lag"][batch["active"]]
+    sums, maxima = sums + [lag.sum().item()], maxima + [lag.max().item() if len(lag) else 0.0]
+    if groups:
+        weights = offpolicy.level_ratio(log_ratio, mask, "sequence")[:, 0].view(-1, run.c.group_size)
+        shares = [offpolicy.effective_sample_size(w) / len(w) for w in weights]
+        for group, share in zip(groups, [s for part in dist.gather_objects(shares) for s in part]):
+            group.ess = share
+    return dist.all_reduce(sums, run.device), dist.all_reduce(maxima, run.device, "max")
