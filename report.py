@@ -1,6 +1,15 @@
-"""What a run leaves to be read: log.jsonl, samples.jsonl, curve.png."""
+"""What a run leaves to be read (log.jsonl, samples.jsonl, curve.png), and several runs side by side:
+
+    python report.py runs/grpo-s* runs/reuse-s* --x num_samples --reach 0.9 --png compare.png
+
+Runs whose names differ only in the seed (NAME-s0, NAME-seed1) are one line: mean and standard error over seeds. A run is
+its folder or its log.jsonl under another name.
+"""
+import argparse
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import dist
@@ -52,3 +61,117 @@ def warn(run, line):
                     "use a better start (sft.py), easier problems or a larger --group-size")
     if line["truncated_frac"] == 1:
         run.say(f"warning: step {run.step}: every completion was cut at --max-new-tokens {run.c.max_new_tokens}")
+
+
+# ------------------------------------------------------------------------------------------------- several runs
+
+def read_log(path):
+    """(name without the seed, lines) of a run folder or log file; "seconds" is added: training so far, without evaluation."""
+    path = Path(path)
+    file = path / "log.jsonl" if path.is_dir() else path
+    try:
+        lines = [json.loads(x) for x in file.read_text().split("\n") if x]
+        keys = [line["step"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a log of train.py: {error!r}") from None
+    if not keys:
+        raise ValueError(f"{file} is empty")
+    seconds = 0.0
+    for line in lines:
+        seconds += line.get("step_time", 0.0)
+        line["seconds"] = seconds
+    lines[0].setdefault("num_samples", 0)
+    return re.sub(r"-s(eed)?\d+$", "", path.name if path.is_dir() else path.stem), lines
+
+
+def mean_se(values):
+    """(mean, standard error over runs; nan for one run)."""
+    mean, n = sum(values) / len(values), len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+
+
+def curve(lines, x, y):
+    """[(x, y)] where the log has both."""
+    return [(line[x], line[y]) for line in lines if line.get(x) is not None and line.get(y) is not None]
+
+
+def first_reach(points, level):
+    """The x at which the line through the points first reaches the level, None when it does not."""
+    for (x0, y0), (x1, y1) in zip([points[0], *points], points):
+        if y1 >= level:
+            return x1 if y1 == y0 else x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+def compare(runs, x, y, reach):
+    """{name: [lines of a run, ...]} -> one row a name: the value at the end, and the x that reaches each level."""
+    rows = []
+    for name, logs in runs.items():
+        curves = [curve(lines, x, y) for lines in logs]
+        if not all(curves):
+            raise ValueError(f"{name}: its log has no line with both {x} and {y}")
+        row = {"name": name, "runs": len(logs), y: mean_se([points[-1][1] for points in curves])}
+        for level in reach:
+            at = [first_reach(points, level) for points in curves]
+            row[f"{x} to {level:g}"] = mean_se(at) if None not in at else None
+        rows.append(row)
+    return rows
+
+
+def text_table(rows):
+    """Rows of `compare` as a Markdown table."""
+    def cell(v):
+        if isinstance(v, tuple):
+            digits = 3 if abs(v[0]) < 10 else 0
+            return f"{v[0]:.{digits}f}" + ("" if math.isnan(v[1]) else f" ± {v[1]:.{digits}f}")
+        return "not reached" if v is None else str(v)
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([cell(row[k]) for k in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw_runs(runs, x, panels, png):
+    """Mean over the runs of each name, with a band of one standard error, of each key in panels; x need not be aligned."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, y in zip(axes[0], panels):
+        for name, logs in runs.items():
+            curves = [np.array(points, float).T for points in (curve(lines, x, y) for lines in logs) if points]
+            if curves:
+                at = curves[0][0][curves[0][0] <= min(c[0][-1] for c in curves)]
+                values = np.stack([np.interp(at, *c) for c in curves])
+                se = values.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else 0 * at
+                drawn, = axis.plot(at, values.mean(0), label=name)
+                axis.fill_between(at, values.mean(0) - se, values.mean(0) + se, color=drawn.get_color(), alpha=0.2)
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=110)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", help="run folders or log files")
+    parser.add_argument("--x", default="step", choices=["step", "num_samples", "num_tokens", "seconds"])
+    parser.add_argument("--y", nargs="+", default=["eval_pass@1"], help="keys of the log; the first goes into the table")
+    parser.add_argument("--reach", nargs="*", type=float, default=[], help="levels of the first key")
+    parser.add_argument("--png", default="", help="file for the curves")
+    try:
+        args, runs = parser.parse_args(argv), {}
+        for path in args.runs:
+            name, lines = read_log(path)
+            runs.setdefault(name, []).append(lines)
+        print(text_table(compare(runs, args.x, args.y[0], args.reach)))
+        if args.png:
+            draw_runs(runs, args.x, args.y, args.png)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -333,7 +333,7 @@ def rollout_metrics(run, rollout, rewards, right, begin):
     run.num_tokens += int(n[6])
     return {"reward": n[1] / rows, "reward_std": n[2] / groups, "frac_reward_zero_std": n[3] / groups,
             "completion_length": n[4] / rows, "truncated_frac": n[5] / rows, "num_tokens": run.num_tokens,
-            "entropy": n[7] / n[4], "pass@G": n[8] / groups, "rollout_time": seconds,
+            "num_samples": run.step * run.c.prompts_per_step * run.c.group_size, "entropy": n[7] / n[4], "pass@G": n[8] / groups, "rollout_time": seconds,
             "rollout_tokens_per_s": n[4] / seconds}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 import dist
+import grpo
 import gtpo
 import offpolicy
 from rollout import Rollout, empty_rollout
@@ -26,6 +27,11 @@ def learn(run, rollout, rewards, sampler_entropy):
 def make_batch(run, rollout, rewards):
     """What the loss reads: of the rollout, of the frozen reference, of the first policy."""
     batch = run.algo.prepare(rollout, rewards, run.c)
+    if run.c.advantage_scale == "batch":        # the std of all rewards of the step, not of this rank's
+        parts = dist.gather_objects(rewards.cpu())
+        everyone = grpo.group_advantages(torch.cat(parts), "batch", unbiased=run.c.unbiased_std)
+        mine = everyone.split([len(p) for p in parts])[dist.rank()]
+        batch["advantages"] = mine.flatten().to(batch["advantages"])
     if run.reference is not None:
         batch["ref_logp"] = score(run.reference, batch, run.c)[0]
     if run.c.algo == "gtpo":
@@ -167,40 +173,46 @@ def descend(run, loss):
 
 # ------------------------------------------------------------------------------------------- off-policy (offpolicy.py)
 
-
 def learn_off_policy(run, rollout, rewards):
     """A pass over the fresh groups, then passes over the buffer while pi stays near enough: updates, more for the log."""
-    c, updates, sums, maxima = run.c, [], [0.0] * 6, [0.0] * 2
+    c, updates, drifts, tripped = run.c, [], [], False
     config = c if not c.adaptive_clip else replace(c, clip_low=run.clip, clip_high=run.clip * c.clip_high / c.clip_low)
-    versions = torch.full_like(rollout.lengths, rollout.version)
-    passes, tripped = 0, False
-    while passes < int(run.replay_ratio) and not tripped:
-        groups, count, weights = [], c.prompts_per_step, None
-        if passes:
-            groups, weights = run.buffer.sample(c.prompts_per_step, annealed_beta(run))
+    while len(drifts) < int(run.replay_ratio) and not tripped:
+        groups, count = [], c.prompts_per_step
+        if drifts:
+            groups, weights = run.buffer.sample(count, annealed_beta(run))
             count = len(groups)
             if not count:
                 break
-            rollout, rewards, versions, weights = replayed(run, groups, weights)
-        batch = off_policy_batch(run, rollout, rewards, versions, weights)
+            batch = off_policy_batch(run, *replayed(run, groups, weights))
+        else:
+            batch = off_policy_batch(run, rollout, rewards, torch.full_like(rollout.lengths, rollout.version))
         updates += one_pass(run, batch, count, config)
-        now, largest = measure(run, batch, groups)
-        sums, maxima = [a + b for a, b in zip(sums, now)], [max(a, b) for a, b in zip(maxima, largest)]
-        found = offpolicy.drift_metrics(now[:5])
-        tripped = bool(c.kl_limit and found["kl_pi_mu"] > c.kl_limit or c.adaptive_replay and found["ess"] < 0.5)
-        if not passes:
+        drifts.append(measure(run, batch, groups))
+        tripped = too_far(c, offpolicy.drift_metrics(drifts[-1][0][:5]))
+        if len(drifts) == 1:        # after their own pass, so that the first draw from the buffer may hold them
             fresh = dist.gather_objects(offpolicy.pack(rollout, rewards, run.model.config.vocab_size))
             run.buffer.add([g for part in fresh for g in part], run.updates)
-        passes += 1
     run.buffer.evict(run.updates)
-    used, clip = passes, config.clip_low
     if c.adaptive_replay:
         run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
     if c.adaptive_clip:
-        run.clip = offpolicy.adapt_clip(run.clip, found["kl_pi_mu"], c.kl_limit)
-    return updates, {**offpolicy.drift_metrics(sums[:5]), "staleness": sums[5] / max(sums[0], 1), "staleness_max": maxima[1],
-                     "is_weight_max": maxima[0], "replay_ratio": used, "clip": clip,
-                     "buffer_groups": len(run.buffer), "buffer_mb": run.buffer.nbytes / 2 ** 20}
+        run.clip = offpolicy.adapt_clip(run.clip, offpolicy.drift_metrics(drifts[-1][0][:5])["kl_pi_mu"], c.kl_limit)
+    return updates, {**off_policy_metrics(run, drifts), "clip": config.clip_low}
+
+
+def too_far(c, drift):
+    """Whether a pass met a policy so far from mu that reuse should end: by --kl-limit, or by ESS with --adaptive-replay."""
+    return bool(c.kl_limit and drift["kl_pi_mu"] > c.kl_limit or c.adaptive_replay and drift["ess"] < 0.5)
+
+
+def off_policy_metrics(run, drifts):
+    """All passes of the step together, each as pi was when it met them."""
+    sums = [sum(column) for column in zip(*(d[0] for d in drifts))]
+    weight, lag = [max(column) for column in zip(*(d[1] for d in drifts))]
+    return {**offpolicy.drift_metrics(sums[:5]), "is_weight_max": weight, "staleness": sums[5] / max(sums[0], 1),
+            "staleness_max": lag, "replay_ratio": len(drifts), "buffer_groups": len(run.buffer),
+            "buffer_mb": run.buffer.nbytes / 2 ** 20}
 
 
 def annealed_beta(run):
@@ -219,7 +231,7 @@ def replayed(run, groups, weights):
     return Rollout(**fields_), rewards, versions, weights.repeat_interleave(run.c.group_size)
 
 
-def off_policy_batch(run, rollout, rewards, versions, weights):
+def off_policy_batch(run, rollout, rewards, versions, weights=None):
     """make_batch, with the age of each row, pi at the start of the pass where it is needed, and the weights."""
     c, batch = run.c, make_batch(run, rollout, rewards)
     batch["lag"] = run.updates - versions.float()
@@ -233,7 +245,7 @@ def off_policy_batch(run, rollout, rewards, versions, weights):
 
 
 def measure(run, batch, groups):
-    """The pass's drift, summed (maximised) over ranks; replayed groups learn their effective sample size."""
+    """The pass's drift: offpolicy.drift and the ages, over all ranks; replayed groups learn their effective sample size."""
     pi = batch["prox_logp"] if "prox_logp" in batch else batch["pi_logp"]
     mask = batch["mask"] * batch["active"][:, None]
     log_ratio = torch.where(mask.bool(), pi - batch["old_logp"], 0.0)
