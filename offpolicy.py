@@ -11,7 +11,7 @@ Both train pi on tokens of mu. Two forms of the loss (l = log pi/mu, a ratio a t
 
     bypass      - min(rho A, clip(rho) A),       rho = pi / mu          the clip is the only correction (2505.22257)
     decoupled   - W min(rho A, clip(rho) A),     rho = pi / prox,  W = importance weight of prox / mu, no gradient
-                  prox = pi at the start of the pass, one more forward (AReaL, arXiv 2505.24298; verl)
+                  prox = pi at the start of the pass, one more forward, for samples that are not pi's (AReaL, arXiv 2505.24298; verl)
 
 The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu. Sequence weights are
 exact but their variance grows like exp(2 KL); token weights are biased but tame; a truncated sequence weight is mostly
@@ -323,9 +323,9 @@ prepare = grpo.prepare      # of the fresh rollout and, on `unpack`ed groups, of
 def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
     """Add what `loss` needs once a pass: "weight" (B, T) = importance weight x replay weight, 0 for dropped tokens.
 
-    Needs batch["prox_logp"], pi at the start of the pass, unless config says bypass without a second-moment mask. weights
-    (B,) of the replay buffer. reduce sums a list of numbers over ranks, gather joins a vector over ranks: means and limits
-    belong to the whole update, never to a part of it."""
+    batch["prox_logp"] is pi at the start of the pass; without it (on-policy, or bypass) only weights (B,), those of the
+    replay buffer, count. reduce sums a list of numbers over ranks, gather joins a vector over ranks: means and limits belong
+    to the whole update, never to a part of it."""
     mask, W = batch["mask"], batch["mask"]
     if "prox_logp" in batch:
         l = torch.where(mask.bool(), batch["prox_logp"] - batch["old_logp"], 0.0)
@@ -356,7 +356,7 @@ def loss(logp, entropy, batch, config, normalizer):
     if config.trust_region in ("sequence", "token"):
         keep = sequence_mask if config.trust_region == "sequence" else token_mask
         weight = weight * keep(logp, mu, A, mask, config.trust_delta)
-    if config.correction == "decoupled":
+    if config.correction == "decoupled" and "prox_logp" in batch:
         batch = {**batch, "old_logp": batch["prox_logp"]}
     value, sums = grpo.loss(logp, entropy, batch, config, normalizer, weight)
     return value, {**sums, "ratio_max_dev": grpo.ratio_deviation(logp, mu, mask)}

@@ -81,8 +81,8 @@ class Config:
     # offpolicy only (offpolicy.py)
     sync_every: int = 1                 # v: steps between updates of the weights that draw completions
     replay_ratio: int = 2               # K: passes a rollout, one over fresh groups and K - 1 over the buffer
-    correction: str = "bypass"          # bypass (ratio to mu), decoupled (ratio to prox, importance weights)
-    importance: str = "truncated"       # decoupled: none, standard, clipped, truncated, masked, self_normalized, retrace, tempered
+    correction: str = "decoupled"       # decoupled (ratio to prox, importance weights), bypass (ratio to mu)
+    importance: str = "truncated"       # none, standard, clipped, truncated, masked, self_normalized, retrace, tempered
     importance_level: str = "sequence"  # token, sequence, geometric
     importance_cap: float = 2.0         # largest weight of clipped, truncated, masked
     importance_low: float = 0.0         # least weight of clipped (0: 1 / cap) and masked

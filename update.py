@@ -186,7 +186,8 @@ def learn_off_policy(run, rollout, rewards):
                 break
             batch = off_policy_batch(run, *replayed(run, groups, weights))
         else:
-            batch = off_policy_batch(run, rollout, rewards, torch.full_like(rollout.lengths, rollout.version))
+            versions = torch.full_like(rollout.lengths, run.behaviour.version)
+            batch = off_policy_batch(run, rollout, rewards, versions, on_policy=run.behaviour.version == run.updates)
         updates += one_pass(run, batch, count, config)
         drifts.append(measure(run, batch, groups))
         tripped = too_far(c, offpolicy.drift_metrics(drifts[-1][0][:5]))
@@ -231,11 +232,13 @@ def replayed(run, groups, weights):
     return Rollout(**fields_), rewards, versions, weights.repeat_interleave(run.c.group_size)
 
 
-def off_policy_batch(run, rollout, rewards, versions, weights=None):
-    """make_batch, with the age of each row, pi at the start of the pass where it is needed, and the weights."""
+def off_policy_batch(run, rollout, rewards, versions, weights=None, on_policy=False):
+    """make_batch, with the age of each row, pi at the start of the pass where it is needed, and the weights.
+
+    on_policy: pi drew the batch; there is nothing to correct, and prox is mu."""
     c, batch = run.c, make_batch(run, rollout, rewards)
     batch["lag"] = run.updates - versions.float()
-    if c.correction == "decoupled" or c.trust_region == "second_moment":
+    if not on_policy and (c.correction == "decoupled" or c.trust_region == "second_moment"):
         batch["prox_logp"] = score(run.model, batch, c)[0]
     else:
         batch["pi_logp"] = batch["old_logp"].clone()        # update() leaves what it meets here, at no second forward
