@@ -66,7 +66,7 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
     w = torch.where(mask.bool(), w, 0.0)
     if mean is None and (normalize or scheme == "self_normalized"):
         total, count = weight_mass(w, mask, level, group_size if normalize == "group" else None)
-        mean = (total / count.clamp(min=1))
+        mean = total / count.clamp(min=1)
     return w if mean is None else w / torch.as_tensor(mean).clamp(min=1e-30)
 
 
@@ -344,9 +344,9 @@ def _weights(log_ratio, mask, config, reduce):
         scheme, normalize = "standard", normalize or "batch"
     options = {"cap": config.importance_cap, "low": config.importance_low or None, "trace": config.trace}
     if normalize == "batch":
-        W = importance_weights(log_ratio, mask, scheme, level, **options)
-        total, count = reduce([float(x) for x in weight_mass(W, mask, level)])
-        return W / max(total / max(count, 1), 1e-30)
+        local = importance_weights(log_ratio, mask, scheme, level, **options)
+        total, count = reduce([float(x) for x in weight_mass(local, mask, level)])
+        return importance_weights(log_ratio, mask, scheme, level, mean=total / max(count, 1), **options)
     return importance_weights(log_ratio, mask, scheme, level, normalize=normalize, group_size=config.group_size, **options)
 
 
