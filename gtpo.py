@@ -48,7 +48,8 @@ def conflict_runs(tokens, mask, advantages, group_size):
     sign = advantages.sign().view(-1, group_size)
     runs = []
     for from_end in (False, True):
-        x = _aligned(tokens, mask, from_end).view(*sign.shape, -1)                      # (N, G, T)
+        x = _aligned(tokens, mask, from_end)
+        x = x.view(*sign.shape, x.shape[1])                                             # (N, G, T)
         same = x[:, :, None] == x[:, None]                                              # row i, row j, position
         contested = (same & (sign > 0)[:, None, :, None]).any(2) & (same & (sign < 0)[:, None, :, None]).any(2)
         run = (contested & (x >= 0)).int().cumprod(2).sum(2)
@@ -58,7 +59,7 @@ def conflict_runs(tokens, mask, advantages, group_size):
 
 def _aligned(tokens, mask, from_end):
     """(B, longest) int32: the masked tokens of each row from its first (or backwards from its last), -1 after them."""
-    lengths, first = mask.sum(1, keepdim=True).long(), mask.argmax(1, keepdim=True)
+    lengths, first = mask.sum(1, keepdim=True).long(), (mask.cumsum(1) == 0).sum(1, keepdim=True)
     longest = int(lengths.max()) if len(lengths) else 0
     position = torch.arange(max(longest, 1), device=tokens.device)[None]
     source = first + (lengths - 1 - position if from_end else position)
@@ -138,6 +139,7 @@ def prepare(rollout, rewards, config):
     train.py adds "initial_entropy" (B,), the same number in each row: measured on the first rollout of the run."""
     batch = grpo.prepare(rollout, rewards, config)
     G, A, mask = rewards.shape[1], batch["advantages"], rollout.completion_mask()   # also of rows that mask_truncated drops
+    A = torch.where(A.abs() < 1e-6, 0.0, A)     # a reward at its group's mean has no sign but that of rounding
     runs = conflict_runs(batch["tokens"], mask, A, G)
     cap = None if config.gtpo_official else config.gtpo_cap or None
     batch["conflict"] = _weights(runs, mask, A, config.gtpo_amplify, cap) * batch["mask"]
@@ -149,7 +151,7 @@ def loss(logp, entropy, batch, config, normalizer):
     """The objective on some rows of the batch: a scalar, and sums for the log. Arguments as in grpo.loss."""
     A, mask, conflict = batch["advantages"], batch["mask"], batch["conflict"]
     old = batch["old_logp"] if config.gtpo_ratio and not config.gtpo_official else None
-    H = mean_entropy(entropy, mask)
+    H = mean_entropy(entropy.detach(), mask)
     gate = entropy_gate(H, 0.0, 0.7) if config.gtpo_official else entropy_gate(H, batch["initial_entropy"])
     per_token = policy_loss(logp, old, A, mask, H, conflict, gate, config.gtpo_gamma) * batch["scale"]
     with torch.no_grad():

@@ -188,6 +188,8 @@ def check(c):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --algo {c.algo}: leave it out")
     if c.algo == "offpolicy":
         check_offpolicy(c)
+    if c.algo == "gtpo":
+        check_gtpo(c)
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step {c.prompts_per_step} (groups stay whole)")
     if not c.model and c.data != "arithmetic":
@@ -198,6 +200,19 @@ def check(c):
         raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens {c.max_new_tokens} leave the "
                          f"context of {room} tokens of the built-in model")
     return c
+
+
+def check_gtpo(c):
+    """Combinations that would be silently ignored, or biased."""
+    if 0 < c.gtpo_cap < c.gtpo_amplify:
+        raise ValueError(f"--gtpo-cap {c.gtpo_cap}: below --gtpo-amplify {c.gtpo_amplify} it would undo it; raise it, or 0 for none")
+    for name in ("gtpo_cap", "gtpo_ratio", "aggregation", "advantage_scale"):
+        default = {"aggregation": "sequence", "advantage_scale": "none"}.get(name, getattr(Config, name))
+        if c.gtpo_official and getattr(c, name) != default:
+            raise ValueError(f"--gtpo-official is the official code as it is: leave --{name.replace('_', '-')} out")
+    if (c.gtpo_official or not c.gtpo_ratio) and c.epochs * c.minibatches > 1:
+        raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which only the first update of a rollout is: "
+                         "leave --epochs and --minibatches at 1")
 
 
 def check_offpolicy(c):

@@ -37,9 +37,10 @@ def make_batch(run, rollout, rewards):
     if run.c.algo == "gtpo":
         if run.initial_entropy is None:         # mean over the completions of the first rollout, before any update
             entropy = gtpo.mean_entropy(score(run.model, batch, run.c)[1], batch["mask"])
-            total, count = dist.all_reduce([float(entropy.sum()), float(len(entropy))], run.device)
-            run.initial_entropy = total / count
-        batch["initial_entropy"] = torch.full_like(batch["advantages"], run.initial_entropy)
+            rows = (batch["mask"].sum(1) > 0).sum()
+            total, count = dist.all_reduce([float(entropy.sum()), float(rows)], run.device)
+            run.initial_entropy = total / count if count else None
+        batch["initial_entropy"] = torch.full_like(batch["advantages"], run.initial_entropy or 0.0)
     return batch
 
 
