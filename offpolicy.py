@@ -133,7 +133,8 @@ def drift(log_ratio, mask):
 def drift_metrics(sums):
     """{"ess": share of the sequences (0 to 1), "kl_pi_mu": nats a token} of summed `drift`."""
     n, w, w2, tokens, kl = sums
-    return {"ess": w * w / (n * w2) if n and w2 else 1.0, "kl_pi_mu": kl / max(tokens, 1)}
+    ess = min(w * w / (n * w2), 1.0) if n and w2 else 1.0           # rounding may put it above 1
+    return {"ess": ess, "kl_pi_mu": kl / max(tokens, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------ trust region
@@ -207,7 +208,7 @@ def pack(rollout, rewards, vocab_size):
         ids = [tokens[rows[0], :starts[rows[0]]], *(tokens[r, starts[r]:ends[r]] for r in rows)]
         groups.append(Group(np.concatenate(ids).astype(kind),
                             np.concatenate([logps[r, starts[r]:ends[r]] for r in rows]).astype(np.float16),
-                            (ends - starts)[rows].astype(np.int32), finished[rows], rewards[i].float().cpu().numpy(),
+                            (ends - starts)[rows].astype(np.int32), finished[rows], rewards[i].float().cpu().numpy().copy(),
                             rollout.version))
     return groups
 
@@ -326,11 +327,11 @@ def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda
     batch["prox_logp"] is pi at the start of the pass; without it (on-policy, or bypass) only weights (B,), those of the
     replay buffer, count. reduce sums a list of numbers over ranks, gather joins a vector over ranks: means and limits belong
     to the whole update, never to a part of it."""
-    mask, W = batch["mask"], batch["mask"]
+    W = mask = batch["mask"] * batch["active"][:, None]         # of the rows that are trained
     if "prox_logp" in batch:
         l = torch.where(mask.bool(), batch["prox_logp"] - batch["old_logp"], 0.0)
         if config.correction == "decoupled":
-            W = _weights(l, mask * batch["active"][:, None], config, reduce)
+            W = _weights(l, mask, config, reduce)
         if config.trust_region == "second_moment":
             squares = l.square()
             W = W * (squares < second_moment_limit(gather(squares[mask.bool()]), config.trust_delta))

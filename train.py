@@ -143,7 +143,11 @@ def parse(argv=None):
     """Command line -> Config. With --resume the run's own config.json counts; only --steps may be given beside it."""
     given = dist.command_line(Config, __doc__, argv)
     if not given.get("resume"):
-        return check(Config(**given))
+        c = check(Config(**given))
+        for name in UNUSED[c.algo]:
+            if name in given:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --algo {c.algo}: leave it out")
+        return c
     if not given.get("out"):
         raise ValueError("--resume needs --out, the run's folder")
     saved = Path(given["out"]) / "config.json"
@@ -172,7 +176,7 @@ LEAST = {**dict.fromkeys((
         "beta", "warmup_steps", "dual_clip", "clip_low", "clip_high", "weight_decay", "gtpo_gamma", "gtpo_amplify",
         "gtpo_cap", "importance_low", "trust_delta", "kl_limit", "buffer_mb", "max_staleness", "max_reuse", "min_ess",
         "priority", "priority_beta", "variance_every"), 0)}
-UNUSED = {      # settings without a meaning for an algorithm: changing one is an error, not silence
+UNUSED = {      # settings without a meaning for an algorithm: giving one is an error, not silence
     "grpo": GTPO_ONLY + OFFPOLICY_ONLY, "offpolicy": GTPO_ONLY, "gtpo": OFFPOLICY_ONLY + (
         "clip_low", "clip_high", "ratio_level", "dual_clip", "beta", "kl_kind")}
 
@@ -183,9 +187,6 @@ def check(c):
     for name in ("temperature", "lr", "grad_clip", "importance_cap"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number above 0")
-    for name in UNUSED[c.algo]:
-        if getattr(c, name) != getattr(Config, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --algo {c.algo}: leave it out")
     if c.algo == "offpolicy":
         check_offpolicy(c)
     if c.algo == "gtpo":

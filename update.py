@@ -145,7 +145,7 @@ def backward(run, batch, rows, config, normalizer):
 
 
 def gradient_variance(params, first, counts):
-    """Variance of the batch gradient (trace of its covariance), estimated from its two halves: |g_1 - g_2|^2 / 4.
+    """Variance of the batch gradient (trace of its covariance), estimated from its two halves: |g_1 - g_2|^2 n_1 n_2 / n^2.
 
     params hold the whole sum, first that of the first half on this rank; counts: the normalizer's two parts. The same as
     the two-batch estimator of McCandlish et al. (arXiv 1812.06162, appendix A), with both halves averaged."""
@@ -153,7 +153,7 @@ def gradient_variance(params, first, counts):
     if min(counts) == 0:
         return math.nan
     one, two = sum(counts) / counts[0], sum(counts) / counts[1]
-    return sum((g * one - (p.grad - g) * two).square().sum().item() for p, g in zip(params, first)) / 4
+    return sum((g * one - (p.grad - g) * two).square().sum().item() for p, g in zip(params, first)) / (one * two)
 
 
 def descend(run, loss):
@@ -181,6 +181,7 @@ def learn_off_policy(run, rollout, rewards):
     while len(drifts) < int(run.replay_ratio) and not tripped:
         groups, count = [], c.prompts_per_step
         if drifts:
+            run.buffer.evict(run.updates)
             groups, weights = run.buffer.sample(count, annealed_beta(run))
             count = len(groups)
             if not count:
