@@ -118,7 +118,7 @@ def effective_sample_size(weights):
 def kl_pi_mu(log_ratio, mask):
     """Estimate of KL(pi || mu) at each token drawn by mu: rho log rho - rho + 1, unbiased and never negative. (B, T)"""
     log_ratio = torch.where(mask.bool(), log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, grpo.MAX_LOG_RATIO)
-    return log_ratio.exp() * log_ratio - log_ratio.exp() + 1
+    return log_ratio.exp() * log_ratio - log_ratio.expm1()          # expm1: exact also for the smallest drift
 
 
 def drift(log_ratio, mask):
@@ -165,11 +165,11 @@ def second_moment_limit(squares, limit):
     return ordered[fit].item() if fit < len(ordered) else math.inf
 
 
-def adapt_clip(clip, kl, limit):
+def adapt_clip(clip, kl, limit, least=0.05, most=0.4):
     """The clip range after an update at that KL: 10 % wider below limit / 1.5, narrower above 1.5 limit (PPO's rule for its
-    KL coefficient, on the clip); within 0.05 and 0.4."""
+    KL coefficient, on the clip); within least and most."""
     factor = 1.1 if kl < limit / 1.5 else 1 / 1.1 if kl > 1.5 * limit else 1.0
-    return min(max(clip * factor, 0.05), 0.4)
+    return min(max(clip * factor, least), most)
 
 
 def adapt_replay(ratio, tripped, most):
@@ -242,6 +242,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity=512, capacity_mb=0.0, max_staleness=0, max_reuse=0, min_ess=0.0, alpha=0.0, half_life=16.0,
                  seed=0):
+        if capacity < 1:
+            raise ValueError(f"capacity {capacity}: a replay buffer holds at least one group")
         self.capacity, self.capacity_mb, self.max_staleness, self.max_reuse = capacity, capacity_mb, max_staleness, max_reuse
         self.min_ess, self.alpha, self.half_life, self.seed = min_ess, alpha, half_life, seed
         self.groups, self.version, self.draws = [], 0, 0

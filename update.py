@@ -65,9 +65,11 @@ def update_metrics(run, updates, sampler_entropy):
     out = {name: sum(u[name] for u in updates) / max(count[unit], 1) for name, unit in run.algo.METRICS.items()}
     if not count["tokens"]:
         out["entropy"] = sampler_entropy
-    for name in ("loss", "grad_norm", "grad_variance"):
-        if name in updates[0]:
-            out[name] = sum(u[name] for u in updates) / len(updates)
+    for name in ("loss", "grad_norm"):
+        out[name] = sum(u[name] for u in updates) / len(updates)
+    if "grad_variance" in updates[0]:       # nan where one half of a batch was empty
+        known = [u["grad_variance"] for u in updates if not math.isnan(u["grad_variance"])]
+        out["grad_variance"] = sum(known) / len(known) if known else math.nan
     return {**out, "ratio_max_dev": updates[0]["ratio_max_dev"]}
 
 
@@ -200,7 +202,8 @@ def learn_off_policy(run, rollout, rewards):
     if c.adaptive_replay:
         run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
     if c.adaptive_clip:
-        run.clip = offpolicy.adapt_clip(run.clip, offpolicy.drift_metrics(drifts[-1][0][:5])["kl_pi_mu"], c.kl_limit)
+        run.clip = offpolicy.adapt_clip(run.clip, offpolicy.drift_metrics(drifts[-1][0][:5])["kl_pi_mu"], c.kl_limit,
+                                        c.clip_low / 4, c.clip_low * 2)
     return updates, {**off_policy_metrics(run, drifts), "clip": config.clip_low}
 
 
@@ -258,8 +261,9 @@ def measure(run, batch, groups):
     lag = batch["lag"][batch["active"]]
     sums, maxima = sums + [lag.sum().item()], maxima + [lag.max().item() if len(lag) else 0.0]
     if groups:
-        weights = offpolicy.level_ratio(log_ratio, mask, "sequence")[:, 0].view(-1, run.c.group_size)
-        shares = [offpolicy.effective_sample_size(w) / len(w) for w in weights]
+        trained = batch["active"].view(-1, run.c.group_size)
+        weights = offpolicy.level_ratio(log_ratio, mask, "sequence")[:, 0].view_as(trained)
+        shares = [offpolicy.effective_sample_size(w[t]) / max(int(t.sum()), 1) for w, t in zip(weights, trained)]
         for group, share in zip(groups, [s for part in dist.gather_objects(shares) for s in part]):
             group.ess = share
     return dist.all_reduce(sums, run.device), dist.all_reduce(maxima, run.device, "max")
