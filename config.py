@@ -1,7 +1,7 @@
 """Every setting of train.py with its default, and what makes a combination of them wrong.
 
-`Config` is the only place of defaults; each field is a flag (`--group-size` for group_size). Wrong settings are one line that
-says what to give instead, and so is a setting that would do nothing: silence would look like an effect.
+`Config` is the only place of defaults; each field is a flag (`--group-size` for group_size). Wrong settings are one line
+that says what to give instead, and so is a setting that would do nothing: silence would look like an effect.
 """
 import json
 import math
@@ -41,13 +41,13 @@ class Config:
     clip_high: float = 0.2              # 0.28: DAPO's clip-higher
     ratio_level: str = "token"          # token, sequence (GSPO: clip about 3e-4)
     dual_clip: float = 0.0              # 3.0: verl's bound for negative advantages; 0: none
-    aggregation: str = ""               # token (DAPO), sequence (DeepSeekMath), constant (Dr. GRPO); empty: token, gtpo: sequence
+    aggregation: str = ""               # token (DAPO), sequence (DeepSeekMath; gtpo), constant (Dr. GRPO); empty: token
     zero_variance: str = "drop"         # groups of equal rewards: drop, keep (in the normalizer)
     mask_truncated: bool = False        # leave cut completions out of the loss
     beta: float = 0.0                   # weight of the KL to the starting model; above 0 loads a frozen reference
     kl_kind: str = "k3"                 # k1, k2, k3, k3_is
     # gtpo only (gtpo.py)
-    gtpo_gamma: float = 0.005           # entropy penalty; the paper's 0.1 is for rewards of 0 to 20
+    gtpo_gamma: float = 0.005           # entropy penalty; the official code's 0.1 is for rewards of 0 to 20
     gtpo_amplify: float = 2.0           # weight of conflict tokens in positive rows
     gtpo_cap: float = 2.0               # largest weight of a token in both runs; 0: no bound
     gtpo_ratio: bool = True             # pi / mu for several updates a rollout; else 1
@@ -63,7 +63,7 @@ class Config:
     importance_normalize: str = ""      # batch, group: weights of mean 1
     trace: float = 1.0                  # of retrace and tempered
     trust_region: str = ""              # sequence, token, second_moment: leave out what has drifted
-    trust_delta: float = 0.2            # sequence: nats a token; token: probability; second_moment: 0.04 (M2PO)
+    trust_delta: float = 0.0            # sequence: nats a token, token: probability; 0: 0.2 (second_moment: 0.04)
     kl_limit: float = 0.0               # nats a token: above this KL(pi||mu) the reuse of a step ends; 0: never
     adaptive_clip: bool = False         # widen and narrow the clip to hold --kl-limit
     adaptive_replay: bool = False       # let ESS (below half) and --kl-limit choose K, up to --replay-ratio
@@ -71,13 +71,12 @@ class Config:
     buffer_mb: float = 0.0              # and in megabytes; 0: no bound
     max_staleness: int = 32             # optimizer updates after which a group leaves; 0: never
     max_reuse: int = 0                  # draws after which it leaves; 0: never
-    min_ess: float = 0.0                # share of effective sequences below which it leaves
-    priority: float = 0.0               # alpha of prioritized replay (usual 0.6); 0: uniform
-    priority_beta: float = 0.4          # its bias correction at the start, rising to 1 at the end
-    variance_every: int = 0             # steps between estimates of the gradient's variance; 0: none
+    min_ess: float = 0.0                # least share of effective sequences at its last replay, else it leaves
+    priority: float = 0.0               # alpha: draw by (reward std x exp(-age / 16 updates))^alpha; usual 0.6, 0: uniform
+    priority_beta: float = 0.4          # its bias correction at the start, rising to 1 at --steps
     # optimisation
     steps: int = 60                     # rollouts
-    epochs: int = 1                     # passes over a rollout
+    epochs: int = 1                     # passes over a batch: the rollout, with offpolicy also each batch from the buffer
     minibatches: int = 1                # optimizer steps a pass
     lr: float = 1e-4                    # for the default small model; 1e-6 is usual for billions of parameters
     warmup_steps: int = 5               # linear
@@ -90,6 +89,7 @@ class Config:
     eval_problems: int = 200            # held-out problems
     eval_samples: int = 4               # completions each, for pass@1 at the training temperature
     save_every: int = 20                # steps between checkpoints
+    variance_every: int = 0             # steps between estimates of the gradient's variance; 0: none
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
     warm_start_steps: int = 1400        # supervised steps before the default run (sft.py)
@@ -99,9 +99,10 @@ class Config:
     threads: int = 0                    # CPU threads; 0: measured
 
     def __post_init__(self):
-        """The two defaults that depend on the algorithm."""
+        """The defaults that depend on other settings."""
         self.advantage_scale = self.advantage_scale or ("none" if self.algo == "gtpo" else "std")
         self.aggregation = self.aggregation or ("sequence" if self.algo == "gtpo" else "token")
+        self.trust_delta = self.trust_delta or (0.04 if self.trust_region == "second_moment" else 0.2)
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -152,14 +153,19 @@ UNUSED = {      # settings without a meaning for an algorithm: giving one is an 
     "grpo": GTPO_ONLY + OFFPOLICY_ONLY, "offpolicy": GTPO_ONLY, "gtpo": OFFPOLICY_ONLY + (
         "clip_low", "clip_high", "ratio_level", "dual_clip", "beta", "kl_kind")}
 NEEDS = {       # settings that only mean something beside others: (condition, what to give)
-    **dict.fromkeys(("importance", "importance_level", "importance_cap", "importance_low", "importance_normalize", "trace"), (
-        lambda c: c.correction == "decoupled", "--correction decoupled: with the ratio to mu a weight would count it twice")),
-    "trust_delta": (lambda c: c.trust_region, "--trust-region"),
+    **dict.fromkeys(("importance", "importance_level", "importance_cap", "importance_low", "importance_normalize", "trace"),
+        (lambda c: c.correction == "decoupled", "--correction decoupled: beside the ratio to mu it would count twice")),
+    **dict.fromkeys(("buffer_groups", "buffer_mb", "max_staleness", "max_reuse", "min_ess", "priority", "adaptive_replay"), (
+        lambda c: c.replay_ratio > 1, "--replay-ratio above 1")),
+    "kl_limit": (lambda c: c.replay_ratio > 1 or c.adaptive_clip, "--replay-ratio above 1 or --adaptive-clip"),
+    "trust_delta": (lambda c: c.trust_region, "--trust-region"), "kl_kind": (lambda c: c.beta > 0, "--beta above 0"),
     "priority_beta": (lambda c: c.priority, "--priority")}
+TRACES = ("retrace", "tempered")
 SCHEMES_WITH = {        # of --importance
     "importance_cap": ("clipped", "truncated", "masked"), "importance_low": ("clipped", "masked"),
-    "importance_normalize": tuple(s for s in offpolicy.SCHEMES if s not in ("none", "retrace", "tempered")),
-    "trace": ("retrace", "tempered")}
+    **dict.fromkeys(("importance_level", "importance_normalize"), tuple(
+        s for s in offpolicy.SCHEMES if s not in ("none", *TRACES))),
+    "trace": TRACES}
 
 
 def refuse_idle(c, given):
@@ -199,13 +205,13 @@ def check(c):
 def check_gtpo(c):
     """Combinations that would be silently ignored, or biased."""
     if 0 < c.gtpo_cap < c.gtpo_amplify:
-        raise ValueError(f"--gtpo-cap {c.gtpo_cap}: below --gtpo-amplify {c.gtpo_amplify} it would undo it; raise it, or 0 for none")
-    for name in ("gtpo_cap", "gtpo_ratio", "aggregation", "advantage_scale"):
+        raise ValueError(f"--gtpo-cap {c.gtpo_cap} would undo --gtpo-amplify {c.gtpo_amplify}: raise it, or 0 for no cap")
+    for name in ("gtpo_amplify", "gtpo_cap", "gtpo_ratio", "aggregation", "advantage_scale"):
         default = {"aggregation": "sequence", "advantage_scale": "none"}.get(name, getattr(Config, name))
         if c.gtpo_official and getattr(c, name) != default:
             raise ValueError(f"--gtpo-official is the official code as it is: leave --{name.replace('_', '-')} out")
     if (c.gtpo_official or not c.gtpo_ratio) and c.epochs * c.minibatches > 1:
-        raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which only the first update of a rollout is: "
+        raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which it is at a rollout's first update only: "
                          "leave --epochs and --minibatches at 1")
 
 
@@ -214,5 +220,17 @@ def check_offpolicy(c):
     for name in ("min_ess", "trace", "priority_beta"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be between 0 and 1")
+    least = c.importance_low or (1 / c.importance_cap if c.importance == "clipped" else 0)
+    if c.importance in ("clipped", "masked") and least > c.importance_cap:
+        raise ValueError(f"--importance-cap {c.importance_cap}: below the least weight, {least:g}")
+    if c.replay_ratio > 1:
+        oldest = c.epochs * c.minibatches * (1 + (c.sync_every - 1) * c.replay_ratio)      # updates, on entry
+        if 0 < c.max_staleness < oldest:
+            raise ValueError(f"--max-staleness {c.max_staleness}: fresh groups may be {oldest} updates old; raise it, or 0")
+        if c.advantage_scale == "batch":
+            raise ValueError("--advantage-scale batch: its std is that of one rollout, not of a batch from the buffer; "
+                             "use another, or --replay-ratio 1")
+    elif c.trust_region == "second_moment" and c.sync_every == 1:
+        raise ValueError("--trust-region second_moment needs samples of older weights: --replay-ratio or --sync-every above 1")
     if c.adaptive_clip and not (c.kl_limit and c.clip_low):
         raise ValueError("--adaptive-clip holds the KL near --kl-limit: give one above 0, and --clip-low above 0")

@@ -10,6 +10,7 @@ Left out as yet: sharding the model over ranks (FSDP2).
 import argparse
 import inspect
 import json
+import math
 import os
 import re
 import resource
@@ -34,12 +35,16 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(config_class, description, argv=None):
     """The flags given on the command line, {field: value}; every field of the dataclass is a flag with dashes."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))     # become the help
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments, group, group_of = {}, parser, {}          # comments become the help, sections its groups
+    line = r"^    (?:(\w+): [^#\n]*(?:# (.*))?|# (.*))$"
+    for name, comment, section in re.findall(line, inspect.getsource(config_class), re.M):
+        group = parser.add_argument_group(section) if section else group
+        comments[name], group_of[name] = comment, group
     for f in fields(config_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%"), **kind)
+        help_text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
+        group_of[f.name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
     return vars(parser.parse_args(argv))
 
 
@@ -58,6 +63,9 @@ def check_settings(config, choices, least):
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{flag[name]} {getattr(config, name)}: choose {', '.join(filter(None, allowed))}")
+    for name in flag:
+        if isinstance(getattr(config, name), float) and not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be a finite number")
     for name, low in least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"{flag[name]} {getattr(config, name)}: must be at least {low}")

@@ -11,7 +11,7 @@ completions of the same prompt and compares each with the others: no second netw
 
 N prompts x G completions = B rows, prompt-major; T positions, right-padded; mask (B, T) is 1 on completion tokens,
 the stop token included. On-policy rho is 1, so the loss is near -mean(A) = 0 while its gradient is not: a loss of
-zero is normal here. gtpo.py and offpolicy.py change these functions; read them as a diff of this file.
+zero is normal here. gtpo.py and offpolicy.py change these functions; each says which.
 Left out: entropy bonus and length penalties, which belong to the reward.
 """
 import torch
@@ -151,16 +151,18 @@ def prepare(rollout, rewards, config):
             "advantages": advantages.flatten(), "active": active & (mask.sum(1) > 0)}
 
 
-def ratio_deviation(logp, old_logp, mask):
-    """Largest |pi / mu - 1| over the tokens: rounding error where the trainer is the sampler."""
-    return (_log_ratio(logp.detach(), old_logp, mask).exp() - 1).abs().max()
+def base_sums(logp, entropy, old_logp, mask):
+    """What every objective logs: counts, entropy, and the largest |pi / mu - 1|, rounding error where mu is pi."""
+    deviation = (_log_ratio(logp.detach(), old_logp, mask).exp() - 1).abs().max()
+    return {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(), "entropy": (entropy.detach() * mask).sum(),
+            "ratio_max_dev": deviation}
 
 
-def loss(logp, entropy, batch, config, normalizer, weight=None):
+def loss(logp, entropy, batch, config, normalizer, weight=None, row_weight=None):
     """The objective on some rows of the batch: a scalar, and sums over tokens for the log.
 
-    logp, entropy (B, T) of the current policy; normalizer as in aggregate, over the whole optimizer step; weight (B, T)
-    multiplies the policy term (offpolicy.py)."""
+    logp, entropy (B, T) of the current policy; normalizer as in aggregate, over the whole optimizer step; for offpolicy.py
+    weight (B, T) multiplies the policy term and row_weight (B,) all terms."""
     A, mask, old = batch["advantages"], batch["mask"], batch["old_logp"]
     per_token = policy_loss(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level,
                             config.dual_clip or None)
@@ -168,10 +170,10 @@ def loss(logp, entropy, batch, config, normalizer, weight=None):
         per_token = per_token * weight
     kl = torch.zeros_like(logp)
     if config.beta > 0:
-        kl = kl_penalty(logp, batch["ref_logp"], config.kl_kind, old, mask)
+        kl = kl_penalty(logp, batch["ref_logp"], config.kl_kind, batch.get("mu_logp", old), mask)
         per_token = per_token + config.beta * kl
-    with torch.no_grad():
-        sums = {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(), "entropy": (entropy * mask).sum(), "kl": kl.sum(),
-                "clip_ratio": clipped(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level).sum(),
-                "ratio_max_dev": ratio_deviation(logp, old, mask)}
+    if row_weight is not None:
+        per_token = per_token * row_weight[:, None]
+    clip = clipped(logp.detach(), old, A, mask, config.clip_low, config.clip_high, config.ratio_level)
+    sums = {**base_sums(logp, entropy, old, mask), "kl": kl.detach().sum(), "clip_ratio": clip.sum()}
     return aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums

@@ -10,22 +10,29 @@ template) and end alike (the answer's form, the stop token), so those tokens are
 
     lambda   2 on a conflict token of a positive row (amplified), 0 in a negative row (protected), 1 elsewhere
     H_i      mean token entropy of completion i under pi, without gradient: a high one costs advantage
-    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2: below it, and only there, some token
-             has a probability above 1/2 (p_max >= exp(-H)); else 1
+    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1: below ln 2 some token surely
+             has a probability above 1/2 (p_max >= exp(-H)), above it that is no longer guaranteed
     rho      pi / mu, 1 at the first update; no clip
 
-and has no KL term, so no reference model. Read it as a diff of grpo.py. The official code (5d33811) is not its own
-objective; each difference is a choice here, and `official=True` takes the code's side in all of them:
+and has no KL term, so no reference model. Function by function beside grpo.py:
+
+    prepare      + the conflict weights              policy_loss   - clip   + gate, - gamma H, + lambda
+    loss         - KL                                aggregate     the same, by default within a completion first
+
+The official code (5d33811) is not its own objective. Each difference is a choice here; `official=True` takes the code's side
+except in the last four lines (for gamma pass 0.1, for the groups give --zero-variance keep):
 
     here                            official code               why
     1/B over completions            sum_over_group              the published formula; the learning rate keeps its meaning
     no division                     divide_by_conflict          in no formula: 1/30 of an update for a 30-token template
     lambda at most cap = 2          product: up to 4            0, 1, 2 in the formula; 4 only where short rows overlap
     ln 2, and H of the initial      0.7, always on              a base model above 0.7 nats would train on nothing
-    gamma 0.005                     0.1                         theirs is for rewards of 0 to 20; 20 x weaker for 0 or 1
     rho = pi / mu                   1                           several updates a rollout
+    gamma 0.005                     0.1                         theirs is for rewards of 0 to 20; 20 x weaker for 0 or 1
+    equal rewards: group dropped    kept: A' = -gamma H         pushes all-right groups down; no verified signal in it
     lengths from the mask           ids != pad                  pad == eos works
-Left out: nothing of the objective. The paper's body was not at hand: "published" means the README of its repository.
+    entropy at the temperature      of the raw logits           of the policy that drew the tokens
+The paper's body was not at hand: "published" means the README of its repository.
 """
 import math
 
@@ -34,6 +41,7 @@ import torch
 import grpo
 
 LN2 = math.log(2)
+OFFICIAL_GATE = {"initial_entropy": 0.0, "threshold": 0.7}
 
 METRICS = {**grpo.METRICS, "conflict_protected_frac": "tokens", "conflict_amplified_frac": "tokens",
            "gate_dropped_frac": "rows"}        # as in grpo.py: each a sum of `loss`, divided by that count
@@ -44,7 +52,7 @@ def conflict_runs(tokens, mask, advantages, group_size):
 
     A token is contested where a positive and a negative row of its group both have it at that distance from the start
     (from the end); a row's run stops at its first token that is not. tokens, mask (B, T) with one completion a row;
-    rows of advantage 0 take no part. No loop: (N, G, G, T) comparisons."""
+    rows of advantage 0 take no part. No loop: comparisons of all pairs, a few times B x G x T bytes."""
     sign = advantages.sign().view(-1, group_size)
     runs = []
     for from_end in (False, True):
@@ -73,10 +81,10 @@ def conflict_weights(tokens, mask, advantages, group_size, amplify=2.0, cap=2.0)
     tokens, mask (B, T), rows prompt-major in groups of group_size; advantages (B,). A conflict token counts `amplify` in
     a positive row and 0 in a negative one. A token in both runs (a short completion) gets the product, at most `cap`;
     cap=None leaves the product, as the official code does."""
-    return _weights(conflict_runs(tokens, mask, advantages, group_size), mask, advantages, amplify, cap)
+    return _lambda(conflict_runs(tokens, mask, advantages, group_size), mask, advantages, amplify, cap)
 
 
-def _weights(runs, mask, advantages, amplify, cap):
+def _lambda(runs, mask, advantages, amplify, cap):
     from_start = mask.cumsum(1) - 1
     from_end = mask.sum(1, keepdim=True) - 1 - from_start
     factor = torch.where(advantages > 0, amplify, 0.0)[:, None]
@@ -114,12 +122,13 @@ def gtpo_loss(logp, old_logp, advantages, mask, entropy, tokens, group_size, ini
               threshold=LN2, cap=2.0, divide_by_conflict=False, sum_over_group=False, official=False):
     """The whole objective of a batch of groups, as one number; entropy (B, T), other arguments as above.
 
-    The named choices are the table of the file's docstring; official=True takes the code's side in all but gamma (pass 0.1)."""
+    The named choices are the table of the file's docstring; official=True takes the code's side, except gamma (pass 0.1)."""
     if official:
-        old_logp, initial_entropy, threshold, cap, divide_by_conflict, sum_over_group = None, 0.0, 0.7, None, True, True
+        old_logp, cap, divide_by_conflict, sum_over_group = None, None, True, True
+        initial_entropy, threshold = OFFICIAL_GATE.values()
     runs = conflict_runs(tokens, mask, advantages, group_size)
     H = mean_entropy(entropy.detach(), mask)
-    conflict, gate = _weights(runs, mask, advantages, amplify, cap), entropy_gate(H, initial_entropy, threshold)
+    conflict, gate = _lambda(runs, mask, advantages, amplify, cap), entropy_gate(H, initial_entropy, threshold)
     scale = _scale(runs, group_size, divide_by_conflict, sum_over_group)
     return grpo.aggregate(policy_loss(logp, old_logp, advantages, mask, H, conflict, gate, gamma) * scale, mask, "sequence")
 
@@ -139,25 +148,25 @@ def prepare(rollout, rewards, config):
     train.py adds "initial_entropy" (B,), the same number in each row: measured on the first rollout of the run."""
     batch = grpo.prepare(rollout, rewards, config)
     G, A, mask = rewards.shape[1], batch["advantages"], rollout.completion_mask()   # also of rows that mask_truncated drops
-    A = torch.where(A.abs() < 1e-6, 0.0, A)     # a reward at its group's mean has no sign but that of rounding
+    rounding = 1e-6 * rewards.abs().amax(1).clamp(min=1).repeat_interleave(G)
+    A = torch.where(A.abs() <= rounding, 0.0, A)        # a reward at its group's mean has no sign but that of rounding
     runs = conflict_runs(batch["tokens"], mask, A, G)
     cap = None if config.gtpo_official else config.gtpo_cap or None
-    batch["conflict"] = _weights(runs, mask, A, config.gtpo_amplify, cap) * batch["mask"]
+    batch["conflict"] = _lambda(runs, mask, A, config.gtpo_amplify, cap) * batch["mask"]
     batch["scale"] = _scale(runs, G, config.gtpo_official, config.gtpo_official)
     return batch
 
 
 def loss(logp, entropy, batch, config, normalizer):
     """The objective on some rows of the batch: a scalar, and sums for the log. Arguments as in grpo.loss."""
-    A, mask, conflict = batch["advantages"], batch["mask"], batch["conflict"]
-    old = batch["old_logp"] if config.gtpo_ratio and not config.gtpo_official else None
+    A, mask, old, conflict = batch["advantages"], batch["mask"], batch["old_logp"], batch["conflict"]
     H = mean_entropy(entropy.detach(), mask)
-    gate = entropy_gate(H, 0.0, 0.7) if config.gtpo_official else entropy_gate(H, batch["initial_entropy"])
-    per_token = policy_loss(logp, old, A, mask, H, conflict, gate, config.gtpo_gamma) * batch["scale"]
-    with torch.no_grad():
-        sums = {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(), "entropy": (entropy * mask).sum(),
-                "kl": torch.zeros(()), "clip_ratio": torch.zeros(()),                  # this objective has neither
-                "conflict_protected_frac": ((conflict == 0) & mask.bool()).sum(),
-                "conflict_amplified_frac": (conflict > 1).sum(), "gate_dropped_frac": (gate == 0).sum(),
-                "ratio_max_dev": grpo.ratio_deviation(logp, batch["old_logp"], mask)}
+    gate = entropy_gate(H, **OFFICIAL_GATE) if config.gtpo_official else entropy_gate(H, batch["initial_entropy"])
+    one_update = config.gtpo_official or not config.gtpo_ratio
+    per_token = policy_loss(logp, None if one_update else old, A, mask, H, conflict, gate, config.gtpo_gamma)
+    per_token = per_token * batch["scale"]
+    none = torch.zeros((), device=logp.device)          # this objective has no KL and no clip
+    sums = {**grpo.base_sums(logp, entropy, old, mask), "kl": none, "clip_ratio": none,
+            "gate_dropped_frac": (gate == 0).sum(), "conflict_amplified_frac": (conflict > 1).sum(),
+            "conflict_protected_frac": ((conflict == 0) & mask.bool()).sum()}
     return grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums

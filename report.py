@@ -66,7 +66,7 @@ def warn(run, line):
 # ------------------------------------------------------------------------------------------------- several runs
 
 def read_log(path):
-    """(name without the seed, lines) of a run folder or log file; "seconds" is added: training so far, without evaluation."""
+    """(name without the seed, lines) of a run folder or log file; "seconds" is added: steps so far, without evaluation."""
     path = Path(path)
     file = path / "log.jsonl" if path.is_dir() else path
     try:
@@ -113,7 +113,8 @@ def compare(runs, x, y, reach):
         row = {"name": name, "runs": len(logs), y: mean_se([points[-1][1] for points in curves])}
         for level in reach:
             at = [first_reach(points, level) for points in curves]
-            row[f"{x} to {level:g}"] = mean_se(at) if None not in at else None
+            met = [a for a in at if a is not None]
+            row[f"{x} to {level:g}"] = mean_se(met) if len(met) == len(at) else f"{len(met)} of {len(at)} runs"
         rows.append(row)
     return rows
 
@@ -124,7 +125,7 @@ def text_table(rows):
         if isinstance(v, tuple):
             digits = 3 if abs(v[0]) < 10 else 0
             return f"{v[0]:.{digits}f}" + ("" if math.isnan(v[1]) else f" ± {v[1]:.{digits}f}")
-        return "not reached" if v is None else str(v)
+        return str(v)
     keys = list(rows[0])
     lines = [keys, ["---"] * len(keys), *([cell(row[k]) for k in keys] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -6,7 +6,7 @@
     python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C (on CPU bit for bit)
 
 Each step: take prompts (data.py), draw a group of completions of each (rollout.py), score them (reward.py), turn scores
-into advantages and a loss (grpo.py), take one or more optimizer steps (dist.py sums gradients over ranks).
+into advantages and a loss (grpo.py, gtpo.py or offpolicy.py), take one or more optimizer steps (update.py).
 All randomness is a function of (seed, step, prompt, sample): no generator state has to be saved or shared.
 """
 import json
@@ -157,8 +157,8 @@ def rollout_metrics(run, rollout, rewards, right, begin):
     run.num_tokens += int(n[6])
     return {"reward": n[1] / rows, "reward_std": n[2] / groups, "frac_reward_zero_std": n[3] / groups,
             "completion_length": n[4] / rows, "truncated_frac": n[5] / rows, "num_tokens": run.num_tokens,
-            "num_samples": run.step * run.c.prompts_per_step * run.c.group_size, "entropy": n[7] / n[4], "pass@G": n[8] / groups, "rollout_time": seconds,
-            "rollout_tokens_per_s": n[4] / seconds}
+            "num_samples": run.step * run.c.prompts_per_step * run.c.group_size, "entropy": n[7] / n[4],
+            "pass@G": n[8] / groups, "rollout_time": seconds, "rollout_tokens_per_s": n[4] / seconds}
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -182,7 +182,8 @@ def evaluate(run):
 
 # ------------------------------------------------------------------------------------------------------ the loop
 
-CARRIED = ("updates", "num_tokens", "bad_steps", "first", "replay_ratio", "clip", "initial_entropy")      # what a checkpoint keeps besides weights and optimizer
+# what a checkpoint keeps besides weights, optimizer and, off-policy, the buffer and the weights that draw
+CARRIED = ("updates", "num_tokens", "bad_steps", "first", "replay_ratio", "clip", "initial_entropy")
 
 
 def save(run):

@@ -178,7 +178,7 @@ def descend(run, loss):
 
 def learn_off_policy(run, rollout, rewards):
     """A pass over the fresh groups, then passes over the buffer while pi stays near enough: updates, more for the log."""
-    c, updates, drifts, tripped = run.c, [], [], False
+    c, updates, drifts, last, tripped = run.c, [], [], None, False
     config = c if not c.adaptive_clip else replace(c, clip_low=run.clip, clip_high=run.clip * c.clip_high / c.clip_low)
     while len(drifts) < int(run.replay_ratio) and not tripped:
         groups, count = [], c.prompts_per_step
@@ -192,31 +192,44 @@ def learn_off_policy(run, rollout, rewards):
         else:
             versions = torch.full_like(rollout.lengths, run.behaviour.version)
             batch = off_policy_batch(run, rollout, rewards, versions, on_policy=run.behaviour.version == run.updates)
-        updates += one_pass(run, batch, count, config)
-        drifts.append(measure(run, batch, groups))
-        tripped = too_far(c, offpolicy.drift_metrics(drifts[-1][0][:5]))
-        if len(drifts) == 1:        # after their own pass, so that the first draw from the buffer may hold them
-            fresh = dist.gather_objects(offpolicy.pack(rollout, rewards, run.model.config.vocab_size))
-            run.buffer.add([g for part in fresh for g in part], run.updates)
+        known = "prox_logp" in batch        # then a pass that would start too far away is not made at all
+        last = measure(run, batch, groups) if known else None
+        if not (known and drifts and too_far(c, last)):
+            updates += one_pass(run, batch, count, config)
+            last = last or measure(run, batch, groups)
+            drifts.append(last)
+        tripped = too_far(c, last)
+        if not groups and c.replay_ratio > 1:       # after their own pass, so that the first draw may hold them
+            fresh = offpolicy.pack(rollout, rewards, run.model.config.vocab_size, batch["active"])
+            run.buffer.add([g for part in dist.gather_objects(fresh) for g in part], run.updates)
     run.buffer.evict(run.updates)
-    if c.adaptive_replay:
-        run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
-    if c.adaptive_clip:
-        run.clip = offpolicy.adapt_clip(run.clip, offpolicy.drift_metrics(drifts[-1][0][:5])["kl_pi_mu"], c.kl_limit,
-                                        c.clip_low / 4, c.clip_low * 2)
+    adapt(run, last, tripped)
     return updates, {**off_policy_metrics(run, drifts), "clip": config.clip_low}
 
 
+def adapt(run, last, tripped):
+    """The replay ratio and the clip of the next step, from the drift that the last pass met."""
+    c, (sums, (_, oldest)) = run.c, last
+    if c.adaptive_replay and sums[3] > 0:           # some token was trained
+        run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
+    if c.adaptive_clip and oldest > 0:              # by samples that pi did not draw
+        kl = offpolicy.drift_metrics(sums[:5])["kl_pi_mu"]
+        run.clip = offpolicy.adapt_clip(run.clip, kl, c.kl_limit, c.clip_low / 4, c.clip_low * 2)
+
+
 def too_far(c, drift):
-    """Whether a pass met a policy so far from mu that reuse should end: by --kl-limit, or by ESS with --adaptive-replay."""
+    """Whether pi is so far from mu that reuse should end: by --kl-limit, or by ESS with --adaptive-replay."""
+    drift = offpolicy.drift_metrics(drift[0][:5])
     return bool(c.kl_limit and drift["kl_pi_mu"] > c.kl_limit or c.adaptive_replay and drift["ess"] < 0.5)
 
 
 def off_policy_metrics(run, drifts):
-    """All passes of the step together, each as pi was when it met them."""
+    """All passes of the step together, each as pi was when it met them; and the last one alone."""
     sums = [sum(column) for column in zip(*(d[0] for d in drifts))]
     weight, lag = [max(column) for column in zip(*(d[1] for d in drifts))]
-    return {**offpolicy.drift_metrics(sums[:5]), "is_weight_max": weight, "staleness": sums[5] / max(sums[0], 1),
+    last = offpolicy.drift_metrics(drifts[-1][0][:5])
+    return {**offpolicy.drift_metrics(sums[:5]), "ess_last": last["ess"], "kl_last": last["kl_pi_mu"],
+            "is_weight_max": weight, "staleness": sums[5] / max(sums[0], 1),
             "staleness_max": lag, "replay_ratio": len(drifts), "buffer_groups": len(run.buffer),
             "buffer_mb": run.buffer.nbytes / 2 ** 20}
 
@@ -232,9 +245,9 @@ def replayed(run, groups, weights):
     if not len(mine):
         empty = empty_rollout(run.device)
         return empty, torch.zeros(0, run.c.group_size, device=run.device), empty.lengths, empty.lengths.float()
-    fields_, rewards, versions = offpolicy.unpack([groups[i] for i in mine], run.device)
+    tensors, rewards, versions = offpolicy.unpack([groups[i] for i in mine], run.device)
     weights = torch.from_numpy(weights[mine.start:mine.stop]).to(run.device)
-    return Rollout(**fields_), rewards, versions, weights.repeat_interleave(run.c.group_size)
+    return Rollout(**tensors), rewards, versions, weights.repeat_interleave(run.c.group_size)
 
 
 def off_policy_batch(run, rollout, rewards, versions, weights=None, on_policy=False):
