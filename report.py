@@ -131,7 +131,7 @@ def text_table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw_runs(runs, x, panels, png):
+def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
     """Mean over the runs of each name, with a band of one standard error, of each key in panels; x need not be aligned."""
     import matplotlib
     matplotlib.use("Agg")
@@ -139,15 +139,15 @@ def draw_runs(runs, x, panels, png):
     import numpy as np
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, y in zip(axes[0], panels):
-        for name, logs in runs.items():
+        for color, (name, logs) in enumerate(runs.items()):
             curves = [np.array(points, float).T for points in (curve(lines, x, y) for lines in logs) if points]
             if curves:
-                at = curves[0][0][curves[0][0] <= min(c[0][-1] for c in curves)]
+                at = curves[0][0][curves[0][0] <= min(x_max, *(c[0][-1] for c in curves))]
                 values = np.stack([np.interp(at, *c) for c in curves])
                 se = values.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else 0 * at
-                drawn, = axis.plot(at, values.mean(0), label=name)
-                axis.fill_between(at, values.mean(0) - se, values.mean(0) + se, color=drawn.get_color(), alpha=0.2)
-        axis.set(xlabel=x, ylabel=y)
+                axis.plot(at, values.mean(0), label=name, color=f"C{color}")
+                axis.fill_between(at, values.mean(0) - se, values.mean(0) + se, color=f"C{color}", alpha=0.2, linewidth=0)
+        axis.set(xlabel=x, ylabel=y, yscale="log" if y in logarithmic else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
@@ -162,6 +162,8 @@ def main(argv=None):
     parser.add_argument("--y", nargs="+", default=["eval_pass@1"], help="keys of the log; the first goes into the table")
     parser.add_argument("--reach", nargs="*", type=float, default=[], help="levels of the first key")
     parser.add_argument("--png", default="", help="file for the curves")
+    parser.add_argument("--x-max", type=float, default=math.inf, help="right end of the curves")
+    parser.add_argument("--log", nargs="*", default=[], help="keys to draw on a logarithmic axis")
     try:
         args, runs = parser.parse_args(argv), {}
         for path in args.runs:
@@ -169,7 +171,7 @@ def main(argv=None):
             runs.setdefault(name, []).append(lines)
         print(text_table(compare(runs, args.x, args.y[0], args.reach)))
         if args.png:
-            draw_runs(runs, args.x, args.y, args.png)
+            draw_runs(runs, args.x, args.y, args.png, args.x_max, args.log)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
