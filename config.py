@@ -169,9 +169,11 @@ SCHEMES_WITH = {        # of --importance
 
 
 def refuse_idle(c, given):
-    """ValueError, one line, for a setting that was given and would do nothing."""
-    for name in given:
-        flag = "--" + name.replace("_", "-")
+    """ValueError, one line, for a setting that was given, is not the neutral one, and would do nothing."""
+    for name, value in given.items():
+        flag, neutral = "--" + name.replace("_", "-"), 1 if name == "replay_ratio" else getattr(Config, name)
+        if value == neutral:            # such as --beta 0 with gtpo
+            continue
         if name in UNUSED[c.algo]:
             raise ValueError(f"{flag} has no effect with --algo {c.algo}: leave it out")
         if name in NEEDS and not NEEDS[name][0](c):
