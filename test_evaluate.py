@@ -300,7 +300,7 @@ def fails(capsys, arguments):
     ("--samples", "x", "invalid int value"),
     ("--limit", -1, "--limit -1: must be at least 0"),
     ("--temperature", 0, "--temperature 0.0: must be above 0"),
-    ("--temperature", "nan", "--temperature nan: must be above 0"),
+    ("--temperature", "nan", "--temperature nan: must be a finite number"),
     ("--top-p", 0, "--top-p 0.0: must be above 0"),
     ("--template", "fancy", "choose auto, chat"),
     ("--template", "chat", "no chat template"),

@@ -293,7 +293,7 @@ BAD = {     # name -> (arguments, what the line must say); M is a good model, D 
     "context": (["--model", "M", "--max-new-tokens", "5000"], "leaves the context of 2048"),
     "built-in context": (["--max-new-tokens", "5000"], "leave the context of 2048 tokens of the built-in model"),
     "config of wrong types": (["--resume", "--out", "TYPES"], "is not a run of this version"),
-    "temperature": (["--temperature", "inf"], "--temperature inf: must be a number above 0"),
+    "temperature": (["--temperature", "inf"], "--temperature inf: must be a finite number"),
     "clip": (["--clip-low", "-3"], "--clip-low -3.0: must be at least 0"),
     "foreign config": (["--resume", "--out", "FOREIGN"], "is not a run of this version"),
     "long prompts": (["--model", "M", "--max-prompt-tokens", "3"], "every prompt exceeds --max-prompt-tokens 3"),
