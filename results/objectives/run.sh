@@ -36,4 +36,4 @@ one() {                     # NAME SEED FLAGS...
 }
 export -f one
 xargs -P 2 -L 1 bash -c 'one "$@"' one < "$jobs"
-bash results/objectives/tables.sh
+bash results/objectives/tables.sh > results/objectives/tables.md

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Tables and plots from the logs in this folder: bash results/objectives/tables.sh
+# Plots from the logs in this folder, and the tables: bash results/objectives/tables.sh > results/objectives/tables.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-compare() { python ../../report.py "$@"; }
+compare() { python ../../report.py "$@"; echo; }
 of() { for name in "$@"; do ls "$name"-s[0-9].jsonl; done; }
 
+echo "eval_pass@1: at the run's end, mean ± standard error over seeds; commands: run.sh"
+echo
 default=$(of default-{grpo,gtpo,offpolicy})
 compare $default --reach 0.9 0.95 --y eval_pass@1 entropy completion_length --png default.png
 samples=$(of default-grpo grpo-lr2 grpo-n16-lr2 grpo-e4 default-offpolicy reuse2-lr2 reuse4 reuse8 stale2-lr2 stale10-lr2)
