@@ -1,7 +1,8 @@
 """Train a language model to reason with critic-free reinforcement learning: one loop, one file per concept.
 
     python train.py                                              a small model, on a laptop, nothing to download
-    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512        a real one
+    python train.py --algo gtpo                                  another objective: grpo, gtpo, offpolicy
+    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512        a real model
     torchrun --nproc-per-node 8 train.py --model DIR ...         data-parallel: the same numbers on any world size
     python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C (on CPU bit for bit)
 
