@@ -17,6 +17,7 @@ add grpo-e4      --algo grpo --epochs 4 --steps 20 --eval-every 2
 add reuse2-lr2   --algo offpolicy --replay-ratio 2 --lr 2e-4 --steps 30 --eval-every 2
 add reuse4       --algo offpolicy --replay-ratio 4 --steps 20 --eval-every 2
 add reuse8       --algo offpolicy --replay-ratio 8 --steps 12 --eval-every 2
+add adaptive8    --algo offpolicy --replay-ratio 8 --adaptive-replay --kl-limit 0.02 --steps 12 --eval-every 2
 add stale2-lr2   --algo offpolicy --replay-ratio 1 --sync-every 2 --lr 2e-4 --steps 30 --eval-every 2
 add stale10-lr2  --algo offpolicy --replay-ratio 1 --sync-every 10 --lr 2e-4 --steps 30 --eval-every 2
 # stability: a high learning rate, longer runs, many updates a rollout

@@ -9,7 +9,7 @@ echo "eval_pass@1: at the run's end, mean ± standard error over seeds; commands
 echo
 default=$(of default-{grpo,gtpo,offpolicy})
 compare $default --reach 0.9 0.95 --y eval_pass@1 entropy completion_length --png default.png
-samples=$(of default-grpo grpo-lr2 grpo-n16-lr2 grpo-e4 default-offpolicy reuse2-lr2 reuse4 reuse8 stale2-lr2 stale10-lr2)
+samples=$(of default-grpo grpo-lr2 grpo-n16-lr2 grpo-e4 default-offpolicy reuse2-lr2 reuse4 reuse8 adaptive8 stale2-lr2 stale10-lr2)
 compare $samples --x num_samples --reach 0.9 0.95
 compare $samples --x seconds --reach 0.9 0.95
 drawn=$(of default-grpo grpo-lr2 default-offpolicy reuse2-lr2 reuse4 reuse8 stale10-lr2)
