@@ -107,11 +107,9 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------ settings
 
-GTPO_ONLY = tuple(f.name for f in fields(Config) if f.name.startswith("gtpo_"))
-OFFPOLICY_ONLY = (
-    "sync_every", "replay_ratio", "correction", "importance", "importance_level", "importance_cap", "importance_low",
-    "importance_normalize", "trace", "trust_region", "trust_delta", "kl_limit", "adaptive_clip", "adaptive_replay",
-    "buffer_groups", "buffer_mb", "max_staleness", "max_reuse", "min_ess", "priority", "priority_beta")
+NAMES = [f.name for f in fields(Config)]
+GTPO_ONLY = tuple(NAMES[NAMES.index("gtpo_gamma"):NAMES.index("gtpo_official") + 1])
+OFFPOLICY_ONLY = tuple(NAMES[NAMES.index("sync_every"):NAMES.index("priority_beta") + 1])
 
 
 def parse(argv=None, description=""):
@@ -160,12 +158,11 @@ NEEDS = {       # settings that only mean something beside others: (condition, w
     "kl_limit": (lambda c: c.replay_ratio > 1 or c.adaptive_clip, "--replay-ratio above 1 or --adaptive-clip"),
     "trust_delta": (lambda c: c.trust_region, "--trust-region"), "kl_kind": (lambda c: c.beta > 0, "--beta above 0"),
     "priority_beta": (lambda c: c.priority, "--priority")}
-TRACES = ("retrace", "tempered")
 SCHEMES_WITH = {        # of --importance
     "importance_cap": ("clipped", "truncated", "masked"), "importance_low": ("clipped", "masked"),
     **dict.fromkeys(("importance_level", "importance_normalize"), tuple(
-        s for s in offpolicy.SCHEMES if s not in ("none", *TRACES))),
-    "trace": TRACES}
+        s for s in offpolicy.SCHEMES if s not in ("none", *offpolicy.TRACES))),
+    "trace": offpolicy.TRACES}
 
 
 def refuse_idle(c, given):

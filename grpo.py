@@ -164,16 +164,17 @@ def loss(logp, entropy, batch, config, normalizer, weight=None, row_weight=None)
     logp, entropy (B, T) of the current policy; normalizer as in aggregate, over the whole optimizer step; for offpolicy.py
     weight (B, T) multiplies the policy term and row_weight (B,) all terms."""
     A, mask, old = batch["advantages"], batch["mask"], batch["old_logp"]
+    mu = batch.get("mu_logp", old)          # another policy than the ratio's only in the decoupled form
     per_token = policy_loss(logp, old, A, mask, config.clip_low, config.clip_high, config.ratio_level,
                             config.dual_clip or None)
     if weight is not None:
         per_token = per_token * weight
     kl = torch.zeros_like(logp)
     if config.beta > 0:
-        kl = kl_penalty(logp, batch["ref_logp"], config.kl_kind, batch.get("mu_logp", old), mask)
+        kl = kl_penalty(logp, batch["ref_logp"], config.kl_kind, mu, mask)
         per_token = per_token + config.beta * kl
     if row_weight is not None:
         per_token = per_token * row_weight[:, None]
     clip = clipped(logp.detach(), old, A, mask, config.clip_low, config.clip_high, config.ratio_level)
-    sums = {**base_sums(logp, entropy, old, mask), "kl": kl.detach().sum(), "clip_ratio": clip.sum()}
+    sums = {**base_sums(logp, entropy, mu, mask), "kl": kl.detach().sum(), "clip_ratio": clip.sum()}
     return aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums

@@ -34,6 +34,9 @@ import torch
 import grpo
 
 METRICS = grpo.METRICS
+TRACES = ("retrace", "tempered")
+SCHEMES = ("none", "standard", "clipped", "truncated", "masked", "self_normalized", *TRACES)
+LEVELS = ("token", "sequence", "geometric")
 
 
 # ------------------------------------------------------------------------------------------------ importance weights
@@ -63,7 +66,7 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
                          f"{', '.join(LEVELS)}; '', batch, group")
     if normalize == "group" and not group_size or scheme in ("clipped", "truncated", "masked") and not cap:
         raise ValueError("normalize='group' needs group_size; clipped, truncated and masked need a cap above 0")
-    if scheme in ("retrace", "tempered"):
+    if scheme in TRACES:
         return _trace_weights(log_ratio.detach(), mask, scheme, trace)
     w = level_ratio(log_ratio.detach(), mask, level)
     if scheme == "none":
@@ -79,10 +82,6 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
         total, count = weight_mass(w, mask, level, group_size if normalize == "group" else None)
         mean = total / count.clamp(min=1)
     return w if mean is None else w / torch.as_tensor(mean).clamp(min=1e-30)
-
-
-SCHEMES = ("none", "standard", "clipped", "truncated", "masked", "self_normalized", "retrace", "tempered")
-LEVELS = ("token", "sequence", "geometric")
 
 
 def level_ratio(log_ratio, mask, level):
@@ -142,8 +141,8 @@ def drift(log_ratio, mask):
 
 
 def drift_metrics(sums):
-    """{"ess": share of the sequences (0 to 1), "kl_pi_mu": nats a token} of summed `drift`."""
-    n, w, w2, tokens, kl = sums
+    """{"ess": share of the sequences (0 to 1), "kl_pi_mu": nats a token} of summed `drift`; what follows is ignored."""
+    n, w, w2, tokens, kl, *_ = sums
     ess = min(w * w / (n * w2), 1.0) if n and w2 else 1.0           # rounding may put it above 1
     return {"ess": ess, "kl_pi_mu": kl / max(tokens, 1)}
 
@@ -376,5 +375,4 @@ def loss(logp, entropy, batch, config, normalizer):
         weight = weight * keep(logp, mu, A, mask, config.trust_delta)
     if config.correction == "decoupled" and "prox_logp" in batch:
         batch = {**batch, "old_logp": batch["prox_logp"], "mu_logp": mu}
-    value, sums = grpo.loss(logp, entropy, batch, config, normalizer, weight, batch["replay_weight"])
-    return value, {**sums, **grpo.base_sums(logp, entropy, mu, mask)}
+    return grpo.loss(logp, entropy, batch, config, normalizer, weight, batch["replay_weight"])

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import dist
+from evaluate import standard_error
 
 
 def write_samples(run, problems, groups, scores):
@@ -31,25 +32,34 @@ def write_line(run, line):
             f.write(json.dumps(finite) + "\n")             # NaN is not JSON
 
 
-def draw_curve(folder):
-    """curve.png from log.jsonl: accuracy, reward, completion length over steps."""
+def pyplot():
+    """Matplotlib that draws into files; imported when something is drawn, not at every start."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(plt, figure, file):
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_curve(folder):
+    """curve.png from log.jsonl: accuracy, reward, completion length over steps."""
+    plt = pyplot()
     lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
     panels = (("accuracy", ("eval_pass@1", "eval_greedy")), ("training reward", ("reward",)),
               ("completion length (tokens)", ("completion_length", "eval_length")))
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
     for axis, (title, keys) in zip(axes, panels):
         for key in keys:
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            axis.plot(*zip(*points), marker="o" if key.startswith("eval") else None, markersize=3, label=key)
+            axis.plot(*zip(*curve(lines, "step", key)), marker="o" if key.startswith("eval") else None, markersize=3, label=key)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "curve.png", dpi=110)
-    plt.close(figure)
+    save_figure(plt, figure, Path(folder) / "curve.png")
 
 
 def warn(run, line):
@@ -86,8 +96,8 @@ def read_log(path):
 
 def mean_se(values):
     """(mean, standard error over runs; nan for one run)."""
-    mean, n = sum(values) / len(values), len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+    se = standard_error(values)
+    return sum(values) / len(values), math.nan if se is None else se
 
 
 def curve(lines, x, y):
@@ -133,10 +143,8 @@ def text_table(rows):
 
 def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
     """Mean over the runs of each name, with a band of one standard error, of each key in panels; x need not be aligned."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, y in zip(axes[0], panels):
         for color, (name, logs) in enumerate(runs.items()):
@@ -150,9 +158,7 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
         axis.set(xlabel=x, ylabel=y, yscale="log" if y in logarithmic else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(png, dpi=110)
-    plt.close(figure)
+    save_figure(plt, figure, png)
 
 
 def main(argv=None):

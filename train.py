@@ -69,7 +69,7 @@ def start(c, folder, device):
         c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
         tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, sampler=sampler, behaviour=behaviour,
         buffer=buffer, algo=ALGOS[c.algo], say=say, latest=None, seconds=0.0, first={}, step=0, updates=0, num_tokens=0,
-        bad_steps=0, replay_ratio=float(c.replay_ratio if c.algo == "offpolicy" else 1), clip=c.clip_low,
+        bad_steps=0, replay_ratio=float(c.replay_ratio), clip=c.clip_low,
         initial_entropy=None)
 
 

@@ -116,10 +116,10 @@ def update(run, batch, halves, config):
     total = dict.fromkeys(("loss", "tokens", "rows", *run.algo.METRICS), 0.0)
     deviation, first = 0.0, None
     run.optimizer.zero_grad(set_to_none=True)
+    lengths = batch["lengths"].tolist()
     for k, half in enumerate(halves):
         if k == 1:
             first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
-        lengths = batch["lengths"].tolist() if half else []
         for part in micro_batches([lengths[r] for r in half], config.micro_batch_tokens):
             rows = [half[i] for i in part]
             sums = backward(run, batch, rows, config, normalizer)
@@ -178,48 +178,47 @@ def descend(run, loss):
 
 def learn_off_policy(run, rollout, rewards):
     """A pass over the fresh groups, then passes over the buffer while pi stays near enough: updates, more for the log."""
-    c, updates, drifts, last, tripped = run.c, [], [], None, False
+    c = run.c
     config = c if not c.adaptive_clip else replace(c, clip_low=run.clip, clip_high=run.clip * c.clip_high / c.clip_low)
-    while len(drifts) < int(run.replay_ratio) and not tripped:
-        groups, count = [], c.prompts_per_step
-        if drifts:
-            run.buffer.evict(run.updates)
-            groups, weights = run.buffer.sample(count, annealed_beta(run))
-            count = len(groups)
-            if not count:
-                break
-            batch = off_policy_batch(run, *replayed(run, groups, weights))
-        else:
-            versions = torch.full_like(rollout.lengths, run.behaviour.version)
-            batch = off_policy_batch(run, rollout, rewards, versions, on_policy=run.behaviour.version == run.updates)
-        known = "prox_logp" in batch        # then a pass that would start too far away is not made at all
+    versions = torch.full_like(rollout.lengths, run.behaviour.version)
+    batch = off_policy_batch(run, rollout, rewards, versions, on_policy=run.behaviour.version == run.updates)
+    updates = one_pass(run, batch, c.prompts_per_step, config)
+    last = measure(run, batch)
+    drifts = [last]
+    if c.replay_ratio > 1:              # after their own pass, so that the first draw may hold them
+        fresh = offpolicy.pack(rollout, rewards, run.model.config.vocab_size, batch["active"])
+        run.buffer.add([g for part in dist.gather_objects(fresh) for g in part], run.updates)
+    while len(drifts) < int(run.replay_ratio) and not too_far(c, last):
+        run.buffer.evict(run.updates)
+        groups, weights = run.buffer.sample(c.prompts_per_step, annealed_beta(run))
+        if not groups:
+            break
+        batch = off_policy_batch(run, *replayed(run, groups, weights))
+        known = "prox_logp" in batch    # then a pass that would start too far away is not made at all
         last = measure(run, batch, groups) if known else None
-        if not (known and drifts and too_far(c, last)):
-            updates += one_pass(run, batch, count, config)
-            last = last or measure(run, batch, groups)
-            drifts.append(last)
-        tripped = too_far(c, last)
-        if not groups and c.replay_ratio > 1:       # after their own pass, so that the first draw may hold them
-            fresh = offpolicy.pack(rollout, rewards, run.model.config.vocab_size, batch["active"])
-            run.buffer.add([g for part in dist.gather_objects(fresh) for g in part], run.updates)
+        if known and too_far(c, last):
+            break
+        updates += one_pass(run, batch, len(groups), config)
+        last = last or measure(run, batch, groups)
+        drifts.append(last)
     run.buffer.evict(run.updates)
-    adapt(run, last, tripped)
+    adapt(run, last)
     return updates, {**off_policy_metrics(run, drifts), "clip": config.clip_low}
 
 
-def adapt(run, last, tripped):
+def adapt(run, last):
     """The replay ratio and the clip of the next step, from the drift that the last pass met."""
     c, (sums, (_, oldest)) = run.c, last
     if c.adaptive_replay and sums[3] > 0:           # some token was trained
-        run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, tripped, c.replay_ratio)
+        run.replay_ratio = offpolicy.adapt_replay(run.replay_ratio, too_far(c, last), c.replay_ratio)
     if c.adaptive_clip and oldest > 0:              # by samples that pi did not draw
-        kl = offpolicy.drift_metrics(sums[:5])["kl_pi_mu"]
+        kl = offpolicy.drift_metrics(sums)["kl_pi_mu"]
         run.clip = offpolicy.adapt_clip(run.clip, kl, c.kl_limit, c.clip_low / 4, c.clip_low * 2)
 
 
 def too_far(c, drift):
     """Whether pi is so far from mu that reuse should end: by --kl-limit, or by ESS with --adaptive-replay."""
-    drift = offpolicy.drift_metrics(drift[0][:5])
+    drift = offpolicy.drift_metrics(drift[0])
     return bool(c.kl_limit and drift["kl_pi_mu"] > c.kl_limit or c.adaptive_replay and drift["ess"] < 0.5)
 
 
@@ -227,8 +226,8 @@ def off_policy_metrics(run, drifts):
     """All passes of the step together, each as pi was when it met them; and the last one alone."""
     sums = [sum(column) for column in zip(*(d[0] for d in drifts))]
     weight, lag = [max(column) for column in zip(*(d[1] for d in drifts))]
-    last = offpolicy.drift_metrics(drifts[-1][0][:5])
-    return {**offpolicy.drift_metrics(sums[:5]), "ess_last": last["ess"], "kl_last": last["kl_pi_mu"],
+    last = offpolicy.drift_metrics(drifts[-1][0])
+    return {**offpolicy.drift_metrics(sums), "ess_last": last["ess"], "kl_last": last["kl_pi_mu"],
             "is_weight_max": weight, "staleness": sums[5] / max(sums[0], 1),
             "staleness_max": lag, "replay_ratio": len(drifts), "buffer_groups": len(run.buffer),
             "buffer_mb": run.buffer.nbytes / 2 ** 20}
@@ -265,7 +264,7 @@ def off_policy_batch(run, rollout, rewards, versions, weights=None, on_policy=Fa
     return batch
 
 
-def measure(run, batch, groups):
+def measure(run, batch, groups=()):
     """The pass's drift: offpolicy.drift and the ages, over all ranks; replayed groups learn their effective sample size."""
     pi = batch["prox_logp"] if "prox_logp" in batch else batch["pi_logp"]
     mask = batch["mask"] * batch["active"][:, None]
