@@ -82,7 +82,7 @@ class Config:
     warmup_steps: int = 5               # linear
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    micro_batch_tokens: int = 8192      # padded tokens a forward pass holds; memory, not mathematics
+    micro_batch_tokens: int = 8192      # tokens a forward pass holds, prompts once a group; memory, not mathematics
     activation_checkpointing: bool = False   # less memory, a third more time
     # evaluation and output
     eval_every: int = 10                # steps; also before the first and after the last
@@ -94,6 +94,8 @@ class Config:
     levels: str = "4-6"                 # fewest-most steps of a story
     warm_start_steps: int = 1400        # supervised steps before the default run (sft.py)
     # machine
+    kv_memory_mb: float = 0.0           # for keys and values while sampling; 0: most of the free memory
+    graph: str = ""                     # replay sampling steps as device graphs: on, off; empty: on with cuda
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
     threads: int = 0                    # CPU threads; 0: measured
@@ -137,7 +139,7 @@ def parse(argv=None, description=""):
 
 CHOICES = {"algo": ("grpo", "gtpo", "offpolicy"), "advantage_scale": ("std", "none", "loo", "batch"),
            "ratio_level": ("token", "sequence"), "aggregation": ("token", "sequence", "constant"),
-           "zero_variance": ("drop", "keep"), "kl_kind": ("k1", "k2", "k3", "k3_is"),
+           "zero_variance": ("drop", "keep"), "graph": ("", "on", "off"), "kl_kind": ("k1", "k2", "k3", "k3_is"),
            "correction": ("bypass", "decoupled"), "importance": offpolicy.SCHEMES, "importance_level": offpolicy.LEVELS,
            "importance_normalize": ("", "batch", "group"), "trust_region": ("", "sequence", "token", "second_moment")}
 LEAST = {**dict.fromkeys((
@@ -146,7 +148,7 @@ LEAST = {**dict.fromkeys((
     "buffer_groups"), 1), "group_size": 2, "warm_start_steps": 5, **dict.fromkeys((
         "beta", "warmup_steps", "dual_clip", "clip_low", "clip_high", "weight_decay", "gtpo_gamma", "gtpo_amplify",
         "gtpo_cap", "importance_low", "trust_delta", "kl_limit", "buffer_mb", "max_staleness", "max_reuse", "min_ess",
-        "priority", "priority_beta", "variance_every"), 0)}
+        "priority", "priority_beta", "variance_every", "kv_memory_mb"), 0)}
 UNUSED = {      # settings without a meaning for an algorithm: giving one is an error, not silence
     "grpo": GTPO_ONLY + OFFPOLICY_ONLY, "offpolicy": GTPO_ONLY, "gtpo": OFFPOLICY_ONLY + (
         "clip_low", "clip_high", "ratio_level", "dual_clip", "beta", "kl_kind")}

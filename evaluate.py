@@ -56,7 +56,7 @@ class EvalConfig:
     seed: int = 0                       # of the samples; the problems stay the same
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16
-    rows_at_once: int = 256             # completions in the KV cache at once (one problem's samples at least)
+    rows_at_once: int = 256             # completions in the KV cache at once
     threads: int = 0                    # CPU threads; 0: measured
 
 
@@ -185,7 +185,7 @@ def complete(c, sampler, tokenizer, problems, samples, temperature, bar):
     graded, begin = [None] * len(problems), time.perf_counter()
     lengths, cut, right, rows = 0, 0, 0, 0
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["prompt"]))     # so that memory peaks at once
-    size = max(1, c.rows_at_once // samples)
+    size = max(1, 4 * c.rows_at_once // samples)        # more than are in the cache at once: they take turns there
     for part in (order[k:k + size] for k in range(0, len(order), size)):
         rollout = sampler.generate([problems[i]["prompt"] for i in part], samples, c.max_new_tokens, temperature,
                                    seed=[(c.seed, problems[i]["index"]) for i in part], top_k=c.top_k, top_p=c.top_p)

@@ -147,8 +147,8 @@ def prepare(rollout, rewards, config):
     mask = rollout.completion_mask()
     if config.mask_truncated:
         mask = mask * rollout.finished[:, None]
-    return {"tokens": rollout.tokens, "lengths": rollout.lengths, "old_logp": rollout.logps, "mask": mask,
-            "advantages": advantages.flatten(), "active": active & (mask.sum(1) > 0)}
+    return {"tokens": rollout.tokens, "prompt_lengths": rollout.prompt_lengths, "lengths": rollout.lengths, "mask": mask,
+            "old_logp": rollout.logps, "advantages": advantages.flatten(), "active": active & (mask.sum(1) > 0)}
 
 
 def base_sums(logp, entropy, old_logp, mask):

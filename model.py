@@ -7,14 +7,16 @@ of the checkpoint ("model.layers.0.self_attn.q_proj.weight"), so loading is a co
     x = embed(tokens);  per layer:  x += attention(norm(x));  x += mlp(norm(x));  logits = lm_head(norm(x))
     RoPE (arXiv 2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467)
 
-Two ways in: `token_logps` for training (right-padded rows, causal, never a (B, T, V) tensor) and `prefill` and
-`decode` for the sampler (a preallocated KV cache). Left out: dropout, sliding windows, mixtures of experts.
+Tokens are packed: no padding goes through the model, and completions of one prompt share its tokens (`pack`). `token_logps`
+is what training reads, never with a (B, T, V) tensor. The sampler runs the same weights through decode.py; the formulas, and
+each device's kernels for them, are in kernels.py. Left out: dropout, sliding windows, mixtures of experts.
 """
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,10 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from kernels import Sequences, attention, rms_norm, rope_tables, rotate
+
 SUPPORTED = ("qwen2", "qwen3", "llama")
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-LOGIT_CHUNK = 2 ** 25      # elements of one chunk of logits: 128 MB in float32, whatever the vocabulary
+LOGIT_CHUNK = 2 ** 24      # elements of one chunk of logits: 64 MB in float32, whatever the vocabulary
 SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
 
 
@@ -111,20 +115,7 @@ class ModelConfig:
                 "rope_scaling": self.rope_scaling, "rope_parameters": {**rope, "rope_theta": self.rope_theta}}
 
 
-# ---------------------------------------------------------------------------------------------- the formulas
-
-def rms_norm(x, weight, eps):
-    """x (..., D) scaled to unit root mean square, in float32, then by weight (D,)."""
-    y = x.float()
-    y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)      # y * y: pow is slow backwards
-    return weight * y.to(x.dtype)
-
-
-def rotate(x, cos, sin):
-    """RoPE on x (B, H, T, D) by cos, sin (B, 1, T, D); pairs are (i, i + D/2), as in every HF checkpoint."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
-
+# ------------------------------------------------------------------------------------------------------ the modules
 
 def inverse_frequencies(config, device):
     """RoPE's (D/2,) frequencies; "llama3" slows the low ones down and blends in between."""
@@ -137,19 +128,6 @@ def inverse_frequencies(config, device):
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * freq / s["factor"] + blend * freq
-
-
-class KVCache:
-    """Preallocated keys and values, (layers, B, Hkv, S, D) each; slot s of a row holds its token at position s."""
-
-    def __init__(self, config, rows, slots, device, dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-
-    def select(self, rows):
-        """Keep these rows only (an index tensor), in this order."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
 class RMSNorm(nn.Module):
@@ -172,35 +150,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, cache=None):
-        """x (B, T, D) -> (B, T, D). cache: None (training) or (k, v, slots, mask) of this layer: see _attend."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        y = self._attend(rotate(q, *rope), rotate(k, *rope), v, cache)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-    def _attend(self, q, k, v, cache):
-        """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D).
-
-        Without slots (training and prefill) rows are causal from position 0: right padding is never seen. With
-        slots (B,) each row has one new token: it is written at its slot and sees the slots that mask allows.
-        The query heads that share a key head are folded into the query dimension, so nothing is repeated."""
-        slots = None
-        if cache is not None:
-            cache_k, cache_v, slots, mask = cache
-            if slots is None:
-                cache_k[:, :, :k.shape[2]], cache_v[:, :, :v.shape[2]] = k, v
-        if slots is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        B, H, _, D = q.shape
-        rows = torch.arange(B, device=q.device)
-        cache_k[rows, :, slots], cache_v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        used = mask.shape[-1]
-        q = q.view(B, self.kv_heads, H // self.kv_heads, D)
-        y = F.scaled_dot_product_attention(q, cache_k[:, :, :used], cache_v[:, :, :used], attn_mask=mask)
-        return y.reshape(B, H, 1, D)
+    def forward(self, x, rope, sequences):
+        """x (M, hidden_size), packed tokens -> the same."""
+        q = self.q_norm(self.q_proj(x).view(len(x), self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(len(x), self.kv_heads, self.head_dim))
+        v = self.v_proj(x).view(len(x), self.kv_heads, self.head_dim)
+        return self.o_proj(attention(rotate(q, *rope), rotate(k, *rope), v, sequences).reshape(len(x), -1))
 
 
 class MLP(nn.Module):
@@ -211,7 +166,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # swiglu without a copy of its two halves
 
 
 class Block(nn.Module):
@@ -221,8 +176,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x, rope, sequences):
+        x = x + self.self_attn(self.input_layernorm(x), rope, sequences)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -273,66 +228,44 @@ class Transformer(nn.Module):
 
     # ------------------------------------------------------------------------------------------ computation
 
-    def _rope(self, positions):
-        """cos, sin (B, 1, T, D) for positions (B, T), computed once a forward and shared by all layers."""
-        angles = positions[..., None].float() * inverse_frequencies(self.config, positions.device)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
-    def hidden_states(self, tokens, cache=None, slots=None, mask=None):
-        """tokens (B, T) -> (B, T, hidden_size) after the last norm. The cache arguments are the sampler's."""
-        if slots is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        else:
-            positions = slots[:, None]
-        rope = self._rope(positions)
-        x = self.model.embed_tokens(tokens)
-        for i, block in enumerate(self.model.layers):
-            layer_cache = None if cache is None else (cache.k[i], cache.v[i], slots, mask)
+    def hidden_states(self, tokens, positions, sequences):
+        """Packed tokens (M,) at positions (M,) that see each other as `sequences` says -> (M, hidden_size) after the last norm."""
+        rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device), self.dtype)
+        x = _Embedding.apply(tokens, self.model.embed_tokens.weight)
+        for block in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, sequences, use_reentrant=False)
             else:
-                x = block(x, rope, layer_cache)
+                x = block(x, rope, sequences)
         return self.model.norm(x)
 
     def forward(self, tokens):
         """tokens (B, T) -> logits (B, T, V). For inspection and tests: nothing here trains or samples through it."""
-        return self.lm_head(self.hidden_states(tokens))
+        B, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device).repeat(B)
+        hidden = self.hidden_states(tokens.flatten(), positions, Sequences([T] * B, device=tokens.device))
+        return self.lm_head(hidden).view(B, T, -1)
 
-    def token_logps(self, tokens, mask=None, temperature=1.0):
+    def token_logps(self, tokens, mask=None, temperature=1.0, prompts=None):
         """Log-probabilities of given tokens, and the entropies of the distributions they were drawn from.
 
         tokens (B, T) int64 right-padded; mask (B, T), 1 where a token is wanted; None wants all. Position 0 has nothing
-        before it and is never wanted.
+        before it and is never wanted. prompts: B keys; rows of equal keys begin with the same tokens up to their first
+        wanted one, which then go through the model once. None: nothing is shared.
         Returns logps (B, T) float32 with gradient and entropy (B, T) float32 without, both of logits / temperature
-        and 0 off the mask. Only wanted positions reach the vocabulary, LOGIT_CHUNK logits at a time, and each
-        chunk is recomputed in backward: memory does not grow with B x T x V."""
-        hidden = self.hidden_states(tokens)
-        mask = torch.ones_like(tokens) if mask is None else mask
-        rows, columns = mask.bool()[:, 1:].nonzero(as_tuple=True)      # the token at column + 1 is read at column
-        wanted, targets = hidden[rows, columns], tokens[rows, columns + 1]
-        step = max(1, LOGIT_CHUNK // self.config.vocab_size)
-        parts = [checkpoint(_chunk_logps, h, self.lm_head.weight, t, temperature, use_reentrant=False)
-                 for h, t in zip(wanted.split(step), targets.split(step))]
-        logps = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        entropy = torch.zeros_like(logps)
-        if parts:
-            logps = logps.index_put((rows, columns + 1), torch.cat([p[0] for p in parts]))
-            entropy = entropy.index_put((rows, columns + 1), torch.cat([p[1] for p in parts]))
-        return logps, entropy
-
-    @torch.no_grad()
-    def prefill(self, tokens, lengths, cache):
-        """Fill rows of an empty cache with right-padded prompts (N, P); logits (N, V) after each row's last token."""
-        hidden = self.hidden_states(tokens, cache)
-        last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        return self.lm_head(last)
-
-    @torch.no_grad()
-    def decode(self, tokens, slots, used, cache):
-        """One token a row: tokens (B,) at positions slots (B,) < used -> logits (B, V) for the next position."""
-        mask = (torch.arange(used, device=slots.device) <= slots[:, None])[:, None, None]     # bool (B, 1, 1, used)
-        return self.lm_head(self.hidden_states(tokens[:, None], cache, slots, mask)[:, 0])
+        and 0 off the mask. No padding and no token behind the last wanted one reaches the model. Only wanted positions
+        reach the vocabulary, LOGIT_CHUNK logits at a time, and each chunk is recomputed in backward: memory does not grow
+        with B x T x V."""
+        wanted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        wanted = torch.cat((torch.zeros_like(wanted[:, :1]), wanted[:, 1:]), 1)
+        logps, entropy = torch.zeros(2, *tokens.shape, device=tokens.device).unbind()
+        source, positions, sequences, before = pack(wanted, prompts or range(len(tokens)))
+        if not len(source):     # still a zero gradient for every weight
+            return logps + 0.0 * sum(p.sum() for p in self.parameters()), entropy
+        hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)
+        rows, columns = wanted.nonzero(as_tuple=True)
+        found = chunked_logps(hidden.index_select(0, before), self.lm_head.weight, tokens[rows, columns], temperature)
+        return tuple(x.index_put((rows, columns), y) for x, y in zip((logps, entropy), found))
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -393,14 +326,99 @@ class Transformer(nn.Module):
         write_shards(path, dict(self.named_parameters()), dtype)
 
 
-def _chunk_logps(hidden, weight, targets, temperature):
-    """hidden (C, D), targets (C,) -> log-probabilities (C,) and entropies (C,), float32."""
-    logits = (hidden @ weight.T).float() / temperature
-    log_z = logits.logsumexp(-1)
-    logps = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    with torch.no_grad():
-        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
-    return logps, entropy
+def pack(wanted, prompts):
+    """The tokens that a forward pass needs for the log-probs of the wanted ones (B, T) bool, column 0 never.
+
+    prompts: B keys, see token_logps. Returns source (M,), indices into the flattened (B, T) tokens; their positions (M,);
+    their Sequences; and before (W,), for each wanted token in row-major order the packed token that predicts it."""
+    B, T = wanted.shape
+    first = wanted.int().argmax(1)
+    last = T - 1 - wanted.flip(1).int().argmax(1)
+    first, last, some = torch.stack((first, last, wanted.any(1).long())).tolist()
+    source, queries, keys, index, place, M = [], [], [], [], {}, 0
+    start = np.zeros((B, 2), np.int64)      # of a row: packed place of its prompt's last token, of its own first
+    for b in (b for b in range(B) if some[b]):
+        key = (prompts[b], first[b])
+        if key not in place:
+            place[key] = np.arange(M, M + first[b])
+            source.append(b * T + np.arange(first[b]))
+            index.append(place[key])
+            queries.append(first[b])
+            keys.append(first[b])
+            M += first[b]
+        own = last[b] - first[b]            # the last wanted token predicts nothing that is wanted
+        start[b] = place[key][-1], M
+        if own:
+            source.append(b * T + np.arange(first[b], last[b]))
+            index += [place[key], np.arange(M, M + own)]
+            queries.append(own)
+            keys.append(first[b] + own)
+            M += own
+    device = wanted.device
+    source, index = (torch.from_numpy(np.concatenate([np.empty(0, np.int64), *x])).to(device) for x in (source, index))
+    start, first = torch.from_numpy(start).to(device), torch.tensor(first, device=device)
+    rows, columns = wanted.nonzero(as_tuple=True)
+    behind = columns - first[rows]          # 0: the prompt's last token predicts it
+    before = torch.where(behind == 0, start[rows, 0], start[rows, 1] + behind - 1)
+    return source, source % T, Sequences(queries, keys, index, device), before
+
+
+class _Embedding(torch.autograd.Function):
+    """F.embedding, but where its weight has a gradient already the new one is added in place, not as another (V, D)."""
+
+    @staticmethod
+    def forward(ctx, tokens, weight):
+        ctx.save_for_backward(tokens, weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, weight = ctx.saved_tensors
+        if weight.grad is None:
+            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), -1, False)
+        weight.grad.index_add_(0, tokens, grad)
+        return None, None
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target] and the entropy, by chunks of tokens; backward computes each chunk again.
+
+    With s = softmax, d logp / d logits = onehot(target) - s. One chunk of logits exists at a time, in float32. As above,
+    a gradient of W that exists is added to in place (autograd sees none then)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, ctx.step = temperature, max(1, LOGIT_CHUNK // len(weight))
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logps)
+        for i in range(0, len(hidden), ctx.step):
+            logits, part = (hidden[i:i + ctx.step] @ weight.T).float().div_(temperature), slice(i, i + ctx.step)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            logps[part] = (logits.gather(-1, targets[part, None]) - log_z)[:, 0]
+            logits -= log_z
+            entropy[part] = -torch.einsum("tv,tv->t", logits.exp(), logits)
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), weight.grad      # added to what is there: no second (V, D) tensor
+        for i in range(0, len(hidden), ctx.step):
+            part = slice(i, i + ctx.step)
+            logits, g = (hidden[part] @ weight.T).float().div_(ctx.temperature), grad[part, None] / ctx.temperature
+            d = torch.softmax(logits, -1, out=logits).mul_(-g).scatter_add_(-1, targets[part, None], g).to(weight.dtype)
+            del logits
+            d_hidden[part] = d @ weight
+            if ctx.needs_input_grad[1]:
+                d_weight = d.T @ hidden[part] if d_weight is None else d_weight.addmm_(d.T, hidden[part])
+        return d_hidden, None if weight.grad is not None else d_weight, None, None
+
+
+def chunked_logps(hidden, weight, targets, temperature):
+    """hidden (W, D), weight (V, D), targets (W,) -> log-probabilities (W,) and entropies (W,), float32."""
+    return _ChunkedLogps.apply(hidden, weight, targets, temperature)
 
 
 # ------------------------------------------------------------------------------------------------------ files

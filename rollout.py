@@ -1,22 +1,33 @@
-"""The sampler: G completions of every prompt from a hand-written decode loop over a preallocated KV cache.
+"""The sampler: G completions of every prompt by continuous batching over a preallocated KV cache.
 
-Each prompt is prefilled once; its keys and values then serve its G rows. Every step draws one token a row, writes one
-slot a row and drops rows that have stopped. A token is drawn by inverting the cumulative distribution at one uniform
-number, and row (prompt i, sample j) owns its stream of uniforms, seeded by (seed, i, j): a completion does not depend
-on which other rows share its batch, on the batch size or on the number of ranks.
+    queue of completions -> slots of the cache -> a step draws one token a slot -> finished ones leave, the next come in
+
+A prompt goes through the model once; its keys and values then serve its whole group (decode.py). The slots are as many as
+`max_rows` and a budget in bytes allow, so memory is known before the first token. A slot whose completion has finished is
+given to the next of the queue, so a long tail never holds the batch; when the queue is empty the slots that are left move
+together. On accelerators the host looks for finished rows every few steps only, and a step may be a device graph.
+
+A token is drawn by inverting the cumulative distribution at two uniform numbers, one for the part of the vocabulary and
+one inside it. Row (prompt i, sample j) owns its stream of uniforms, seeded by (seed, i, j): a completion does not depend on
+which other rows share its batch, on the batch size or on the number of ranks. (The usual trick, argmax of p / Exp(1), is
+as free of host syncs but needs V random numbers a token, not 2, and ties a completion to its batch.)
 
 What is recorded is what was drawn: token ids (text is never tokenized again) and, in float32, the log-probability of
 each id under the very logits that it was drawn from. Training rollouts use temperature only. top_k and top_p are for
 evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
+import os
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from model import KVCache
+from decode import Cache, InferenceModel, bytes_per_token, capture
 
-LEAVE_AT = 0.8      # stopped rows leave when at most this share is alive: leaving copies the cache, staying costs compute
+LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
+LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
+KV_SHARE = 0.8      # of the free memory that keys and values may take
 
 
 @dataclass
@@ -50,72 +61,256 @@ class Sampler:
     """Draws completions from a model.
 
     eos_ids: every id that ends a completion (generation_config may name several, the tokenizer one more).
-    max_rows: completions held in the cache at once (one group at least); more prompts than fit are served in turn."""
+    max_rows: completions in the cache at once, at most. kv_bytes: memory for keys and values; 0: most of what is free.
+    graph: replay decode steps as device graphs; None: on CUDA. With Ascend's graphs its attention kernel is not used."""
 
-    def __init__(self, model, eos_ids, max_rows=256):
-        self.model, self.max_rows, self.version = model, max_rows, 0
+    def __init__(self, model, eos_ids, max_rows=256, kv_bytes=0, graph=None):
+        self.model, self.max_rows, self.kv_bytes, self.version = model, max_rows, kv_bytes, 0
+        self.graph = model.device.type == "cuda" if graph is None else graph
+        if self.graph and model.device.type == "cpu":
+            raise ValueError("device graphs need an accelerator: leave graph out on the CPU")
         self.eos_ids = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=model.device)
 
-    @torch.no_grad()
     def generate(self, prompts, group_size, max_new_tokens, temperature=1.0, seed=0, top_k=0, top_p=1.0):
         """group_size completions of each prompt (lists of token ids) -> Rollout.
 
         temperature divides the logits; 0 is greedy. seed: a non-negative integer, or one seed a prompt (an integer or
-        a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens.
-        ValueError for no prompts, an empty one, a token outside the vocabulary, or no room in the context."""
-        check_request(prompts, group_size, max_new_tokens, temperature, self.model.config)
+        a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens: an
+        integer, or one for each completion. ValueError for no prompts, an empty one, a token outside the vocabulary, no
+        room in the context, or keys and values of one row beyond the budget."""
+        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * (len(prompts) * group_size)
+        check_request(prompts, group_size, max(limits, default=0), temperature, self.model.config)
+        if len(limits) != len(prompts) * group_size or min(limits) < 1:
+            raise ValueError(f"max_new_tokens must be one positive number, or one for each of {len(prompts) * group_size} "
+                             "completions")
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [(seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts) or min(n for s in seeds for n in np.atleast_1d(s)) < 0:
             raise ValueError(f"seed must be one non-negative integer, or one seed for each of {len(prompts)} prompts")
-        step = max(1, self.max_rows // group_size)
-        parts = [self._generate(prompts[i:i + step], group_size, max_new_tokens, temperature, seeds[i:i + step],
-                                top_k, top_p) for i in range(0, len(prompts), step)]
-        return concatenate(parts)
+        with torch.inference_mode():
+            uniforms = row_uniforms(seeds, group_size, max(limits) if temperature > 0 else 0).to(self.model.device)
+            batch = InFlight(self, prompts, group_size, limits, uniforms, (temperature, top_k, top_p))
+            while batch.turn_over():
+                batch.advance()
+        return batch.rollout(self.version)
 
-    def _generate(self, prompts, G, max_new_tokens, temperature, seeds, top_k, top_p):
-        model, device = self.model, self.model.device
-        lengths = [len(p) for p in prompts for _ in range(G)]
-        B, P, T = len(lengths), max(lengths), max(lengths) + max_new_tokens
-        prompt_lengths = torch.tensor(lengths, device=device)
-        tokens = torch.zeros(B, T, dtype=torch.int64)
-        for i, prompt in enumerate(prompts):
-            tokens[i * G:(i + 1) * G, :len(prompt)] = torch.tensor(prompt)
-        tokens, logps = tokens.to(device), torch.zeros(B, T, device=device)
-        ends, finished = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
-        uniforms = row_uniforms(seeds, G, max_new_tokens if temperature > 0 else 0).to(device)
+    def room(self, lengths, group_size, new_tokens):
+        """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
+        model = self.model
+        of_token = bytes_per_token(model.config, model.dtype)
+        own, prompt = new_tokens * of_token, max(lengths) * of_token
+        budget = self.kv_bytes or int(KV_SHARE * free_bytes(model.device))
+        rows = min(self.max_rows, len(lengths) * group_size)
 
-        logits, cache = self._prefill(tokens[::G, :P], prompt_lengths[::G], G, T)
-        rows = torch.arange(B, device=device)           # rows[k]: which completion cache row k holds
-        alive = torch.ones_like(rows, dtype=torch.bool)
-        for t in range(max_new_tokens):
-            u = uniforms[rows, t] if temperature > 0 else None
-            drawn, logp = draw(logits, u, temperature, top_k, top_p)
-            slots = ends[rows]
-            live = rows[alive]
-            tokens[live, slots[alive]], logps[live, slots[alive]] = drawn[alive], logp[alive]
-            ends[live] += 1
-            stopped = alive & torch.isin(drawn, self.eos_ids)
-            finished[rows[stopped]] = True
-            alive = alive & ~stopped
-            if t + 1 == max_new_tokens or not alive.any():
+        def prompts_for(rows):      # stragglers keep their prompt: twice as many as full groups need
+            return min(len(lengths), rows, 2 * -(-rows // group_size))
+        while rows > 1 and rows * own + prompts_for(rows) * prompt > budget:
+            rows -= 1
+        if rows * own + prompts_for(rows) * prompt > budget:
+            raise ValueError(f"keys and values of one completion take {(own + prompt) / 2 ** 20:.0f} MB, the budget is "
+                             f"{budget / 2 ** 20:.0f} MB: lower --max-new-tokens, or free memory")
+        return rows, prompts_for(rows)
+
+
+class InFlight:
+    """The completions of one call. Slot k of the cache draws completion holder[k]; None: its last one has finished.
+
+    Device tensors (slots,): token, the last one drawn; drawn, how many so far; limit; alive; row, where its tokens are
+    written down (B, one row too many, when it is not alive); place, its prompt in the cache; cell, see
+    InferenceModel.decode. The host knows `born`, the step at which a slot was filled, and so how much a slot has drawn if
+    it is alive; which have stopped it learns in turn_over only."""
+
+    def __init__(self, sampler, prompts, G, limits, uniforms, how):
+        model = sampler.model
+        self.device, self.eos_ids, self.graph, self.how = model.device, sampler.eos_ids, sampler.graph, how
+        self.prompts, self.G, self.limits, self.B, self.T = prompts, G, limits, len(limits), max(limits)
+        self.uniforms, self.look_every = uniforms, 1 if self.device.type == "cpu" else LOOK_EVERY
+        self.ascend = self.device.type == "npu" and model.dtype != torch.float32 and not self.graph     # its kernel's limits
+        self.static = self.device.type != "cpu"         # the same shapes step after step
+        lengths = [len(p) for p in prompts]
+        self.slots, self.places = sampler.room(lengths, G, self.T)
+        self.model = InferenceModel(model, self.slots)
+        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype)
+
+        # long prompts first, so that prompts in the cache together have like lengths
+        order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+        self.queue = deque(i * G + j for i in order for j in range(G))
+        self.holder, self.born, self.time, self.oldest = [], [], 0, 0
+        self.place_of, self.logits_of, self.place_lengths = {}, {}, [1] * self.places       # the first two by prompt
+        self.graphs, self.pool = {}, None
+
+        def new(rows, value, dtype=torch.int64): return torch.full(rows, value, dtype=dtype, device=self.device)
+        self.token, self.drawn, self.limit, self.place, self.cell = (new((self.slots,), n) for n in (0, 1, 1, 0, 0))
+        self.row, self.alive = new((self.slots,), self.B), new((self.slots,), False, torch.bool)
+        self.tokens, self.logps = new((self.B + 1, self.T), 0), new((self.B + 1, self.T), 0.0, torch.float32)
+        self.lengths, self.finished = new((self.B + 1,), 0), new((self.B + 1,), False, torch.bool)
+
+    # ------------------------------------------------------------------------------------------ on the device, no waiting
+
+    def advance(self):
+        """A few steps without a look at the outcome."""
+        for _ in range(self.look_every):
+            self.time += 1
+            rows, used = len(self.holder), min(self.time - self.oldest, self.T)
+            if self.static:
+                rows, used = bucket(rows, self.slots), bucket(used, self.T)
+            if (rows, used) in self.graphs:
+                self.graphs[rows, used]()
+                continue
+            self.step(rows, used)
+            if self.graph:
+                self.graphs[rows, used], self.pool = capture(lambda: self.step(rows, used), self.device, self.pool)
+
+    def step(self, rows, used):
+        """The last token of each of the first `rows` slots through the model, and the next one drawn."""
+        host = None
+        if self.ascend:
+            own = [1 if row is None else min(self.time - born, self.T) for row, born in zip(self.holder, self.born)]
+            host = self.place_lengths, own + [1] * (rows - len(own))
+        logits = self.model.decode(self.token[:rows], self.place[:rows], self.drawn[:rows] - 1, self.cell[:rows], self.grid,
+                                   self.cache, used, used - 1 if self.uniform else None, host)
+        self.draw(slice(rows), logits)
+
+    def draw(self, slots, logits):
+        """One token for each of the slots (a slice, or an index tensor) by its logits, written down."""
+        row, drawn, alive = self.row[slots], self.drawn[slots], self.alive[slots]
+        at = drawn.clamp_max(self.T - 1)
+        temperature, top_k, top_p = self.how
+        uniforms = self.uniforms[row.clamp_max(self.B - 1), at] if temperature > 0 else None
+        ids, logps = draw(logits, uniforms, temperature, top_k, top_p)
+        self.tokens[row, at], self.logps[row, at] = ids, logps
+        stop, drawn = (ids[:, None] == self.eos_ids).any(-1), drawn + alive
+        self.finished[row], self.lengths[row] = stop, drawn
+        alive = alive & ~stop & (drawn < self.limit[slots])
+        self.token[slots], self.drawn[slots], self.alive[slots] = ids, drawn, alive
+        self.row[slots] = torch.where(alive, row, self.B)
+
+    # ----------------------------------------------------------------------------------------- on the host, between steps
+
+    def turn_over(self):
+        """Let the finished go and the next of the queue in. False when all are done."""
+        while True:
+            for k, alive in enumerate(self.alive[:len(self.holder)].tolist()):      # waits for the device
+                if not alive:
+                    self.holder[k] = None
+            empty = [k for k, row in enumerate(self.holder) if row is None]
+            if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
+                break                           # else: a first token may have been the last
+        if len(empty) >= (1 - LEAVE_AT) * len(self.holder) or self.changed:
+            self.close_ranks(empty)
+            self.arrange()
+        return bool(self.holder)
+
+    def admit(self, free):
+        """Fill the free slots from the queue, as far as prompts find a place; draw the first tokens. How many came in."""
+        here = {row // self.G for row in self.holder if row is not None} | {row // self.G for row in self.queue}
+        self.place_of = {p: place for p, place in self.place_of.items() if p in here}
+        room = sorted(set(range(self.places)) - set(self.place_of.values()), reverse=True)
+        new, slots = [], []
+        for k in free:
+            prompt = self.queue[0] // self.G if self.queue else None
+            if prompt is None or prompt not in self.place_of and not room:
                 break
-            if alive.sum() <= LEAVE_AT * len(rows):
-                keep = alive.nonzero()[:, 0]
-                rows, alive, drawn, slots = rows[keep], alive[keep], drawn[keep], slots[keep]
-                cache.select(keep)
-            logits = model.decode(drawn, slots, int(slots.max()) + 1, cache)
-        T = int(ends.max())
-        return Rollout(tokens[:, :T], prompt_lengths, ends, logps[:, :T], finished, self.version)
+            if prompt not in self.place_of:
+                self.place_of[prompt] = room.pop()
+                new.append(prompt)
+            self.holder += [None] * (k + 1 - len(self.holder))
+            self.born += [0] * (k + 1 - len(self.born))
+            self.holder[k], self.born[k] = self.queue.popleft(), self.time
+            slots.append(k)
+        if new:
+            self.prefill(new)
+        if slots:
+            rows, at = [self.holder[k] for k in slots], self.tensor(slots)
+            self.row[at], self.limit[at] = self.tensor(rows), self.tensor([self.limits[row] for row in rows])
+            self.drawn[at], self.alive[at], self.changed = 0, True, True
+            self.draw(at, torch.stack([self.logits_of[row // self.G] for row in rows]))
+            waiting = {row // self.G for row in self.queue}
+            self.logits_of = {p: x for p, x in self.logits_of.items() if p in waiting}
+        return len(slots)
 
-    def _prefill(self, prompts, lengths, G, slots):
-        """prompts (N, P) once through the model; logits (N*G, V) and a cache of N*G rows that hold their keys."""
-        model, (N, P) = self.model, prompts.shape
-        prompt_cache = KVCache(model.config, N, P, model.device, model.dtype)
-        logits = model.prefill(prompts, lengths, prompt_cache)
-        cache = KVCache(model.config, N * G, slots, model.device, model.dtype)
-        cache.k[:, :, :, :P] = prompt_cache.k.repeat_interleave(G, 1)
-        cache.v[:, :, :, :P] = prompt_cache.v.repeat_interleave(G, 1)
-        return logits.repeat_interleave(G, 0), cache
+    def prefill(self, new):
+        places = [self.place_of[p] for p in new]
+        logits = self.model.prefill([self.prompts[p] for p in new], self.cache, places)
+        self.logits_of.update(zip(new, logits))
+        for p, place in zip(new, places):
+            self.place_lengths[place] = len(self.prompts[p])
+
+    def close_ranks(self, empty):
+        """Move the last slots, and the last prompts, into the gaps, so that a step computes little that nobody wants."""
+        left = len(self.holder) - len(empty)
+        moves = list(zip([k for k in range(left, len(self.holder)) if self.holder[k] is not None], empty))
+        if moves:
+            source, target = (self.tensor(x) for x in zip(*moves))
+            self.cache.move_rows(source, target, min(self.time - self.oldest + 1, self.T))
+            for x in (self.token, self.drawn, self.limit, self.row, self.alive):
+                x[target] = x[source]
+            for k, gap in moves:
+                self.holder[gap], self.born[gap] = self.holder[k], self.born[k]
+        del self.holder[left:], self.born[left:]
+        self.row[left:], self.alive[left:] = self.B, False
+        here = {row // self.G for row in self.holder} | {row // self.G for row in self.queue}
+        self.place_of = {p: place for p, place in self.place_of.items() if p in here}
+        gaps = sorted(set(range(len(self.place_of))) - set(self.place_of.values()))
+        moves = list(zip([p for p, place in self.place_of.items() if place >= len(self.place_of)], gaps))
+        if moves and not self.static:
+            self.cache.move_prompts(*(self.tensor(x) for x in zip(*((self.place_of[p], gap) for p, gap in moves))))
+            self.place_of.update(moves)
+
+    def arrange(self):
+        """Which prompt each slot reads, and where it stands in the grid that brings the slots of a prompt together."""
+        places = [None if row is None else self.place_of[row // self.G] for row in self.holder]
+        columns, cells = Counter(), []
+        for place in places:
+            cells.append((place, columns[place]))
+            columns[place] += 1
+        del columns[None]
+        height, width = (self.places, self.G) if self.static else (max(columns) + 1, max(columns.values())) if columns else (1, 1)
+        cells = [height * width if place is None else place * width + column for place, column in cells]
+        self.place[:len(places)] = self.tensor([place or 0 for place in places])
+        self.cell.fill_(height * width)         # nowhere
+        self.cell[:len(cells)] = self.tensor(cells)
+        born = [born for row, born in zip(self.holder, self.born) if row is not None]
+        self.grid, self.oldest, self.changed = (height, width), min(born, default=self.time), False
+        self.uniform = not self.static and self.oldest == max(born, default=self.time)
+
+    def tensor(self, values):
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    # ------------------------------------------------------------------------------------------------------- the outcome
+
+    def rollout(self, version):
+        """Prompts and completions side by side. Outside inference mode: the tensors will meet autograd."""
+        prompt_lengths = self.tensor([len(p) for p in self.prompts for _ in range(self.G)])
+        lengths, finished = self.lengths[:-1] + prompt_lengths, self.finished[:-1].clone()
+        T, longest = int(lengths.max()), max(len(p) for p in self.prompts)
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in self.prompts], device=self.device)
+        tokens = torch.nn.functional.pad(tokens.repeat_interleave(self.G, 0), (0, max(0, T - longest)))[:, :T]
+        behind = torch.arange(T, device=self.device) - prompt_lengths[:, None]        # index into the completion
+        drawn = (behind >= 0) & (behind < self.lengths[:-1, None])
+        at = behind.clamp(0, self.T - 1)
+        return Rollout(torch.where(drawn, self.tokens[:-1].gather(1, at), tokens), prompt_lengths, lengths,
+                       torch.where(drawn, self.logps[:-1].gather(1, at), 0.0), finished, version)
+
+
+def bucket(n, top):
+    """The least of top, 3/4 top, 1/2 top, 3/8 top, 1/4 top, ... that is at least n: few shapes, at most half as much again."""
+    size = top
+    while n <= -(-size // 2) < size:
+        size = -(-size // 2)
+    return -(-size * 3 // 4) if n <= -(-size * 3 // 4) else size
+
+
+def free_bytes(device):
+    """Memory that a new tensor could take: of the device, or on the CPU of this process's share of the machine."""
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        return backend.mem_get_info()[0] + backend.memory_reserved() - backend.memory_allocated()
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):        # macOS
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_request(prompts, group_size, max_new_tokens, temperature, config):
@@ -136,34 +331,49 @@ def check_request(prompts, group_size, max_new_tokens, temperature, config):
 
 
 def row_uniforms(seeds, G, count):
-    """(N*G, count) float32 uniforms in [0, 1): row (i, j) depends on seeds[i] and j alone."""
+    """(N*G, count, 2) float32 uniforms in [0, 1): row (i, j) depends on seeds[i] and j alone."""
     rows = []
     for seed in seeds:
         numbers = np.atleast_1d(seed).tolist()
         for j in range(G):      # the count first: numpy takes (1, 2) and (1, 2, 0) for the same seed
             generator = np.random.default_rng([len(numbers), *numbers, j])
-            rows.append(generator.random(count, dtype=np.float32))
+            rows.append(generator.random((count, 2), dtype=np.float32))
     return torch.from_numpy(np.stack(rows))
 
 
 def draw(logits, u, temperature, top_k=0, top_p=1.0):
-    """One token a row: logits (B, V), u (B,) uniforms -> ids (B,) int64 and their log-probabilities (B,) float32.
+    """One token a row: logits (B, V), u (B, 2) uniforms -> ids (B,) int64 and their log-probabilities (B,) float32.
 
-    Temperature 0 takes the largest logit and reports its log-probability at temperature 1."""
-    logits = logits.float() / (temperature or 1.0)
+    The vocabulary is cut into parts of equal size; u[:, 0] chooses the part by the parts' masses, u[:, 1] the id in it: one
+    pass over V, and no sum of V small numbers. Temperature 0 takes the largest logit, and its log-probability at 1."""
+    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
     if top_k > 0 or top_p < 1:
         logits = truncate(logits, top_k, top_p)
-    log_probs = logits.log_softmax(-1)
+    top, best = logits.max(-1, keepdim=True)
+    mass = (logits - top).exp_()
+    B, V = mass.shape
+    size = next((n for n in (128, 64, 32, 16, 8) if n * n <= 2 * V and V % n == 0), 32)
+    if V % size:
+        mass = torch.nn.functional.pad(mass, (0, -V % size))
+    mass = mass.view(B, -1, size)
+    parts = mass.sum(-1).cumsum(-1)
     if temperature == 0:
-        ids = logits.argmax(-1)
+        ids = best[:, 0]
     else:
-        cdf = log_probs.exp().cumsum(-1)
-        if cdf.device.type != "cpu":
-            cdf = cdf.cummax(-1).values         # a parallel sum need not be monotone in the last bit
-        total = cdf[:, -1:]
-        # the first id whose cdf exceeds u; "cdf < total" so that rounding can never step past the last possible id
-        ids = ((cdf <= u[:, None] * total) & (cdf < total)).sum(-1)
-    return ids, log_probs.gather(-1, ids[:, None])[:, 0]
+        rows = torch.arange(B, device=logits.device)
+        part = first_above(parts, u[:, :1])
+        ids = part * size + first_above(mass[rows, part].cumsum(-1), u[:, 1:])
+    return ids, (logits.gather(-1, ids[:, None]) - top - parts[:, -1:].log())[:, 0]
+
+
+def first_above(cumulative, u):
+    """The first column at which cumulative (B, K), of non-negative numbers, exceeds u (B, 1) of its total -> (B,).
+
+    "< total": so that rounding can never step past the last column that holds anything."""
+    if cumulative.device.type != "cpu":
+        cumulative = cumulative.cummax(-1).values       # a parallel sum need not be monotone in the last bit
+    total = cumulative[:, -1:]
+    return ((cumulative <= u * total) & (cumulative < total)).sum(-1)
 
 
 def truncate(logits, top_k, top_p):
@@ -175,14 +385,3 @@ def truncate(logits, top_k, top_p):
     out = (probs.cumsum(-1) - probs >= top_p) | ordered.isinf()
     out[:, 0] = False
     return logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float("-inf"))
-
-
-def concatenate(parts):
-    """Rollouts one after the other as one Rollout, padded to the longest."""
-    if len(parts) == 1:
-        return parts[0]
-    T = max(p.tokens.shape[1] for p in parts)
-    wide = {name: torch.cat([torch.nn.functional.pad(getattr(p, name), (0, T - p.tokens.shape[1])) for p in parts])
-            for name in ("tokens", "logps")}
-    flat = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("prompt_lengths", "lengths", "finished")}
-    return Rollout(**wide, **flat, version=parts[0].version)

@@ -18,7 +18,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
 
 import data
 import model as model_file
-from model import KVCache, ModelConfig, Transformer, find_checkpoint
+from decode import Cache, InferenceModel
+from model import ModelConfig, Transformer, find_checkpoint
 
 torch.set_num_threads(1)
 
@@ -318,6 +319,21 @@ def test_token_logps_equal_the_naive_ones_with_their_gradient(chunk_tokens, temp
         torch.testing.assert_close(g, n, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_several_backward_passes_add_up(tied):
+    """To those of the passes before, and to what else is there: 1 on every weight."""
+    m, tokens, mask = own_model(tie_word_embeddings=tied), some_tokens(3, 12), completion_mask([3, 1, 5], [12, 4, 9], 12)
+    def loss(rows): return m.token_logps(tokens[rows], mask[rows])[0].sum()
+    whole = torch.autograd.grad(naive_token_logps(m, tokens, mask, 1.0)[0].sum(), list(m.parameters()))
+    for start in (None, 1.0):
+        for p in m.parameters():
+            p.grad = None if start is None else torch.ones_like(p)
+        for rows in ([0, 2], [1]):
+            loss(rows).backward()
+        for p, g in zip(m.parameters(), whole, strict=True):
+            torch.testing.assert_close(p.grad, g + (start or 0.0), atol=1e-5, rtol=1e-4)
+
+
 def test_position_zero_has_no_log_prob_even_under_a_mask():
     logps, _ = own_model().token_logps(some_tokens(2, 6), torch.ones(2, 6))
     assert (logps[:, 0] == 0).all() and (logps[:, 1:] < 0).all()
@@ -336,6 +352,42 @@ def test_padding_and_what_lies_in_it_change_nothing(extra, seed):
     torch.testing.assert_close(wide_logps[:, :12], logps, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(wide_entropy[:, :12], entropy, atol=1e-6, rtol=1e-5)
     assert (wide_logps[:, 12:] == 0).all()
+
+
+def sent_through(m, monkeypatch):
+    """How many tokens go through the model, one number a forward pass."""
+    sizes, original = [], m.hidden_states
+    monkeypatch.setattr(m, "hidden_states", lambda tokens, *args: sizes.append(len(tokens)) or original(tokens, *args))
+    return sizes
+
+
+def test_no_padding_and_nothing_behind_the_last_wanted_token_reaches_the_model(monkeypatch):
+    """The last wanted tokens of the rows are number 11, 3 and 8; each needs what is before it. Row 3 wants nothing."""
+    m = own_model()
+    sizes = sent_through(m, monkeypatch)
+    m.token_logps(some_tokens(4, 12), completion_mask([3, 1, 5, 0], [12, 4, 9, 0], 12))
+    assert sizes == [11 + 3 + 8]
+
+
+def test_rows_that_share_a_prompt_send_it_through_the_model_once_and_change_nothing_else(monkeypatch):
+    """Three rows after one prompt of 4, two after another of 2, in any order. Of a row of length n the first n - 1 tokens
+    are needed: 4 + (7 + 1 + 4) and 2 + (0 + 5), against 11 + 5 + 8 + 2 + 7 alone. One in the middle is not wanted."""
+    m, tokens = own_model(), some_tokens(5, 12)
+    keys, starts, ends = ["a", "b", "a", "b", "a"], [4, 2, 4, 2, 4], [12, 3, 6, 8, 9]
+    tokens[[2, 4], :4], tokens[3, :2] = tokens[0, :4], tokens[1, :2]
+    mask = completion_mask(starts, ends, 12)
+    mask[0, 7] = 0
+    sizes, results = sent_through(m, monkeypatch), []
+    for prompts in (keys, None):
+        logps, entropy = m.token_logps(tokens, mask, 0.7, prompts)
+        weight = torch.linspace(-1, 1, 60).view(5, 12) / mask.sum()
+        results.append([logps.detach(), entropy, *torch.autograd.grad((logps * weight).sum(), list(m.parameters()))])
+    assert sizes == [4 + 12 + 2 + 5, 11 + 5 + 8 + 2 + 7]
+    expected, expected_entropy = naive_token_logps(m, tokens, mask, 0.7)
+    naive = torch.autograd.grad((expected * weight).sum(), list(m.parameters()))
+    for got in results:
+        for x, y in zip(got, [expected.detach(), expected_entropy, *naive], strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
 
 def test_a_row_has_the_same_log_probs_alone_and_in_a_batch():
@@ -410,28 +462,50 @@ def test_activation_checkpointing_changes_memory_only():
 
 # ------------------------------------------------------------------------------------ prefill and decode
 
-@pytest.mark.parametrize("family", MAIN)
-def test_prefill_and_decode_give_the_logits_of_the_full_forward(family, tmp_path):
-    """Ragged prompts in one batch; the padding of the short ones holds garbage, which the cache must not show."""
+def garbage(*sizes):
+    """A cache in which something has been before."""
+    cache = Cache(*sizes, torch.device("cpu"), torch.float32)
+    for x in (cache.prompt_k, cache.prompt_v, cache.k, cache.v):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) * 9)
+    return cache
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prefill_and_decode_give_the_logits_of_the_full_forward(family, late, tmp_path):
+    """Ragged prompts of 2, 9 and 5 tokens in places 2, 0 and 1; rows 1 and 2 share the second, and row 2 may come in
+    later. What lies in the cache behind a prompt, and behind what a row has drawn, must not show."""
     reference(family).save_pretrained(tmp_path)
-    m, tokens = Transformer.from_pretrained(tmp_path), some_tokens(3, 20)
-    full, lengths = logits_of(m, tokens), torch.tensor([2, 9, 5])
-    cache, rows = KVCache(m.config, 3, 20, m.device, m.dtype), torch.arange(3)
-    torch.testing.assert_close(m.prefill(tokens[:, :9], lengths, cache), full[rows, lengths - 1], atol=1e-5, rtol=0)
+    m, tokens, lengths = Transformer.from_pretrained(tmp_path), some_tokens(4, 20), torch.tensor([2, 9, 9, 5])
+    tokens[2, :9] = tokens[1, :9]
+    full, cache, inference = logits_of(m, tokens), garbage(m.config, 3, 9, 4, 11), InferenceModel(m, 4)
+    prompts = [tokens[row, :n].tolist() for row, n in ((0, 2), (1, 9), (3, 5))]
+    logits = inference.prefill(prompts, cache, [2, 0, 1])
+    torch.testing.assert_close(logits, full[[0, 1, 3], [1, 8, 4]], atol=1e-5, rtol=0)
+    rows, places, cells = torch.arange(4), torch.tensor([2, 0, 0, 1]), torch.tensor([4, 0, 1, 2])
     for t in range(11):
-        slots = lengths + t
-        logits = m.decode(tokens[rows, slots], slots, int(slots.max()) + 1, cache)
-        torch.testing.assert_close(logits, full[rows, slots], atol=1e-5, rtol=0)
+        own = torch.tensor([t, t, max(t - late, 0), t])         # until it comes in, row 2 repeats its first token
+        logits = inference.decode(tokens[rows, lengths + own], places, own, cells, (3, 2), cache, t + 1, None if late else t)
+        torch.testing.assert_close(logits, full[rows, lengths + own], atol=1e-5, rtol=0)
 
 
-def test_cache_rows_are_selected_in_the_order_given():
-    m, tokens = own_model(), some_tokens(3, 8)
-    full, keep = logits_of(m, tokens), torch.tensor([2, 0])
-    cache = KVCache(m.config, 3, 8, m.device, m.dtype)
-    m.prefill(tokens[:, :7], torch.tensor([7, 7, 7]), cache)
-    cache.select(keep)
-    logits = m.decode(tokens[keep, 7], torch.tensor([7, 7]), 8, cache)
-    torch.testing.assert_close(logits, full[keep, 7], atol=1e-5, rtol=0)
+@torch.no_grad()
+def test_rows_and_prompts_that_move_take_their_keys_and_values_along():
+    """Row 0 stops after three tokens; row 2 moves to its place, and the prompt of row 2 to the place of that of row 0.
+    Then row 1 stops too, and stays, as a row that stands nowhere."""
+    m, tokens, lengths = own_model(), some_tokens(3, 12), torch.tensor([7, 3, 5])
+    full, cache, inference = logits_of(m, tokens), garbage(m.config, 3, 7, 3, 5), InferenceModel(m, 3)
+    inference.prefill([row[:n].tolist() for row, n in zip(tokens, lengths)], cache, [0, 1, 2])
+    rows = torch.arange(3)
+    for t in range(3):
+        inference.decode(tokens[rows, lengths + t], rows, torch.full((3,), t), rows, (3, 1), cache, t + 1)
+    cache.move_rows(torch.tensor([2]), torch.tensor([0]), 3)
+    cache.move_prompts(torch.tensor([2]), torch.tensor([0]))
+    for t, cells, alive in ((3, [0, 1], 2), (4, [0, 2], 1)):
+        at, own = lengths[[2, 1]] + t, torch.full((2,), t)
+        logits = inference.decode(tokens[[2, 1], at], torch.arange(2), own, torch.tensor(cells), (2, 1), cache, t + 1)
+        torch.testing.assert_close(logits[:alive], full[[2, 1], at][:alive], atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------ one-line errors

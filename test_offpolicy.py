@@ -241,7 +241,7 @@ def filled(groups, version, **rules):
 @pytest.mark.parametrize("vocab, kind, size", [(2 ** 16, np.uint16, 2), (2 ** 16 + 1, np.uint32, 4)])
 def test_unpack_gives_back_what_was_packed_and_nbytes_is_the_sum(vocab, kind, size):
     """Bytes: an id `size`, the log-prob of a completion token 2, a completion 4 + 1 + 4 for length, finished, reward."""
-    rollout, rewards = drawn(tiny(vocab), version=5, seed=2, prompts=[(vocab - 1, i) for i in range(6)])
+    rollout, rewards = drawn(tiny(vocab), version=5, seed=1, prompts=[(vocab - 1, i) for i in range(6)])
     groups, kept = offpolicy.pack(rollout, rewards, vocab), [i for i in range(6) if 0 < rewards[i].sum() < 4]
     assert len(groups) == len(kept) and 0 < len(kept) < 6                           # equal rewards teach nothing
     fields_, r, stamps = offpolicy.unpack(groups, torch.device("cpu"))

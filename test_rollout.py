@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 import rollout as rollout_file
+from decode import InferenceModel
 from model import ModelConfig, Transformer
 from rollout import Sampler, draw, truncate
 
@@ -224,48 +225,82 @@ def test_rows_are_prompt_major():
 
 
 @pytest.mark.parametrize("max_rows", [1, 4, 8, 9])
-def test_parts_of_max_rows_concatenate_to_the_whole(max_rows):
-    """The parts have widths of their own: each is padded to the longest."""
+def test_fewer_rows_at_once_give_the_same_completions(max_rows):
+    """A row that comes in later than another is drawn as if it had been there from the start."""
     whole = Sampler(MODEL, STOPS).generate(PROMPTS, 4, 12, seed=2)
     parts = Sampler(MODEL, STOPS, max_rows).generate(PROMPTS, 4, 12, seed=2)
     assert_same(parts, whole)
     assert torch.equal(parts.tokens, whole.tokens)
 
 
-def record_calls(monkeypatch, m):
-    """The shapes of all that goes through the model."""
-    shapes, original = [], m.hidden_states
+def record_calls(monkeypatch):
+    """How many tokens go through the model, call by call: those of prompts, or one a row."""
+    sizes, original = [], InferenceModel._forward
 
-    def recorder(tokens, *args, **kwargs):
-        shapes.append(tuple(tokens.shape))
-        return original(tokens, *args, **kwargs)
-    monkeypatch.setattr(m, "hidden_states", recorder)
-    return shapes
+    def recorder(self, tokens, positions, attend):
+        assert tokens.shape == positions.shape == (len(tokens),)
+        sizes.append(len(tokens))
+        return original(self, tokens, positions, attend)
+    monkeypatch.setattr(InferenceModel, "_forward", recorder)
+    return sizes
 
 
 def test_each_prompt_is_prefilled_once_whatever_the_group(monkeypatch):
-    """N x P tokens for the prefill, not N x G x P, and then one token a row and step: the first was drawn from it."""
-    m = small_model()
-    shapes = record_calls(monkeypatch, m)
-    Sampler(m, []).generate([[1] * 4, [2] * 9], 8, 5)
-    assert shapes == [(2, 9)] + [(16, 1)] * 4
+    """4 + 9 tokens for the prefill, not 8 times that, and then one token a row and step: the first was drawn from it."""
+    sizes = record_calls(monkeypatch)
+    Sampler(MODEL, []).generate([[1] * 4, [2] * 9], 8, 5)
+    assert sizes == [4 + 9] + [16] * 4
 
 
-def test_prefill_counts_the_prompts_of_each_part(monkeypatch):
-    m = small_model()
-    shapes = record_calls(monkeypatch, m)
-    Sampler(m, [], max_rows=16).generate([[1] * 4, [2] * 9, [3] * 2], 8, 1)
-    assert shapes == [(2, 9), (1, 2)]
+def test_a_prompt_is_prefilled_when_its_first_row_comes_in(monkeypatch):
+    """The longest first. The 16 rows of two prompts take all the room; when they are done, the third comes in."""
+    sizes = record_calls(monkeypatch)
+    Sampler(MODEL, [], max_rows=16).generate([[1] * 4, [2] * 9, [3] * 2], 8, 1)
+    assert sizes == [9 + 4, 2]
+
+
+def test_a_group_that_does_not_fit_at_once_shares_one_prefill_all_the_same(monkeypatch):
+    """Eight rows of a prompt in threes: 3, 3 and 2 of them, four steps each."""
+    sizes = record_calls(monkeypatch)
+    Sampler(MODEL, [], max_rows=3).generate([[1] * 4], 8, 5)
+    assert sizes == [4] + [3] * 8 + [2] * 4
+
+
+def test_the_place_of_a_finished_row_is_taken_at_once_by_the_next(monkeypatch):
+    """Two places, four rows of one prompt that want 4, 2, 1 and 3 tokens. Each has its first from the prefill, so they need
+    3, 1, 0 and 2 steps: row 1 leaves after one, row 2 comes and is done, row 3 takes the place for the other two."""
+    sizes, prompt = record_calls(monkeypatch), [1, 2, 3]
+    out = Sampler(MODEL, [], max_rows=2).generate([prompt], 4, [4, 2, 1, 3], seed=5)
+    assert sizes == [3, 2, 2, 2]
+    assert not out.finished.any() and (out.lengths - out.prompt_lengths).tolist() == [4, 2, 1, 3]
+    whole = Sampler(MODEL, []).generate([prompt], 4, 4, seed=5).completions()
+    assert out.completions() == [c[:n] for c, n in zip(whole, (4, 2, 1, 3))]
+
+
+def test_keys_and_values_stay_within_their_budget(monkeypatch):
+    """2 layers x (keys and values) x 2 heads x 8 numbers x 4 bytes = 256 a token: of the prompt once, of 5 for each row."""
+    prompts, whole = [[1] * 4, [2] * 9], Sampler(MODEL, [])
+    whole, sizes = whole.generate(prompts, 8, 5, seed=3), record_calls(monkeypatch)
+    out = Sampler(MODEL, [], kv_bytes=256 * (4 + 3 * 5)).generate(prompts[:1], 8, 5, seed=[(3, 0)])
+    assert sizes == [4] + [3] * 8 + [2] * 4
+    assert_same(out, whole, list(range(8)))
+    assert_same(Sampler(MODEL, [], kv_bytes=256 * (9 + 5) * 2).generate(prompts, 8, 5, seed=3), whole)
+    with pytest.raises(ValueError, match="^keys and values of one completion take [^\n]*: lower --max-new-tokens[^\n]*$"):
+        Sampler(MODEL, [], kv_bytes=256 * (4 + 5) - 1).generate(prompts[:1], 8, 5)
+
+
+def test_device_graphs_are_refused_on_the_cpu():
+    with pytest.raises(ValueError, match="^device graphs need an accelerator[^\n]*$"):
+        Sampler(MODEL, [], graph=True)
 
 
 def test_stopped_rows_leave(monkeypatch):
     """Step t decodes the rows still alive, and never more than 1 / LEAVE_AT times as many."""
-    m = small_model()
-    shapes = record_calls(monkeypatch, m)
-    out = Sampler(m, STOPS).generate(PROMPTS, 8, 20, seed=1)
+    sizes = record_calls(monkeypatch)
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, 8, 20, seed=1)
     lengths = out.lengths - out.prompt_lengths
-    decoded = [rows for rows, width in shapes[1:] if width == 1]
-    assert len(decoded) == len(shapes) - 1 == lengths.max() - 1
+    decoded = sizes[1:]
+    assert sizes[0] == sum(map(len, PROMPTS)) and len(decoded) == lengths.max() - 1
     for t, rows in enumerate(decoded, 1):
         alive = int((lengths > t).sum())                    # still wants a token number t (counted from 0)
         assert rows == alive or alive < rows and alive > rollout_file.LEAVE_AT * rows
@@ -281,10 +316,10 @@ def chi_square(counts, probabilities):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_drawn_frequencies_are_those_of_the_softmax(temperature):
-    """8000 pairs of tokens from a vocabulary of 8, against p(a) p(b | a): 8 and 64 cells.
+    """20,000 pairs of tokens from a vocabulary of 8, against p(a) p(b | a): 8 and 64 cells.
 
     99.9 % quantiles of chi-square: 24.3 at 7 degrees of freedom, 103.4 at 63. The wrong temperature is far outside."""
-    m, prompt, count = small_model(vocab=8, spread=0.04), [3, 1, 4], 8000
+    m, prompt, count = small_model(vocab=8, spread=0.04), [3, 1, 4], 20_000
     out = Sampler(m, [], max_rows=count).generate([prompt], count, 2, temperature, seed=0)
     a, b = out.tokens[:, 3], out.tokens[:, 4]
     with torch.no_grad():
@@ -303,17 +338,43 @@ def test_drawn_frequencies_are_those_of_the_softmax(temperature):
 # ------------------------------------------------------------------------------------ draw
 
 def test_draw_inverts_the_cumulative_distribution():
-    """p = .1 .2 .3 .4, cumulated .1 .3 .6 1: the first id whose sum exceeds u."""
+    """p = .1 .2 .3 .4, cumulated .1 .3 .6 1: the first id whose sum exceeds u. A small vocabulary is one part, so that the
+    first number, which chooses the part, changes nothing."""
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     u = torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 0.59, 0.61, 0.99, BELOW_ONE])
-    ids, logps = draw(p.log().expand(9, 4), u, 1.0)
-    assert ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
-    torch.testing.assert_close(logps, p.log()[ids])
+    for first in (u, u.flip(0), torch.zeros(9), torch.full((9,), BELOW_ONE)):
+        ids, logps = draw(p.log().expand(9, 4), torch.stack((first, u), 1), 1.0)
+        assert ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+        torch.testing.assert_close(logps, p.log()[ids])
+
+
+def test_draw_chooses_a_part_of_the_vocabulary_and_then_an_id_in_it():
+    """64 ids are 8 parts of 8. Masses 1, 2, 1 and 4 at ids 3, 10, 11 and 60: parts 0, 1 and 7 have 1/8, 3/8 and 4/8,
+    cumulated 1/8, 4/8 and 1; in part 1 id 10 has 2/3 and id 11 the rest. The other parts are never chosen."""
+    logits = torch.full((64,), -math.inf)
+    logits[[3, 10, 11, 60]] = torch.tensor([1.0, 2.0, 1.0, 4.0]).log()
+    expected = {(0.0, 0.0): 3, (0.12, 0.99): 3, (0.13, 0.0): 10, (0.13, 0.66): 10, (0.49, 0.66): 10, (0.13, 0.67): 11,
+                (0.49, BELOW_ONE): 11, (0.51, 0.0): 60, (0.51, 0.99): 60, (BELOW_ONE, BELOW_ONE): 60}
+    ids, logps = draw(logits.expand(10, 64), torch.tensor(list(expected)), 1.0)
+    assert ids.tolist() == list(expected.values())
+    torch.testing.assert_close(logps, torch.tensor([{3: 1, 10: 2, 11: 1, 60: 4}[i] / 8 for i in ids.tolist()]).log())
+
+
+@pytest.mark.parametrize("vocab, temperature, quantile", [
+    (40, 1.0, 72.1), (50, 1.0, 85.4), (64, 1.0, 103.5), (64, 0.5, 103.5), (280, 1.0, 357.8)])
+def test_frequencies_over_several_parts_are_those_of_the_softmax(vocab, temperature, quantile):
+    """20,000 draws from parts of 8; 50 ids are 32 and 18. Chi-square against its 99.9 % quantile at vocab - 1."""
+    generator, count = torch.Generator().manual_seed(1), 20_000
+    logits, u = torch.randn(vocab, generator=generator) * temperature / 2, torch.rand(count, 2, generator=generator)
+    ids, logps = draw(logits.expand(count, vocab), u, temperature)
+    p = (logits / temperature).softmax(-1)
+    assert p.min() * count > 5 and chi_square(ids.bincount(minlength=vocab), p) < quantile
+    torch.testing.assert_close(logps, p.log()[ids], atol=1e-5, rtol=0)
 
 
 def test_temperature_divides_the_logits_of_drawn_and_recorded_alike():
     """Logits ln 1, ln 2 at temperature 1/2 are ln 1, ln 4: p = .2 .8 and not 1/3, 2/3."""
-    ids, logps = draw(torch.tensor([[1.0, 2.0]] * 2).log(), torch.tensor([0.19, 0.21]), 0.5)
+    ids, logps = draw(torch.tensor([[1.0, 2.0]] * 2).log(), torch.tensor([[0.5, 0.19], [0.5, 0.21]]), 0.5)
     assert ids.tolist() == [0, 1]
     torch.testing.assert_close(logps, torch.tensor([0.2, 0.8]).log())
 
@@ -324,15 +385,17 @@ def test_temperature_zero_takes_the_largest_logit():
 
 
 EDGES = torch.tensor([0.0, 1e-8, 0.25, 0.5, 0.999999, BELOW_ONE, 1.0])      # 1.0: where a device rounds u up
+EDGES = torch.cartesian_prod(EDGES, EDGES)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.one_of(st.just(-math.inf), st.floats(-40, 40)), min_size=1, max_size=40).filter(
     lambda logits: max(logits) > -math.inf),
+       st.sampled_from([0, 8, 60]), st.sampled_from([0, 8, 60]),
        st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 5), st.sampled_from([0.0, 0.3, 0.9, 1.0]))
-def test_an_id_of_probability_zero_is_never_drawn(logits, temperature, top_k, top_p):
-    """Neither at u = 0 (where leading zeros lie) nor just below 1 (where trailing zeros do)."""
-    rows = torch.tensor(logits).expand(len(EDGES), -1)
+def test_an_id_of_probability_zero_is_never_drawn(logits, before, behind, temperature, top_k, top_p):
+    """Neither at u = 0 (where leading zeros lie) nor just below 1 (where trailing zeros do), be they single ids or parts."""
+    rows = torch.tensor([-math.inf] * before + logits + [-math.inf] * behind).expand(len(EDGES), -1)
     ids, logps = draw(rows, EDGES, temperature, top_k, top_p)
     assert logps.isfinite().all()
     kept = truncate(rows / (temperature or 1.0), top_k, top_p)
@@ -370,7 +433,7 @@ def test_nucleus_ends_where_its_mass_is_reached():
 
 def test_recorded_log_probs_are_those_of_the_truncated_distribution():
     """Ids 1 and 3 are left with .5 and .3 of .8: .625 and .375; id 1 comes first in the cumulated sum."""
-    ids, logps = draw(P.log().expand(2, 4), torch.tensor([0.62, 0.63]), 1.0, top_k=2)
+    ids, logps = draw(P.log().expand(2, 4), torch.tensor([[0.5, 0.62], [0.5, 0.63]]), 1.0, top_k=2)
     assert ids.tolist() == [1, 3]
     torch.testing.assert_close(logps, torch.tensor([0.625, 0.375]).log())
 
@@ -401,6 +464,9 @@ def test_sampler_passes_truncation_on():
     (dict(prompts=[[1], [2] * 61]), "prompt 1 has 61 tokens"),                  # 61 + 4 > 64
     (dict(group_size=0), "group_size 0"),
     (dict(max_new_tokens=0), "max_new_tokens 0"),
+    (dict(max_new_tokens=[4, 4, 4]), "max_new_tokens"),                         # three limits for four completions
+    (dict(max_new_tokens=[4, 4, 4, 0]), "max_new_tokens"),
+    (dict(prompts=[[1] * 58, [2] * 61], max_new_tokens=[1, 1, 4, 4]), "prompt 1 has 61 tokens"),
     (dict(temperature=-0.5), "temperature -0.5"),
     (dict(seed=[(0, 0)]), "seed"),                                              # one seed for two prompts
     (dict(seed=[(0, 0), (0, 1), (0, 2)]), "seed"),

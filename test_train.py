@@ -258,9 +258,21 @@ def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_p
 
 
 @pytest.mark.parametrize("budget, lengths, expected", [
-    (10, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (100, [3, 5, 2], [[2, 0, 1]]), (10, [], [])])
+    (10, [3, 5, 2], [[2, 0, 1]]), (9, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (10, [], [])])
 def test_micro_batches_are_sorted_and_within_budget(budget, lengths, expected):
-    assert update.micro_batches(lengths, budget) == expected
+    """Every row has a prompt of its own: what counts is the sum, 2 + 3 + 5, without padding."""
+    assert update.micro_batches(range(len(lengths)), lengths, [1] * len(lengths), 1, budget) == expected
+
+
+@pytest.mark.parametrize("rows, budget, expected", [
+    (range(6), 33, [[2, 3, 1, 0, 5, 4]]), (range(6), 32, [[2, 3, 1, 0, 5], [4]]),       # (6 + 2) + (5 + 6) + (4 + 10)
+    (range(6), 19, [[2, 3, 1, 0], [5, 4]]),
+    (range(6), 18, [[2, 3, 1], [0, 5], [4]]), (range(6), 13, [[2, 3, 1], [0, 5], [4]]),     # 8 + 5; then 9 + 4
+    (range(6), 12, [[2, 3], [1, 0], [5], [4]]), (range(6), 1, [[2], [3], [1], [0], [5], [4]]),
+    ([0, 3, 4], 28, [[3, 0, 4]]), ([4, 0, 3], 27, [[3, 0], [4]]), ([1, 3], 12, [[1, 3]]), ([], 12, [])])
+def test_micro_batches_keep_groups_together_and_count_a_prompt_once_in_each(rows, budget, expected):
+    """Groups of two with prompts of 3, 5 and 2, the group of the shortest longest row first."""
+    assert update.micro_batches(rows, [9, 5, 6, 7, 12, 4], [3, 3, 5, 5, 2, 2], 2, budget) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

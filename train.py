@@ -59,10 +59,11 @@ def start(c, folder, device):
     master = dist.Master(model, dtype)
     reference = Transformer.from_pretrained(source, device, dtype) if c.beta > 0 else None
     optimizer = torch.optim.AdamW(master.params, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
-                                  fused=device.type != "cpu")
-    sampler = behaviour = Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once)
+                                  fused=True)       # no temporary of a weight's size
+    room = c.rows_at_once, int(c.kv_memory_mb * 2 ** 20), {"on": True, "off": False}.get(c.graph)
+    sampler = behaviour = Sampler(model, data.stop_ids(model, tokenizer), *room)
     if c.sync_every > 1:        # a second copy of the weights, which lags behind
-        behaviour = Sampler(Transformer.from_pretrained(source, device, dtype), sampler.eos_ids.tolist(), c.rows_at_once)
+        behaviour = Sampler(Transformer.from_pretrained(source, device, dtype), sampler.eos_ids.tolist(), *room)
     buffer = offpolicy.ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse, c.min_ess, c.priority,
                                     seed=c.seed)
     return SimpleNamespace(

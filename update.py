@@ -36,7 +36,7 @@ def make_batch(run, rollout, rewards):
         batch["ref_logp"] = score(run.reference, batch, run.c)[0]
     if run.c.algo == "gtpo":
         if run.initial_entropy is None:         # mean over the completions of the first rollout, before any update
-            entropy = gtpo.mean_entropy(score(run.model, batch, run.c)[1], batch["mask"])
+            entropy = gtpo.mean_entropy(score(run.model, batch, run.c, range(len(batch["mask"])))[1], batch["mask"])
             rows = (batch["mask"].sum(1) > 0).sum()
             total, count = dist.all_reduce([float(entropy.sum()), float(rows)], run.device)
             run.initial_entropy = total / count if count else None
@@ -75,15 +75,38 @@ def update_metrics(run, updates, sampler_entropy):
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
 
-def micro_batches(lengths, budget):
-    """Row indices in parts: sorted by length, so that rows x longest stays within `budget` padded tokens (or one row)."""
-    parts, order = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for i in order:
-        if parts and lengths[i] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(i)
+def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
+    """The rows (indices) in parts of at most `budget` tokens, or one row: groups of like length together, prompts once.
+
+    lengths and prompt_lengths: of every row of the batch. Row r is of group r // group_size, whose rows share their prompt
+    in the forward pass; a group that is cut pays for it again."""
+    longest = {}
+    for r in rows:
+        longest[r // group_size] = max(lengths[r], longest.get(r // group_size, 0))
+    parts, size = [], 0
+    for r in sorted(rows, key=lambda r: (longest[r // group_size], r // group_size, lengths[r])):
+        shares = parts and parts[-1][-1] // group_size == r // group_size
+        more = lengths[r] - (prompt_lengths[r] if shares else 0)
+        if parts and size + more <= budget:
+            parts[-1].append(r)
+            size += more
         else:
-            parts.append([i])
+            parts.append([r])
+            size = lengths[r]
     return parts
+
+
+def parts_of(batch, rows, config):
+    """micro_batches of a batch: [(rows, the batch of these rows alone)]."""
+    lengths, prompts = batch["lengths"].tolist(), batch["prompt_lengths"].tolist()
+    for part in micro_batches(rows, lengths, prompts, config.group_size, config.micro_batch_tokens):
+        yield part, rows_of(batch, part)
+
+
+def forward(model, micro, rows, config):
+    """token_logps of a micro-batch: two (B, T)."""
+    groups = [r // config.group_size for r in rows]
+    return model.token_logps(micro["tokens"], micro["mask"], config.temperature, groups)
 
 
 def rows_of(batch, rows):
@@ -94,12 +117,14 @@ def rows_of(batch, rows):
 
 
 @torch.no_grad()
-def score(model, batch, config):
-    """Log-probs and entropies of the batch's tokens under `model`: two (B, T), 0 off the mask."""
+def score(model, batch, config, rows=None):
+    """Log-probs and entropies of the batch's tokens under `model`: two (B, T), 0 off the mask.
+
+    rows: those that are wanted; the active ones if not given."""
+    rows = batch["active"].nonzero()[:, 0].tolist() if rows is None else rows
     out = torch.zeros(2, *batch["mask"].shape, device=batch["mask"].device)
-    for rows in micro_batches(batch["lengths"].tolist(), config.micro_batch_tokens):
-        part = rows_of(batch, rows)
-        both = torch.stack(model.token_logps(part["tokens"], part["mask"], config.temperature))
+    for rows, part in parts_of(batch, rows, config):
+        both = torch.stack(forward(model, part, rows, config))
         out[:, rows, :both.shape[2]] = both * part["mask"]
     return out
 
@@ -115,14 +140,13 @@ def update(run, batch, halves, config):
     normalizer = sum(counts)            # fixed before any backward, over all ranks
     total = dict.fromkeys(("loss", "tokens", "rows", *run.algo.METRICS), 0.0)
     deviation, first = 0.0, None
-    run.optimizer.zero_grad(set_to_none=True)
-    lengths = batch["lengths"].tolist()
+    if not run.master.separate:     # the largest weight: its parts are added in place from the start (model.py)
+        run.model.lm_head.weight.grad = torch.zeros_like(run.model.lm_head.weight)
     for k, half in enumerate(halves):
         if k == 1:
             first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
-        for part in micro_batches([lengths[r] for r in half], config.micro_batch_tokens):
-            rows = [half[i] for i in part]
-            sums = backward(run, batch, rows, config, normalizer)
+        for rows, micro in parts_of(batch, half, config):
+            sums = backward(run, batch, rows, micro, config, normalizer)
             deviation = max(deviation, sums.pop("ratio_max_dev"))
             for name, value in sums.items():
                 total[name] += value
@@ -132,18 +156,19 @@ def update(run, batch, halves, config):
     if first is not None:
         out["grad_variance"] = gradient_variance(run.master.params, first, counts)
     out["grad_norm"] = descend(run, out["loss"]) if normalizer > 0 else 0.0     # no signal anywhere: no step
+    run.optimizer.zero_grad(set_to_none=True)       # now, so that the next rollout has their memory
     return out
 
 
-def backward(run, batch, rows, config, normalizer):
+def backward(run, batch, rows, micro, config, normalizer):
     """Forward and backward of one micro-batch; its sums as numbers."""
-    micro = rows_of(batch, rows)
-    logp, entropy = run.model.token_logps(micro["tokens"], micro["mask"], config.temperature)
+    logp, entropy = forward(run.model, micro, rows, config)
     loss, sums = run.algo.loss(logp, entropy, micro, config, normalizer)
     loss.backward()
     if "pi_logp" in batch:
         batch["pi_logp"][rows, :logp.shape[1]] = logp.detach()
-    return {name: value.item() for name, value in {"loss": loss.detach(), **sums}.items()}
+    sums = {"loss": loss.detach(), **sums}
+    return dict(zip(sums, torch.stack([value.float() for value in sums.values()]).tolist()))     # one wait for the device
 
 
 def gradient_variance(params, first, counts):

@@ -1,0 +1,208 @@
+"""The formulas of the transformer, each with the kernel that a device has for it; without one, plain PyTorch.
+
+    rms_norm, swiglu, rope_tables and rotate
+    attention               causal, over packed tokens: training and prefill
+    partial_attention       over a part of the keys, with log-sum-exps, so that parts can be merged: decode
+
+CUDA: varlen_attn of PyTorch, in half precision. Ascend NPUs: the fused operators of torch_npu, which need no import by name.
+Everything else is what the kernels are tested against.
+"""
+import inspect
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    VARLEN = set(inspect.signature(varlen_attn).parameters)     # it grew from version to version
+except ImportError:
+    VARLEN = set()
+
+
+def rms_norm(x, weight, eps):
+    """x (..., D) scaled to unit root mean square, in float32, then by weight (D,), or (H, D) for x (..., H, D)."""
+    if x.device.type == "npu":
+        y = torch.ops.npu.npu_rms_norm(x, weight if weight.ndim == 1 else _ones(x.shape[-1], x.dtype, x.device), eps)[0]
+        return y if weight.ndim == 1 else y * weight
+    if x.device.type == "cpu" and (torch.is_grad_enabled() or x.dtype != torch.float32):
+        # a faster way back than F.rms_norm has; and one rounding in half precision, with gradients or without
+        y = x.float()
+        return weight * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    y = F.rms_norm(x, x.shape[-1:], weight if weight.ndim == 1 else None, eps)
+    return y if weight.ndim == 1 else y * weight
+
+
+def swiglu(x):
+    """silu(first half) * second half of the last dimension."""
+    if x.device.type == "npu":
+        return torch.ops.npu.npu_swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rope_tables(positions, frequencies, dtype):
+    """cos and sin (M, 1, D) of positions (M,), computed once a forward and shared by all layers; see rotate."""
+    angles = positions[:, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    first = sin if positions.device.type == "npu" else -sin
+    return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((first, sin), -1)[:, None].to(dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (M, H, D) by rope_tables; pairs are (i, i + D/2), as in every HF checkpoint.
+
+    (a, b) -> (a cos - b sin, b cos + a sin): the minus is in the table, except for Ascend's kernel, which brings its own."""
+    if x.device.type == "npu":
+        return torch.ops.npu.npu_rotary_mul(x[None], cos[None], sin[None])[0]      # older versions know 4-D only
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+# ---------------------------------------------------------------------------------- attention over packed tokens (training)
+
+class Sequences:
+    """Who sees what among packed tokens, without padding.
+
+    Sequence s owns the next queries[s] of the packed tokens. It sees keys[s] tokens, the last of which are its own: its
+    last query sees them all, the one before it one fewer, and so on. index (sum of keys,) names them among the packed
+    tokens; None: every sequence sees its own tokens only. So several completions can see one copy of their prompt."""
+
+    def __init__(self, queries, keys=None, index=None, device="cpu"):
+        self.queries, self.keys = list(queries), list(keys or queries)
+        self.device = torch.device(device)
+        self.index = None if index is None else torch.as_tensor(index, device=self.device)
+
+    @cached_property
+    def ends(self):
+        """Cumulative queries and keys, (count + 1,) int32 from 0, for varlen_attn."""
+        return [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=self.device) for n in (self.queries, self.keys)]
+
+    @cached_property
+    def buckets(self):
+        """Sequences of like size, padded, for devices without such a kernel: [(query index (n, Q), key index (n, K), mask)],
+        and for each packed token its place among the flattened queries of all buckets."""
+        q_start, k_start = ([0, *accumulate(n)] for n in (self.queries, self.keys))
+        order, parts = sorted(range(len(self.queries)), key=lambda s: (self.queries[s], self.keys[s])), []
+        for s in order:     # at most a quarter longer than the bucket's first, or a few tokens
+            if not parts or self.queries[s] > 1.25 * self.queries[parts[-1][0]] + 8:
+                parts.append([])
+            parts[-1].append(s)
+        source = np.arange(k_start[-1]) if self.index is None else self.index.cpu().numpy()
+        back, out, offset = np.empty(q_start[-1], np.int64), [], 0
+        for part in parts:
+            Q, K = max(self.queries[s] for s in part), max(self.keys[s] for s in part)
+            q, k = np.zeros((len(part), Q), np.int64), np.zeros((len(part), K), np.int64)       # padding reads token 0
+            for row, s in enumerate(part):
+                q[row, :self.queries[s]] = np.arange(q_start[s], q_start[s + 1])
+                k[row, :self.keys[s]] = source[k_start[s]:k_start[s + 1]]
+                back[q_start[s]:q_start[s + 1]] = offset + row * Q + np.arange(self.queries[s])
+            offset += q.size
+            before = torch.tensor([self.keys[s] - self.queries[s] for s in part])
+            mask = None
+            if before.any():        # else plainly causal
+                mask = (torch.arange(K) <= torch.arange(Q)[:, None] + before[:, None, None])[:, None].to(self.device)
+            out.append((torch.from_numpy(q).to(self.device), torch.from_numpy(k).to(self.device), mask))
+        return out, torch.from_numpy(back).to(self.device)
+
+
+def attention(q, k, v, sequences):
+    """Causal attention of packed tokens: q (M, H, D), k and v (M, Hkv, D) -> (M, H, D)."""
+    if q.device.type == "npu":
+        return _ascend_attention(q, *_seen(k, v, sequences), sequences)
+    if q.device.type == "cuda" and q.dtype != torch.float32 and {"window_size", "enable_gqa"} <= VARLEN:
+        (q_ends, k_ends), gqa = sequences.ends, q.shape[1] != k.shape[1]
+        return varlen_attn(q, *_seen(k, v, sequences), q_ends, k_ends, max(sequences.queries), max(sequences.keys),
+                           window_size=(-1, 0), enable_gqa=gqa)
+    return _padded_attention(q, k, v, sequences)
+
+
+def _seen(k, v, sequences):
+    return (k, v) if sequences.index is None else (k.index_select(0, sequences.index), v.index_select(0, sequences.index))
+
+
+def _padded_attention(q, k, v, sequences):
+    buckets, back = sequences.buckets
+    out = []
+    for q_index, k_index, mask in buckets:
+        pick = [x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+                for x, index in ((q, q_index), (k, k_index), (v, k_index))]
+        y = F.scaled_dot_product_attention(*pick, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        out.append(y.transpose(1, 2).reshape(-1, *q.shape[1:]))
+    return torch.cat(out).index_select(0, back)
+
+
+def _ascend_attention(q, k, v, sequences):
+    """npu_fusion_attention on ragged sequences; sparse_mode 3 is causal from the lower right, its mask 1 where hidden."""
+    hidden, out, q_end, k_end = _hidden_keys(q.device), [], 0, 0
+    for i in range(0, len(sequences.queries), 1000):        # the kernel's limit is 1024 sequences
+        queries, keys = (list(accumulate(n[i:i + 1000])) for n in (sequences.queries, sequences.keys))
+        out.append(torch.ops.npu.npu_fusion_attention(
+            q[q_end:q_end + queries[-1]], k[k_end:k_end + keys[-1]], v[k_end:k_end + keys[-1]], q.shape[1], "TND",
+            atten_mask=hidden, scale=q.shape[-1] ** -0.5, sparse_mode=3, actual_seq_qlen=queries, actual_seq_kvlen=keys)[0])
+        q_end, k_end = q_end + queries[-1], k_end + keys[-1]
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+@lru_cache
+def _hidden_keys(device):
+    with torch.inference_mode(False):       # sampling may come first, and training saves it for the way back
+        return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+
+
+@lru_cache
+def _ones(shape, dtype, device):
+    with torch.inference_mode(False):
+        return torch.ones(shape, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------- attention over a part of the keys (sampling)
+
+def partial_attention(q, k, v, lengths, mask, host_lengths=None, flash=False):
+    """Attention of q (B, Hkv, M, D) over the first lengths (B,) keys of k, v (B, Hkv, S, D): no order among the M queries.
+
+    mask: additive (B, 1, 1, S), the same as lengths; None: all S. host_lengths: the same as a list, which selects Ascend's
+    kernel. Returns the outputs (B, Hkv, M, D) and their log-sum-exps (B, Hkv, M, 1) float32."""
+    if flash:
+        return flash_attention(q, k, v, lengths)
+    if host_lengths is not None:
+        out, lse = torch.ops.npu.npu_fused_infer_attention_score(
+            q.transpose(1, 2).contiguous(), k.transpose(1, 2), v.transpose(1, 2), num_heads=k.shape[1], input_layout="BSND",
+            scale=q.shape[-1] ** -0.5, actual_seq_lengths_kv=host_lengths, softmax_lse_flag=True)
+        return out.transpose(1, 2), lse
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
+    if mask is not None:
+        scores += mask
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.matmul(weights.to(v.dtype), v)
+    return out.div_(total.to(out.dtype)), total.log_().add_(top)
+
+
+def use_flash(device, dtype):
+    """PyTorch's variable-length flash attention (2.12 and later), which reads no more keys than there are."""
+    return device.type == "cuda" and dtype != torch.float32 and "seqused_k" in VARLEN
+
+
+def flash_attention(q, k, v, lengths):
+    """partial_attention by varlen_attn: k, v are (B, S, Hkv, D) in memory, and each row is a sequence of M queries."""
+    (B, H, M, D), S = q.shape, k.shape[2]
+    starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
+    out, lse = varlen_attn(q.transpose(1, 2).reshape(B * M, H, D), k.transpose(1, 2).reshape(B * S, H, D),
+                           v.transpose(1, 2).reshape(B * S, H, D), starts * M, starts * S, M, S,
+                           return_aux=AuxRequest(lse=True), seqused_k=lengths.int())
+    return out.view(B, M, H, D).transpose(1, 2), lse.view(H, B, M).transpose(0, 1)[..., None]
+
+
+def merge(one, two):
+    """Two partial attentions of the same queries over disjoint keys as one: weights exp(lse), normalized."""
+    weight = torch.sigmoid(one[1] - two[1]).to(one[0].dtype)
+    return torch.lerp(two[0], one[0], weight)
+
+
+def length_mask(lengths, slots):
+    """(B,) lengths -> additive (B, 1, 1, slots) float32: 0 on the first `length` slots, -inf behind them."""
+    behind = torch.arange(slots, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(behind.shape, device=lengths.device).masked_fill_(behind, float("-inf"))[:, None, None]
