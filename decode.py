@@ -8,6 +8,7 @@ A row's new token attends to its prompt and to what it has drawn itself. The two
 their log-sum-exps (as in flash-decoding and cascade attention): all queries of a group read the prompt's keys together,
 and query heads that share a key head are folded into the query dimension, so neither is ever repeated.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,20 +21,38 @@ PREFILL_TOKENS = 8192       # padded prompt tokens that go through the model at 
 
 # --------------------------------------------------------------------------------------------------------- weights
 
-def linear(weights, biases, rows):
-    """x -> x W^T + b for the weights stacked, as one product.
+class Linear:
+    """x -> x W^T + b for the weights stacked, as one product, and what follows it: nothing, silu, or "add" or "mul" with other.
 
     On the CPU the stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
-    a plain weight is rearranged at every call); elsewhere it is used in place, see adjoin."""
-    bias = None if biases[0] is None else torch.cat(list(biases))
-    if weights[0].device.type != "cpu":
-        weight = adjoin(weights)
-        return lambda x: F.linear(x, weight, bias)
-    weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
-    if not blocks(weight.dtype):
-        return lambda x: F.linear(x, weight, bias)
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), max(rows, 64))
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+    a plain weight is rearranged at every call), what follows is computed on the way out, and the weight of the RMSNorm
+    before it is multiplied in. Elsewhere the weights are used where they are, see adjoin."""
+
+    def __init__(self, projections, rows, norm=None):
+        weights, bias = [p.weight for p in projections], None
+        if projections[0].bias is not None:
+            bias = torch.cat([p.bias for p in projections])
+        self.bias, self.rest, self.blocked = bias, norm, None
+        if weights[0].device.type != "cpu":
+            self.weight = adjoin(weights)
+            return
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
+        if blocks(self.weight.dtype):
+            if norm is not None and self.weight.dtype == torch.float32:      # in half precision it would round once more
+                self.weight, self.rest = self.weight * norm, None
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
+            self.weight = None
+
+    def __call__(self, x, then="none", other=None):
+        if self.blocked is not None and other is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, ONEDNN.get(then, then), [], "")
+        if self.blocked is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked, self.bias, then)
+        y = F.linear(x, self.weight, self.bias)
+        return F.silu(y) if then == "silu" else y + other if then == "add" else y * other if then == "mul" else y
+
+
+ONEDNN = {"silu": "swish"}
 
 
 def blocks(dtype):
@@ -60,19 +79,23 @@ def adjoin(weights):
 
 
 class Layer:
-    """The weights of one block, fused: q, k and v in one product, gate and up in another."""
+    """The weights of one block: q, k and v in one product; gate and up too, where a fused kernel follows."""
 
     def __init__(self, block, rows):
         a, m = block.self_attn, block.mlp
-        qkv, gate_up = (a.q_proj, a.k_proj, a.v_proj), (m.gate_proj, m.up_proj)
-        self.qkv = linear([p.weight for p in qkv], [p.bias for p in qkv], rows)
-        self.o = linear([a.o_proj.weight], [a.o_proj.bias], rows)
-        self.gate_up = linear([p.weight for p in gate_up], [p.bias for p in gate_up], rows)
-        self.down = linear([m.down_proj.weight], [m.down_proj.bias], rows)
-        self.norm_1, self.norm_2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        self.qk_norm = None
+        norm_1, norm_2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        self.qkv, self.o = Linear([a.q_proj, a.k_proj, a.v_proj], rows, norm_1), Linear([a.o_proj], rows)
+        if norm_2.device.type == "cpu":
+            self.gate, self.up = Linear([m.gate_proj], rows, norm_2), Linear([m.up_proj], rows, norm_2)
+        else:
+            self.gate, self.up = Linear([m.gate_proj, m.up_proj], rows, norm_2), None
+        self.down, self.qk_norm = Linear([m.down_proj], rows), None
         if not isinstance(a.q_norm, torch.nn.Identity):     # one weight a head, (heads, D): q and k normed together
             self.qk_norm = torch.cat([a.q_norm.weight.expand(a.heads, -1), a.k_norm.weight.expand(a.kv_heads, -1)])
+
+    def mlp(self, x, residual):
+        hidden = swiglu(self.gate(x)) if self.up is None else self.up(x, "mul", self.gate(x, "silu"))
+        return self.down(hidden, "add", residual)
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
@@ -90,6 +113,8 @@ class Cache:
             shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
             if by_slot:
                 return torch.zeros([shape[i] for i in (0, 1, 3, 2, 4)], device=device, dtype=dtype).transpose(2, 3)
+            if device.type == "cpu":        # numpy's zeros take no memory before they are written
+                return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
             return torch.zeros(shape, device=device, dtype=dtype)
         self.prompt_k, self.prompt_v = new(prompts, prompt_slots), new(prompts, prompt_slots)
         self.k, self.v = new(rows, own_slots), new(rows, own_slots)
@@ -118,22 +143,26 @@ class InferenceModel:
 
     def __init__(self, model, rows):
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
+        self.embedding = model.model.embed_tokens.weight
         self.layers = [Layer(block, rows) for block in model.model.layers]
-        self.lm_head = linear([model.lm_head.weight], [None], rows)
+        self.lm_head = Linear([model.lm_head], rows, model.model.norm.weight)
         self.frequencies = inverse_frequencies(self.config, self.device)
+
+    def _normed(self, x, linear):
+        """x through the RMSNorm before a Linear, as far as its weight is not in there already."""
+        return rms_norm(x, linear.rest, self.config.rms_norm_eps)
 
     def _layer(self, i, x, rope, attend):
         """x (tokens, hidden) -> the same after block i; attend(i, q, k, v) -> (tokens, heads x D)."""
         c, w = self.config, self.layers[i]
         heads, both = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
-        qkv = w.qkv(rms_norm(x, w.norm_1, c.rms_norm_eps)).view(len(x), both + c.num_key_value_heads, c.head_dim)
+        qkv = w.qkv(self._normed(x, w.qkv)).view(len(x), both + c.num_key_value_heads, c.head_dim)
         qk = qkv[:, :both]
         if w.qk_norm is not None:
             qk = rms_norm(qk, w.qk_norm, c.rms_norm_eps)
         qk = rotate(qk, *rope)
-        x = x + w.o(attend(i, qk[:, :heads], qk[:, heads:], qkv[:, both:]))
-        return x + w.down(swiglu(w.gate_up(rms_norm(x, w.norm_2, c.rms_norm_eps))))
+        x = w.o(attend(i, qk[:, :heads], qk[:, heads:], qkv[:, both:]), "add", x)
+        return w.mlp(self._normed(x, w.gate), x)
 
     def _forward(self, tokens, positions, attend):
         """tokens, positions (M,) -> hidden states (M, hidden) before the last norm."""
@@ -144,7 +173,7 @@ class InferenceModel:
         return x
 
     def _logits(self, x):
-        return self.lm_head(rms_norm(x, self.norm, self.config.rms_norm_eps))
+        return self.lm_head(self._normed(x, self.lm_head))
 
     def prefill(self, prompts, cache, places):
         """Keys and values of prompts (lists of ids) into `places` (a list) of the cache; logits (n, V) after each."""
@@ -178,32 +207,41 @@ class InferenceModel:
 
         tokens (R,); places (R,): which prompt of the cache; own (R,): tokens that the row has drawn before this one, so its
         slot. cells (R,): the row's place in a grid = (prompts, columns) that brings the rows of a prompt together (prompts x
-        columns: nowhere). Only the first prompts and `used` own slots are looked at. same: the slot, as a number, where it is the
-        same for all rows that matter. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
+        columns: nowhere). Only the first prompts and `used` own slots are looked at. same: the slot, as a number, where all
+        rows that matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
         c, R, (prompts, columns) = self.config, len(tokens), grid
-        heads, kv, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        share = heads // kv
+        kv, D = c.num_key_value_heads, c.head_dim
+        share = c.num_attention_heads // kv
         lengths, seen = cache.prompt_lengths[:prompts], own + 1
         masked = host is None and not cache.flash
         prompt_mask = length_mask(lengths, cache.prompt_k.shape[3]) if masked else None
         own_mask = length_mask(seen, used) if masked and same is None else None
         slots = used if masked else cache.k.shape[3]
-        written = (slice(R), same) if same is not None else (torch.arange(R, device=tokens.device), own)
+        rows = torch.arange(R, device=tokens.device)
+        written = (slice(R), same) if same is not None else (rows, own)
+        together, back = self._grid(rows, cells, prompts, columns)
 
         def attend(i, q, k, v):
             for x, new in ((cache.k, k), (cache.v, v)):     # neighbouring indices: on Ascend others go to its CPU
                 x[i].transpose(1, 2)[written] = new
-            grid = q.new_zeros(prompts * columns + 1, heads, D).index_copy_(0, cells, q)[:-1]
-            grid = grid.view(prompts, columns, kv, share, D).transpose(1, 2).reshape(prompts, kv, columns * share, D)
-            out, lse = partial_attention(grid, cache.prompt_k[i, :prompts], cache.prompt_v[i, :prompts], lengths, prompt_mask,
-                                         host and host[0], cache.flash)
-            of_prompt = [x.reshape(prompts, kv, columns, share, -1).transpose(1, 2).reshape(prompts * columns, kv, share, -1)
-                         .index_select(0, back) for x in (out, lse)]
-            of_own = partial_attention(q.reshape(R, kv, share, D), cache.k[i, :R, :, :slots], cache.v[i, :R, :, :slots], seen,
+            q = q.reshape(R * kv, share, D)
+            of_prompt = partial_attention(q.index_select(0, together).view(prompts, kv, columns * share, D),
+                                          cache.prompt_k[i, :prompts], cache.prompt_v[i, :prompts], lengths, prompt_mask,
+                                          host and host[0], cache.flash)
+            of_own = partial_attention(q.view(R, kv, share, D), cache.k[i, :R, :, :slots], cache.v[i, :R, :, :slots], seen,
                                        own_mask, host and host[1], cache.flash)
-            return merge(of_prompt, of_own).reshape(R, heads * D)
-        back = cells.clamp_max(prompts * columns - 1)
+            of_prompt = [x.reshape(prompts * kv * columns, share, -1).index_select(0, back).view(R, kv, share, -1)
+                         for x in of_prompt]
+            return merge(of_prompt, of_own).reshape(R, kv * share * D)
         return self._logits(self._forward(tokens, cache.prompt_lengths[places] + own, attend))
+
+    def _grid(self, rows, cells, prompts, columns):
+        """Indices that bring (row, key head) into the order (prompt, key head, column), and back; an empty cell reads row 0."""
+        heads = torch.arange(self.config.num_key_value_heads, device=rows.device)
+        who = rows.new_zeros(prompts * columns + 1).index_copy_(0, cells, rows)[:-1].view(prompts, 1, columns)
+        cells = cells.clamp_max(prompts * columns - 1)[:, None]
+        back = (cells // columns * len(heads) + heads) * columns + cells % columns
+        return (who * len(heads) + heads[:, None]).flatten(), back.flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs

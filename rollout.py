@@ -18,6 +18,7 @@ evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
 import os
 from collections import Counter, deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from decode import Cache, InferenceModel, bytes_per_token, capture
 LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
+LITTLE_WORK = 10 ** 8       # FLOP of a step below which CPU threads cost more than they bring
 
 
 @dataclass
@@ -86,10 +88,11 @@ class Sampler:
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [(seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts) or min(n for s in seeds for n in np.atleast_1d(s)) < 0:
             raise ValueError(f"seed must be one non-negative integer, or one seed for each of {len(prompts)} prompts")
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_as_needed(self.model.device) as threads:
             uniforms = row_uniforms(seeds, group_size, max(limits) if temperature > 0 else 0).to(self.model.device)
             batch = InFlight(self, prompts, group_size, limits, uniforms, (temperature, top_k, top_p))
             while batch.turn_over():
+                threads(batch.work())
                 batch.advance()
         return batch.rollout(self.version)
 
@@ -128,7 +131,7 @@ class InFlight:
         self.static = self.device.type != "cpu"         # the same shapes step after step
         lengths = [len(p) for p in prompts]
         self.slots, self.places = sampler.room(lengths, G, self.T)
-        self.model = InferenceModel(model, self.slots)
+        self.model, self.parameters = InferenceModel(model, self.slots), sum(p.numel() for p in model.parameters())
         self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype)
 
         # long prompts first, so that prompts in the cache together have like lengths
@@ -145,6 +148,10 @@ class InFlight:
         self.lengths, self.finished = new((self.B + 1,), 0), new((self.B + 1,), False, torch.bool)
 
     # ------------------------------------------------------------------------------------------ on the device, no waiting
+
+    def work(self):
+        """FLOP of a step, about: two for every weight that a row is multiplied with."""
+        return 2 * len(self.holder) * self.parameters
 
     def advance(self):
         """A few steps without a look at the outcome."""
@@ -290,6 +297,16 @@ class InFlight:
         at = behind.clamp(0, self.T - 1)
         return Rollout(torch.where(drawn, self.tokens[:-1].gather(1, at), tokens), prompt_lengths, lengths,
                        torch.where(drawn, self.logps[:-1].gather(1, at), 0.0), finished, version)
+
+
+@contextmanager
+def threads_as_needed(device):
+    """A function of a step's work in FLOP: on the CPU one thread for little work, else as many as before."""
+    threads = torch.get_num_threads()
+    try:
+        yield lambda work: torch.set_num_threads(1 if work < LITTLE_WORK else threads) if device.type == "cpu" else None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def bucket(n, top):

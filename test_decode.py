@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import decode
 import rollout as rollout_file
-from decode import Cache, InferenceModel, adjoin, bytes_per_token, linear
+from decode import Cache, InferenceModel, Linear, adjoin, bytes_per_token
 from kernels import length_mask, partial_attention
 from model import ModelConfig, Transformer
 from rollout import InFlight, Sampler, bucket, free_bytes
@@ -134,18 +134,49 @@ def test_bytes_of_a_token_by_hand():
 
 # ------------------------------------------------------------------------------------ fused weights
 
+def projections(sizes, with_bias, dtype):
+    """Linear layers of 12 inputs."""
+    out = []
+    for i, n in enumerate(sizes):
+        layer = torch.nn.Linear(12, n, bias=with_bias, dtype=dtype)
+        layer.weight.data.copy_(normal(n, 12, seed=i))
+        if with_bias:
+            layer.bias.data.copy_(normal(n, seed=9 + i))
+        out.append(layer)
+    return out
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "plain"])
+def either_way(request, monkeypatch):
+    """With the blocked products of oneDNN where this machine has them, and without."""
+    if not request.param:
+        monkeypatch.setattr(decode, "blocks", lambda dtype: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("sizes", [[5], [8, 3, 3], [16, 16]])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_is_every_product_side_by_side(sizes, rows, with_bias, dtype):
-    weights = [normal(n, 12, seed=i, dtype=dtype) for i, n in enumerate(sizes)]
-    biases = [normal(n, seed=9 + i, dtype=dtype) if with_bias else None for i, n in enumerate(sizes)]
-    x = normal(rows, 12, seed=20, dtype=dtype)
-    want = torch.cat([torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases)], 1)
-    got = linear(weights, biases, rows)(x)
+@pytest.mark.parametrize("then", ["none", "silu", "add", "mul"])
+@torch.no_grad()
+def test_linear_is_every_product_side_by_side_and_what_follows(sizes, rows, with_bias, dtype, then, either_way):
+    layers, x, other = projections(sizes, with_bias, dtype), normal(rows, 12, seed=20, dtype=dtype), normal(rows, sum(sizes), seed=21)
+    want = torch.cat([layer(x) for layer in layers], 1).float()
+    want = {"none": want, "silu": torch.nn.functional.silu(want), "add": want + other, "mul": want * other}[then]
+    got = Linear(layers, rows)(x, then, other.to(dtype) if then in ("add", "mul") else None)
     assert got.dtype == dtype
-    torch.testing.assert_close(got, want, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)
+    torch.testing.assert_close(got.float(), want, atol=2e-5 if dtype == torch.float32 else 0.2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_norm_before_a_product_is_multiplied_in_or_left_over(dtype, either_way):
+    layers, x, norm = projections([8, 3], True, dtype), normal(5, 12, seed=20, dtype=dtype), normal(12, seed=30, dtype=dtype)
+    linear = Linear(layers, 5, norm)
+    rest = linear.rest if linear.rest is not None else torch.ones(12, dtype=dtype)
+    want = torch.cat([layer(x * norm) for layer in layers], 1)
+    torch.testing.assert_close(linear(x * rest), want, atol=1e-4 if dtype == torch.float32 else 0.2, rtol=0)
+    assert dtype == torch.float32 or linear.rest is norm
 
 
 def matrices(*sizes):
