@@ -91,8 +91,7 @@ def same_batch(first, config):
 
 def compare(args, device):
     """Seconds of a step, ratio of each round, and the two losses and gradient norms on the same batch."""
-    spec = {**bench.SHAPES[args.shape], "eos_token_id": STOPS}
-    bench.SHAPES[args.shape] = spec
+    bench.SHAPES[args.shape] = {**bench.SHAPES[args.shape], "eos_token_id": STOPS}
     torch.manual_seed(0)
     model = bench.random_model(args, device, torch.float32)
     tokenizer, (prompts, _) = word_tokenizer(model.config.vocab_size), bench.workload(args, model.config)
@@ -101,14 +100,14 @@ def compare(args, device):
         model.save_pretrained(folder, torch.float32)
         tokenizer.save_pretrained(folder)
         run = bench.make_run(model, Config(group_size=args.group_size, prompts_per_step=args.prompts, lr=1e-6,
-                                           micro_batch_tokens=args.micro_batch_tokens))
+                                           micro_batch_tokens=args.micro_batch_tokens, unbiased_std=True))
         sampler = Sampler(model, STOPS, args.prompts * args.group_size)
 
         def ours():
             run.step += 1
             out = sampler.generate(prompts, args.group_size, args.new_tokens, seed=run.step)
             completions = out.completions()
-            tokenizer.batch_decode(completions)
+            tokenizer.batch_decode(completions)         # TRL does too
             rewards = torch.tensor(reward(completions)).view(-1, args.group_size)
             update(run, grpo.prepare(out, rewards, run.c), [list(range(len(completions)))], run.c)
             return sum(map(len, completions))

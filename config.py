@@ -29,7 +29,7 @@ class Config:
     max_new_tokens: int = 64            # a longer completion is cut and counted in truncated_frac
     max_prompt_tokens: int = 512        # problems with longer prompts are dropped, and counted
     temperature: float = 1.0            # of training rollouts and of the trained distribution
-    rows_at_once: int = 256             # completions in the KV cache at once
+    rows_at_once: int = 256             # completions drawn at the same time, at most; memory may allow fewer
     template: str = "auto"              # prompt: auto, chat, plain, reasoning (data.prompt_text)
     # rewards: 1 for a verified answer, plus
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
@@ -82,7 +82,7 @@ class Config:
     warmup_steps: int = 5               # linear
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    micro_batch_tokens: int = 8192      # tokens a forward pass holds, prompts once a group; memory, not mathematics
+    micro_batch_tokens: int = 8192      # tokens of a forward pass, a group's prompt counted once; memory, not mathematics
     activation_checkpointing: bool = False   # less memory, a third more time
     # evaluation and output
     eval_every: int = 10                # steps; also before the first and after the last
@@ -94,8 +94,9 @@ class Config:
     levels: str = "4-6"                 # fewest-most steps of a story
     warm_start_steps: int = 1400        # supervised steps before the default run (sft.py)
     # machine
-    kv_memory_mb: float = 0.0           # for keys and values while sampling; 0: most of the free memory
-    graph: str = ""                     # replay sampling steps as device graphs: on, off; empty: on with cuda
+    kv_memory_mb: float = 0.0           # for keys and values while sampling, a process; 0: 80 % of what is free
+    graph: str = ""                     # replay sampling steps as device graphs: on, off; empty: on with cuda (on with npu
+                                        # gives up its attention kernel)
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
     threads: int = 0                    # CPU threads; 0: measured

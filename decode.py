@@ -4,9 +4,9 @@
     Cache                       a prompt's keys and values once for its whole group, and each row's own behind them
     capture                     a decode step as a device graph (CUDA, and NPU behind the same name)
 
-A row's new token attends to its prompt and to what it has drawn itself. The two parts are computed apart and merged by
-their log-sum-exps (as in flash-decoding and cascade attention): all queries of a group read the prompt's keys together,
-and query heads that share a key head are folded into the query dimension, so neither is ever repeated.
+A row's new token attends to its prompt and to what it has drawn itself. The two parts are computed apart (Hydragen, arXiv
+2402.05099) and merged by their log-sum-exps, as in flash-decoding: all queries of a group read the prompt's keys together,
+and query heads that share a key head (2305.13245) are folded into the query dimension, so neither is ever repeated.
 """
 import numpy as np
 import torch
@@ -16,17 +16,18 @@ from kernels import (Sequences, attention, length_mask, merge, partial_attention
                      use_flash)
 from model import inverse_frequencies
 
-PREFILL_TOKENS = 8192       # padded prompt tokens that go through the model at once
+PREFILL_TOKENS = 8192       # prompt tokens that go through the model at once; a longer prompt goes alone
 
 
 # --------------------------------------------------------------------------------------------------------- weights
 
 class Linear:
-    """x -> x W^T + b for the weights stacked, as one product, and what follows it: nothing, silu, or "add" or "mul" with other.
+    """Several projections of one input as one product, y = x W^T + b, and what is done to y: "none", "silu", or "add" or
+    "mul" with other.
 
     On the CPU the stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
     a plain weight is rearranged at every call), what follows is computed on the way out, and the weight of the RMSNorm
-    before it is multiplied in. Elsewhere the weights are used where they are, see adjoin."""
+    before it is multiplied in (what is left of it is `rest`). On accelerators the weights stay where they are."""
 
     def __init__(self, projections, rows, norm=None):
         weights, bias = [p.weight for p in projections], None
@@ -34,10 +35,10 @@ class Linear:
             bias = torch.cat([p.bias for p in projections])
         self.bias, self.rest, self.blocked = bias, norm, None
         if weights[0].device.type != "cpu":
-            self.weight = adjoin(weights)
+            self.weight = stack_in_place(weights)
             return
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        if blocks(self.weight.dtype):
+        if has_onednn(self.weight.dtype):
             if norm is not None and self.weight.dtype == torch.float32:      # in half precision it would round once more
                 self.weight, self.rest = self.weight * norm, None
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
@@ -45,24 +46,26 @@ class Linear:
 
     def __call__(self, x, then="none", other=None):
         if self.blocked is not None and other is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, ONEDNN.get(then, then), [], "")
+            name = "swish" if then == "silu" else then
+            return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, name, [], "")
         if self.blocked is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked, self.bias, then)
         y = F.linear(x, self.weight, self.bias)
-        return F.silu(y) if then == "silu" else y + other if then == "add" else y * other if then == "mul" else y
+        if then == "silu":
+            return F.silu(y)
+        if then == "add":
+            return y + other
+        return y * other if then == "mul" else y
 
 
-ONEDNN = {"silu": "swish"}
-
-
-def blocks(dtype):
+def has_onednn(dtype):
     """Whether this CPU build of PyTorch computes products of this type by oneDNN."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def adjoin(weights):
+def stack_in_place(weights):
     """The matrices (n_i, D) as one (sum n_i, D) that shares their memory: they are moved side by side the first time."""
     first, step = weights[0].data, weights[0].element_size()
     at = [first.data_ptr()]
@@ -139,7 +142,10 @@ def bytes_per_token(config, dtype):
 # ----------------------------------------------------------------------------------------------------------- model
 
 class InferenceModel:
-    """The weights of `model` as they are now, for prefill and decode. rows: how many a step will have, about."""
+    """The weights of `model` as they are now, for prefill and decode. rows: how many a step will have, about.
+
+    On the CPU the matrices are copied: as much memory again for the time of a rollout. On accelerators they are only moved
+    side by side."""
 
     def __init__(self, model, rows):
         self.config, self.device, self.dtype = model.config, model.device, model.dtype

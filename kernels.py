@@ -28,7 +28,7 @@ def rms_norm(x, weight, eps):
         y = x.float()
         y = (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
         return y if weight is None else weight * y
-    if x.device.type == "cpu":      # in place: sampling
+    if x.device.type == "cpu":      # no gradient: fewer temporaries
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         return x * scale if weight is None else (x * scale).mul_(weight)
     fused = weight if weight is not None and weight.ndim == 1 else None
@@ -65,7 +65,7 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-# ---------------------------------------------------------------------------------- attention over packed tokens (training)
+# ------------------------------------------------------------------ attention over packed tokens (training and prefill)
 
 class Sequences:
     """Who sees what among packed tokens, without padding.
@@ -167,7 +167,7 @@ def _ones(shape, dtype, device):
 def partial_attention(q, k, v, lengths, mask, host_lengths=None, flash=False):
     """Attention of q (B, Hkv, M, D) over the first lengths (B,) keys of k, v (B, Hkv, S, D): no order among the M queries.
 
-    mask: additive (B, 1, 1, S), the same as lengths; None: all S. host_lengths: the same as a list, which selects Ascend's
+    mask: lengths as 0 and -inf, (B, 1, 1, S), added to the scores; None: all S. host_lengths: the same as a list, which selects Ascend's
     kernel. Returns the outputs (B, Hkv, M, D) and their log-sum-exps (B, Hkv, M, 1) float32."""
     if flash:
         return flash_attention(q, k, v, lengths)

@@ -13,6 +13,7 @@ each device's kernels for them, are in kernels.py. Left out: dropout, sliding wi
 """
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -363,8 +364,24 @@ def pack(wanted, prompts):
     return source, source % T, Sequences(queries, keys, index, device), before
 
 
+@contextmanager
+def gradients_in_place(weight):
+    """While open, embedding and lm_head add their gradients to weight.grad themselves, which autograd then does not see:
+    no second and third (V, D) tensor beside it, but no hooks of this weight either, and no torch.autograd.grad."""
+    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    weight.add_in_place = True
+    try:
+        yield
+    finally:
+        weight.add_in_place = False
+
+
+def adds_in_place(weight):
+    return getattr(weight, "add_in_place", False)
+
+
 class _Embedding(torch.autograd.Function):
-    """F.embedding, but where its weight has a gradient already the new one is added in place, not as another (V, D)."""
+    """F.embedding; its gradient is added in place where gradients_in_place says so, else it is another (V, D) tensor."""
 
     @staticmethod
     def forward(ctx, tokens, weight):
@@ -374,7 +391,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         tokens, weight = ctx.saved_tensors
-        if weight.grad is None:
+        if not adds_in_place(weight):
             return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), -1, False)
         weight.grad.index_add_(0, tokens, grad)
         return None, None
@@ -383,8 +400,8 @@ class _Embedding(torch.autograd.Function):
 class _ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and the entropy, by chunks of tokens; backward computes each chunk again.
 
-    With s = softmax, d logp / d logits = onehot(target) - s. One chunk of logits exists at a time, in float32. As above,
-    a gradient of W that exists is added to in place (autograd sees none then)."""
+    With s = softmax, d logp / d logits = onehot(target) - s. One chunk of logits exists at a time, in float32. (The idea is
+    that of Cut Cross-Entropy, arXiv 2411.09009.) As above, the gradient of W may be added in place."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -404,16 +421,21 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
-        d_hidden, d_weight = torch.empty_like(hidden), weight.grad      # added to what is there: no second (V, D) tensor
+        in_place = adds_in_place(weight)
+        d_hidden, d_weight = torch.empty_like(hidden), weight.grad if in_place else torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.step):
             part = slice(i, i + ctx.step)
             logits, g = (hidden[part] @ weight.T).float().div_(ctx.temperature), grad[part, None] / ctx.temperature
-            d = torch.softmax(logits, -1, out=logits).mul_(-g).scatter_add_(-1, targets[part, None], g).to(weight.dtype)
-            del logits
+            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-g).scatter_add_(-1, targets[part, None], g)
+            d = logits.to(weight.dtype)
             d_hidden[part] = d @ weight
-            if ctx.needs_input_grad[1]:
-                d_weight = d.T @ hidden[part] if d_weight is None else d_weight.addmm_(d.T, hidden[part])
-        return d_hidden, None if weight.grad is not None else d_weight, None, None
+            if not ctx.needs_input_grad[1]:
+                continue
+            if d.dtype == torch.float32:
+                d_weight.addmm_(d.T, hidden[part])
+            else:       # the sum over chunks in float32: a rounding a chunk would add up
+                d_weight += d.T @ hidden[part]
+        return d_hidden, None if in_place else d_weight.to(weight.dtype), None, None
 
 
 def chunked_logps(hidden, weight, targets, temperature):

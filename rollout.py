@@ -3,9 +3,10 @@
     queue of completions -> slots of the cache -> a step draws one token a slot -> finished ones leave, the next come in
 
 A prompt goes through the model once; its keys and values then serve its whole group (decode.py). The slots are as many as
-`max_rows` and a budget in bytes allow, so memory is known before the first token. A slot whose completion has finished is
-given to the next of the queue, so a long tail never holds the batch; when the queue is empty the slots that are left move
-together. On accelerators the host looks for finished rows every few steps only, and a step may be a device graph.
+`max_rows` and a budget in bytes allow, so the memory of keys and values is known before the first token. A slot whose
+completion has finished is given to the next of the queue, so a long tail never holds the batch (iteration-level batching,
+Orca, OSDI 2022); without a next one the slots that are left move together. On accelerators the host looks for finished
+rows every few steps only, and a step may be a device graph. Left out: pages of keys, so a slot reserves max_new_tokens.
 
 A token is drawn by inverting the cumulative distribution at two uniform numbers, one for the part of the vocabulary and
 one inside it. Row (prompt i, sample j) owns its stream of uniforms, seeded by (seed, i, j): a completion does not depend on
@@ -17,8 +18,8 @@ each id under the very logits that it was drawn from. Training rollouts use temp
 evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
 import os
+import sys
 from collections import Counter, deque
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,8 @@ class Sampler:
         a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens: an
         integer, or one for each completion. ValueError for no prompts, an empty one, a token outside the vocabulary, no
         room in the context, or keys and values of one row beyond the budget."""
-        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * (len(prompts) * group_size)
+        several = isinstance(max_new_tokens, (list, tuple))
+        limits = list(max_new_tokens) if several else [max_new_tokens] * (len(prompts) * group_size)
         check_request(prompts, group_size, max(limits, default=0), temperature, self.model.config)
         if len(limits) != len(prompts) * group_size or min(limits) < 1:
             raise ValueError(f"max_new_tokens must be one positive number, or one for each of {len(prompts) * group_size} "
@@ -88,30 +90,36 @@ class Sampler:
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [(seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts) or min(n for s in seeds for n in np.atleast_1d(s)) < 0:
             raise ValueError(f"seed must be one non-negative integer, or one seed for each of {len(prompts)} prompts")
-        with torch.inference_mode(), threads_as_needed(self.model.device) as threads:
-            uniforms = row_uniforms(seeds, group_size, max(limits) if temperature > 0 else 0).to(self.model.device)
-            batch = InFlight(self, prompts, group_size, limits, uniforms, (temperature, top_k, top_p))
-            while batch.turn_over():
-                threads(batch.work())
-                batch.advance()
+        threads = torch.get_num_threads()
+        try:
+            with torch.inference_mode():
+                uniforms = row_uniforms(seeds, group_size, max(limits) if temperature > 0 else 0).to(self.model.device)
+                batch = InFlight(self, prompts, group_size, limits, uniforms, (temperature, top_k, top_p))
+                while batch.refill():
+                    if self.model.device.type == "cpu" and batch.step_flops() < LITTLE_WORK:
+                        torch.set_num_threads(1)
+                    batch.advance()
+                    torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)
         return batch.rollout(self.version)
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
-        model = self.model
+        model, N = self.model, len(lengths)
         of_token = bytes_per_token(model.config, model.dtype)
-        own, prompt = new_tokens * of_token, max(lengths) * of_token
-        budget = self.kv_bytes or int(KV_SHARE * free_bytes(model.device))
-        rows = min(self.max_rows, len(lengths) * group_size)
-
-        def prompts_for(rows):      # stragglers keep their prompt: twice as many as full groups need
-            return min(len(lengths), rows, 2 * -(-rows // group_size))
-        while rows > 1 and rows * own + prompts_for(rows) * prompt > budget:
+        own, prompt, budget = new_tokens * of_token, max(lengths) * of_token, self.kv_bytes
+        if not budget:      # what is free, and room for each row's logits in float32, a few times over
+            own += 16 * model.config.vocab_size
+            budget = int(KV_SHARE * free_bytes(model.device))
+        rows = min(max(1, self.max_rows), N * group_size)
+        while rows > 1 and rows * own + min(N, 2 * -(-rows // group_size)) * prompt > budget:
             rows -= 1
-        if rows * own + prompts_for(rows) * prompt > budget:
+        if own + prompt > budget:
             raise ValueError(f"keys and values of one completion take {(own + prompt) / 2 ** 20:.0f} MB, the budget is "
-                             f"{budget / 2 ** 20:.0f} MB: lower --max-new-tokens, or free memory")
-        return rows, prompts_for(rows)
+                             f"{budget / 2 ** 20:.0f} MB: lower --max-new-tokens, or raise --kv-memory-mb, or free memory")
+        # a prompt stays for its last straggler: as many as there is room for, so that none keeps a free slot waiting
+        return rows, min(N, rows, (budget - rows * own) // prompt)
 
 
 class InFlight:
@@ -119,27 +127,29 @@ class InFlight:
 
     Device tensors (slots,): token, the last one drawn; drawn, how many so far; limit; alive; row, where its tokens are
     written down (B, one row too many, when it is not alive); place, its prompt in the cache; cell, see
-    InferenceModel.decode. The host knows `born`, the step at which a slot was filled, and so how much a slot has drawn if
-    it is alive; which have stopped it learns in turn_over only."""
+    InferenceModel.decode. The host knows `started`, the step at which a slot was filled, and so how much a slot has drawn if
+    it is alive; which have stopped it learns in refill only."""
 
-    def __init__(self, sampler, prompts, G, limits, uniforms, how):
+    def __init__(self, sampler, prompts, G, limits, uniforms, sampling):
         model = sampler.model
-        self.device, self.eos_ids, self.graph, self.how = model.device, sampler.eos_ids, sampler.graph, how
+        self.device, self.eos_ids, self.graph, self.sampling = model.device, sampler.eos_ids, sampler.graph, sampling
         self.prompts, self.G, self.limits, self.B, self.T = prompts, G, limits, len(limits), max(limits)
         self.uniforms, self.look_every = uniforms, 1 if self.device.type == "cpu" else LOOK_EVERY
         self.ascend = self.device.type == "npu" and model.dtype != torch.float32 and not self.graph     # its kernel's limits
         self.static = self.device.type != "cpu"         # the same shapes step after step
         lengths = [len(p) for p in prompts]
+        self.model = InferenceModel(model, min(sampler.max_rows, self.B))      # before the rest is shared out: it may copy
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.slots, self.places = sampler.room(lengths, G, self.T)
-        self.model, self.parameters = InferenceModel(model, self.slots), sum(p.numel() for p in model.parameters())
         self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype)
 
         # long prompts first, so that prompts in the cache together have like lengths
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         self.queue = deque(i * G + j for i in order for j in range(G))
-        self.holder, self.born, self.time, self.oldest = [], [], 0, 0
+        self.holder, self.started, self.time, self.oldest = [], [], 0, 0
         self.place_of, self.logits_of, self.place_lengths = {}, {}, [1] * self.places       # the first two by prompt
         self.graphs, self.pool = {}, None
+        self.grid, self.uniform, self.changed = (1, 1), False, False       # see arrange
 
         def new(rows, value, dtype=torch.int64): return torch.full(rows, value, dtype=dtype, device=self.device)
         self.token, self.drawn, self.limit, self.place, self.cell = (new((self.slots,), n) for n in (0, 1, 1, 0, 0))
@@ -149,8 +159,8 @@ class InFlight:
 
     # ------------------------------------------------------------------------------------------ on the device, no waiting
 
-    def work(self):
-        """FLOP of a step, about: two for every weight that a row is multiplied with."""
+    def step_flops(self):
+        """Of the next step, about: two for every weight and row."""
         return 2 * len(self.holder) * self.parameters
 
     def advance(self):
@@ -159,19 +169,29 @@ class InFlight:
             self.time += 1
             rows, used = len(self.holder), min(self.time - self.oldest, self.T)
             if self.static:
-                rows, used = bucket(rows, self.slots), bucket(used, self.T)
+                by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
+                rows, used = bucket(rows, self.slots), self.T if by_length else bucket(used, self.T)
             if (rows, used) in self.graphs:
                 self.graphs[rows, used]()
                 continue
             self.step(rows, used)
             if self.graph:
-                self.graphs[rows, used], self.pool = capture(lambda: self.step(rows, used), self.device, self.pool)
+                self.record(rows, used)
+
+    def record(self, rows, used):
+        """Keep a step of this shape as a device graph; without graphs from here on if the device refuses."""
+        try:
+            self.graphs[rows, used], self.pool = capture(lambda: self.step(rows, used), self.device, self.pool)
+        except RuntimeError as error:
+            self.graph, self.graphs = False, {}
+            print(f"no device graph ({str(error).splitlines()[0]}): sampling without; --graph off says so from the start",
+                  file=sys.stderr)
 
     def step(self, rows, used):
         """The last token of each of the first `rows` slots through the model, and the next one drawn."""
         host = None
         if self.ascend:
-            own = [1 if row is None else min(self.time - born, self.T) for row, born in zip(self.holder, self.born)]
+            own = [1 if row is None else min(self.time - t, self.T) for row, t in zip(self.holder, self.started)]
             host = self.place_lengths, own + [1] * (rows - len(own))
         logits = self.model.decode(self.token[:rows], self.place[:rows], self.drawn[:rows] - 1, self.cell[:rows], self.grid,
                                    self.cache, used, used - 1 if self.uniform else None, host)
@@ -181,7 +201,7 @@ class InFlight:
         """One token for each of the slots (a slice, or an index tensor) by its logits, written down."""
         row, drawn, alive = self.row[slots], self.drawn[slots], self.alive[slots]
         at = drawn.clamp_max(self.T - 1)
-        temperature, top_k, top_p = self.how
+        temperature, top_k, top_p = self.sampling
         uniforms = self.uniforms[row.clamp_max(self.B - 1), at] if temperature > 0 else None
         ids, logps = draw(logits, uniforms, temperature, top_k, top_p)
         self.tokens[row, at], self.logps[row, at] = ids, logps
@@ -193,7 +213,7 @@ class InFlight:
 
     # ----------------------------------------------------------------------------------------- on the host, between steps
 
-    def turn_over(self):
+    def refill(self):
         """Let the finished go and the next of the queue in. False when all are done."""
         while True:
             for k, alive in enumerate(self.alive[:len(self.holder)].tolist()):      # waits for the device
@@ -203,14 +223,15 @@ class InFlight:
             if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
                 break                           # else: a first token may have been the last
         if len(empty) >= (1 - LEAVE_AT) * len(self.holder) or self.changed:
-            self.close_ranks(empty)
+            self.compact(empty)
             self.arrange()
         return bool(self.holder)
 
     def admit(self, free):
         """Fill the free slots from the queue, as far as prompts find a place; draw the first tokens. How many came in."""
-        here = {row // self.G for row in self.holder if row is not None} | {row // self.G for row in self.queue}
-        self.place_of = {p: place for p, place in self.place_of.items() if p in here}
+        if not free:
+            return 0
+        self.forget_prompts()
         room = sorted(set(range(self.places)) - set(self.place_of.values()), reverse=True)
         new, slots = [], []
         for k in free:
@@ -221,8 +242,8 @@ class InFlight:
                 self.place_of[prompt] = room.pop()
                 new.append(prompt)
             self.holder += [None] * (k + 1 - len(self.holder))
-            self.born += [0] * (k + 1 - len(self.born))
-            self.holder[k], self.born[k] = self.queue.popleft(), self.time
+            self.started += [0] * (k + 1 - len(self.started))
+            self.holder[k], self.started[k] = self.queue.popleft(), self.time
             slots.append(k)
         if new:
             self.prefill(new)
@@ -235,14 +256,18 @@ class InFlight:
             self.logits_of = {p: x for p, x in self.logits_of.items() if p in waiting}
         return len(slots)
 
+    def forget_prompts(self):
+        """Give up the places of prompts whose completions are all done."""
+        here = {row // self.G for row in self.holder if row is not None} | {row // self.G for row in self.queue}
+        self.place_of = {p: place for p, place in self.place_of.items() if p in here}
+
     def prefill(self, new):
+        """The new prompts' keys and values into their places, and the logits that their first tokens are drawn from."""
         places = [self.place_of[p] for p in new]
         logits = self.model.prefill([self.prompts[p] for p in new], self.cache, places)
         self.logits_of.update(zip(new, logits))
-        for p, place in zip(new, places):
-            self.place_lengths[place] = len(self.prompts[p])
 
-    def close_ranks(self, empty):
+    def compact(self, empty):
         """Move the last slots, and the last prompts, into the gaps, so that a step computes little that nobody wants."""
         left = len(self.holder) - len(empty)
         moves = list(zip([k for k in range(left, len(self.holder)) if self.holder[k] is not None], empty))
@@ -252,11 +277,10 @@ class InFlight:
             for x in (self.token, self.drawn, self.limit, self.row, self.alive):
                 x[target] = x[source]
             for k, gap in moves:
-                self.holder[gap], self.born[gap] = self.holder[k], self.born[k]
-        del self.holder[left:], self.born[left:]
-        self.row[left:], self.alive[left:] = self.B, False
-        here = {row // self.G for row in self.holder} | {row // self.G for row in self.queue}
-        self.place_of = {p: place for p, place in self.place_of.items() if p in here}
+                self.holder[gap], self.started[gap] = self.holder[k], self.started[k]
+        del self.holder[left:], self.started[left:]
+        self.row[left:], self.alive[left:], self.drawn[left:] = self.B, False, 1
+        self.forget_prompts()
         gaps = sorted(set(range(len(self.place_of))) - set(self.place_of.values()))
         moves = list(zip([p for p, place in self.place_of.items() if place >= len(self.place_of)], gaps))
         if moves and not self.static:
@@ -271,14 +295,19 @@ class InFlight:
             cells.append((place, columns[place]))
             columns[place] += 1
         del columns[None]
-        height, width = (self.places, self.G) if self.static else (max(columns) + 1, max(columns.values())) if columns else (1, 1)
+        height, width = self.places, self.G
+        if not self.static:
+            height, width = max(columns, default=0) + 1, max(columns.values(), default=1)
+        running = {place: len(self.prompts[row // self.G]) for row, place in zip(self.holder, places) if row is not None}
+        self.place_lengths = [running.get(i, 1) for i in range(self.places)]       # of a prompt that nobody reads: 1
+        self.cache.prompt_lengths.copy_(self.tensor(self.place_lengths))
         cells = [height * width if place is None else place * width + column for place, column in cells]
         self.place[:len(places)] = self.tensor([place or 0 for place in places])
         self.cell.fill_(height * width)         # nowhere
         self.cell[:len(cells)] = self.tensor(cells)
-        born = [born for row, born in zip(self.holder, self.born) if row is not None]
-        self.grid, self.oldest, self.changed = (height, width), min(born, default=self.time), False
-        self.uniform = not self.static and self.oldest == max(born, default=self.time)
+        started = [t for row, t in zip(self.holder, self.started) if row is not None]
+        self.grid, self.oldest, self.changed = (height, width), min(started, default=self.time), False
+        self.uniform = not self.static and self.oldest == max(started, default=self.time)     # all have drawn as much
 
     def tensor(self, values):
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -290,23 +319,13 @@ class InFlight:
         prompt_lengths = self.tensor([len(p) for p in self.prompts for _ in range(self.G)])
         lengths, finished = self.lengths[:-1] + prompt_lengths, self.finished[:-1].clone()
         T, longest = int(lengths.max()), max(len(p) for p in self.prompts)
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in self.prompts], device=self.device)
+        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in self.prompts], device=self.device)
         tokens = torch.nn.functional.pad(tokens.repeat_interleave(self.G, 0), (0, max(0, T - longest)))[:, :T]
         behind = torch.arange(T, device=self.device) - prompt_lengths[:, None]        # index into the completion
         drawn = (behind >= 0) & (behind < self.lengths[:-1, None])
         at = behind.clamp(0, self.T - 1)
         return Rollout(torch.where(drawn, self.tokens[:-1].gather(1, at), tokens), prompt_lengths, lengths,
                        torch.where(drawn, self.logps[:-1].gather(1, at), 0.0), finished, version)
-
-
-@contextmanager
-def threads_as_needed(device):
-    """A function of a step's work in FLOP: on the CPU one thread for little work, else as many as before."""
-    threads = torch.get_num_threads()
-    try:
-        yield lambda work: torch.set_num_threads(1 if work < LITTLE_WORK else threads) if device.type == "cpu" else None
-    finally:
-        torch.set_num_threads(threads)
 
 
 def bucket(n, top):
@@ -327,6 +346,11 @@ def free_bytes(device):
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):        # macOS
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:        # a container may have less
+        used, limit = (open(f"/sys/fs/cgroup/memory.{name}").read().strip() for name in ("current", "max"))
+        free = free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    except OSError:
+        pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

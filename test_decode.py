@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import decode
 import rollout as rollout_file
-from decode import Cache, InferenceModel, Linear, adjoin, bytes_per_token
+from decode import Cache, InferenceModel, Linear, stack_in_place, bytes_per_token
 from kernels import length_mask, partial_attention
 from model import ModelConfig, Transformer
 from rollout import InFlight, Sampler, bucket, free_bytes
@@ -150,7 +150,7 @@ def projections(sizes, with_bias, dtype):
 def either_way(request, monkeypatch):
     """With the blocked products of oneDNN where this machine has them, and without."""
     if not request.param:
-        monkeypatch.setattr(decode, "blocks", lambda dtype: False)
+        monkeypatch.setattr(decode, "has_onednn", lambda dtype: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -186,7 +186,7 @@ def matrices(*sizes):
 def test_adjoined_matrices_are_neighbours_in_memory_with_the_same_values():
     weights = matrices(3, 1, 2)
     values, shapes = [w.detach().clone() for w in weights], [w.shape for w in weights]
-    whole = adjoin(weights)
+    whole = stack_in_place(weights)
     assert torch.equal(whole, torch.cat(values)) and [w.shape for w in weights] == shapes
     assert all(torch.equal(w, value) for w, value in zip(weights, values))
     assert [w.data_ptr() - whole.data_ptr() for w in weights] == [0, 3 * 4 * 4, 4 * 4 * 4]
@@ -194,16 +194,16 @@ def test_adjoined_matrices_are_neighbours_in_memory_with_the_same_values():
 
 def test_adjoining_again_moves_nothing():
     weights = matrices(3, 1, 2)
-    first = adjoin(weights)
+    first = stack_in_place(weights)
     places = [w.data_ptr() for w in weights]
-    again = adjoin(weights)
+    again = stack_in_place(weights)
     assert again.data_ptr() == first.data_ptr() and [w.data_ptr() for w in weights] == places
     assert torch.equal(again, first)
 
 
 def test_an_update_of_the_parameters_is_seen_in_the_adjoined_matrix():
     weights = matrices(3, 2)
-    whole = adjoin(weights)
+    whole = stack_in_place(weights)
     with torch.no_grad():
         weights[1].add_(1.0)
         weights[0].copy_(torch.zeros(3, 4))
@@ -213,14 +213,14 @@ def test_an_update_of_the_parameters_is_seen_in_the_adjoined_matrix():
 def test_one_matrix_stays_where_it_is():
     weights = matrices(3)
     place = weights[0].data_ptr()
-    assert adjoin(weights).data_ptr() == place == weights[0].data_ptr()
+    assert stack_in_place(weights).data_ptr() == place == weights[0].data_ptr()
 
 
 def test_matrices_that_the_sampler_adjoined_are_trained_on():
     """It adjoins in inference mode: the parameters must stay ordinary ones, with gradients and optimizer steps."""
     weights = matrices(3, 2)
     with torch.inference_mode():
-        whole = adjoin(weights)
+        whole = stack_in_place(weights)
     assert all(w.requires_grad and not w.is_inference() for w in weights)
     x = normal(5, 4, seed=7)
     sum((x @ w.T).square().sum() for w in weights).backward()
@@ -238,7 +238,7 @@ def test_neighbours_by_chance_are_adjoined_too():
     with torch.no_grad():
         weights[0].fill_(1.0)
         weights[1].fill_(2.0)
-    assert adjoin(weights).tolist() == [[1.0] * 4] * 3 + [[2.0] * 4] * 2
+    assert stack_in_place(weights).tolist() == [[1.0] * 4] * 3 + [[2.0] * 4] * 2
 
 
 # ------------------------------------------------------------------------------------ completions in any company
@@ -449,11 +449,13 @@ def test_a_budget_of_just_one_completion_is_enough(prompts):
 
 
 def test_without_a_budget_it_is_a_share_of_what_is_free(monkeypatch):
-    """40 completions of 10 tokens, prompts of 5: 3000 tokens are free and 2400 may be taken."""
+    """40 completions of 10 tokens, prompts of 5: room for 300 tokens is free and 240 may be taken, 16 bytes a row and word of
+    the vocabulary for logits among them."""
     monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES)
     with caches() as made:
         Request([[1] * 5] * 10, 4, [10] * 40, [], 1.0, 0).together()
-    assert 200 * TOKEN_BYTES < bytes_of(made[0]) <= rollout_file.KV_SHARE * 300 * TOKEN_BYTES
+    logits = made[0].k.shape[1] * 16 * MODEL.config.vocab_size
+    assert 200 * TOKEN_BYTES < bytes_of(made[0]) + logits <= rollout_file.KV_SHARE * 300 * TOKEN_BYTES
 
 
 def test_free_bytes_are_this_process_s_share_of_what_is_available(monkeypatch):

@@ -1,5 +1,6 @@
 """The specification of model.py by example: the numbers of transformers, and those of the naive formulas."""
 
+from contextlib import nullcontext
 import json
 import os
 from contextlib import contextmanager
@@ -651,3 +652,19 @@ def test_without_a_mask_every_position_but_the_first_is_read():
     expected = model(tokens).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(logps[:, 1:], expected)
     assert (logps[:, 0] == 0).all()
+
+
+def test_gradients_in_place_are_those_of_autograd_and_only_while_asked_for():
+    """The same sums over two backward passes; outside, torch.autograd.grad sees them and leaves .grad alone."""
+    m, tokens = own_model(), some_tokens(2, 6)
+    weight, found = m.lm_head.weight, []
+    for in_place in (nullcontext(), model_file.gradients_in_place(weight)):
+        m.zero_grad(set_to_none=True)
+        with in_place:
+            for _ in range(2):
+                m.token_logps(tokens)[0].sum().backward()
+        found.append(weight.grad.clone())
+    torch.testing.assert_close(*found)
+    gradient = torch.autograd.grad(m.token_logps(tokens)[0].sum(), weight)[0]
+    torch.testing.assert_close(2 * gradient, found[0])
+    assert torch.equal(weight.grad, found[1])

@@ -244,14 +244,14 @@ def a_decode_step_never_waits():
         uniforms = row_uniforms([(0, i) for i in range(5)], 4, 40).to("npu")
         with torch.inference_mode():
             batch = InFlight(sampler, PROMPTS, 4, [40] * 20, uniforms, (1.0, 0, 1.0))
-            assert batch.turn_over() and batch.look_every == 8
+            assert batch.refill() and batch.look_every == 8
             called.clear()
             with Watch() as watch:
                 batch.advance()
             assert not watch.crossings and not [x for x in called if "local_scalar" in x or "nonzero" in x]
             kernels_of[layers] = Counter({name.split("::")[1]: n / 8 for name, n in called.items() if name not in VIEWS})
             with Watch() as watch:
-                batch.turn_over()           # a look does wait: the watch sees it
+                batch.refill()           # a look does wait: the watch sees it
             assert watch.crossings
     layer = {name: (n - kernels_of[1][name]) / 2 for name, n in kernels_of[3].items() if n != kernels_of[1][name]}
     assert {name: layer.get(name) for name in FUSED} == FUSED

@@ -359,3 +359,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
     assert dist.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
     run_train("--resume", "--out", out, "--steps", str(last + 1))
     assert [x["step"] for x in log_of(out)] == list(range(last + 2))
+
+
+def test_a_micro_batch_has_few_keys_for_its_budget():
+    """Prompt 90, completions of 1: eight rows are 98 tokens, within 100, but 728 keys; 4 x 100 keys are four rows of 91."""
+    assert update.micro_batches(range(8), [91] * 8, [90] * 8, 8, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]

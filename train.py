@@ -44,6 +44,8 @@ BEGIN = time.perf_counter()
 def start(c, folder, device):
     """Everything the loop needs, as one namespace."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+    if c.graph == "on" and device.type == "cpu":
+        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
     train, held_out = load_split(c, say)
     if not c.model:
         dist.claim(c, folder)

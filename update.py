@@ -4,6 +4,7 @@ The gradient is that of the whole batch at once: the loss of every micro-batch i
 micro-batches and ranks before the first backward. A rank without rows has tensors of 0 rows and enters every collective.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ import dist
 import grpo
 import gtpo
 import offpolicy
+from model import gradients_in_place
 from rollout import Rollout, empty_rollout
 
 
@@ -75,29 +77,33 @@ def update_metrics(run, updates, sampler_entropy):
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
 
-def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
-    """The rows (indices) in parts of at most `budget` tokens, or one row: groups of like length together, prompts once.
+KEYS = 4        # keys that attention reads, for each token of a micro-batch's budget: they are copied, and are narrower
 
-    lengths and prompt_lengths: of every row of the batch. Row r is of group r // group_size, whose rows share their prompt
-    in the forward pass; a group that is cut pays for it again."""
+
+def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
+    """Cut rows (indices) into parts of at most `budget` tokens; one row is the least. Groups of like length are together,
+    and a group's prompt counts once a part.
+
+    lengths and prompt_lengths: of every row of the batch; row r is of group r // group_size. Attention still reads a prompt's
+    keys for each completion: a part has at most KEYS times the budget of them."""
     longest = {}
     for r in rows:
         longest[r // group_size] = max(lengths[r], longest.get(r // group_size, 0))
-    parts, size = [], 0
+    parts, size, keys = [], 0, 0
     for r in sorted(rows, key=lambda r: (longest[r // group_size], r // group_size, lengths[r])):
         shares = parts and parts[-1][-1] // group_size == r // group_size
         more = lengths[r] - (prompt_lengths[r] if shares else 0)
-        if parts and size + more <= budget:
+        if parts and size + more <= budget and keys + lengths[r] <= KEYS * budget:
             parts[-1].append(r)
-            size += more
+            size, keys = size + more, keys + lengths[r]
         else:
             parts.append([r])
-            size = lengths[r]
+            size = keys = lengths[r]
     return parts
 
 
 def parts_of(batch, rows, config):
-    """micro_batches of a batch: [(rows, the batch of these rows alone)]."""
+    """Yields (rows, the batch of these rows alone) for each of the micro_batches of a batch."""
     lengths, prompts = batch["lengths"].tolist(), batch["prompt_lengths"].tolist()
     for part in micro_batches(rows, lengths, prompts, config.group_size, config.micro_batch_tokens):
         yield part, rows_of(batch, part)
@@ -123,9 +129,9 @@ def score(model, batch, config, rows=None):
     rows: those that are wanted; the active ones if not given."""
     rows = batch["active"].nonzero()[:, 0].tolist() if rows is None else rows
     out = torch.zeros(2, *batch["mask"].shape, device=batch["mask"].device)
-    for rows, part in parts_of(batch, rows, config):
-        both = torch.stack(forward(model, part, rows, config))
-        out[:, rows, :both.shape[2]] = both * part["mask"]
+    for some, part in parts_of(batch, rows, config):
+        both = torch.stack(forward(model, part, some, config))
+        out[:, some, :both.shape[2]] = both * part["mask"]
     return out
 
 
@@ -140,16 +146,15 @@ def update(run, batch, halves, config):
     normalizer = sum(counts)            # fixed before any backward, over all ranks
     total = dict.fromkeys(("loss", "tokens", "rows", *run.algo.METRICS), 0.0)
     deviation, first = 0.0, None
-    if not run.master.separate:     # the largest weight: its parts are added in place from the start (model.py)
-        run.model.lm_head.weight.grad = torch.zeros_like(run.model.lm_head.weight)
-    for k, half in enumerate(halves):
-        if k == 1:
-            first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
-        for rows, micro in parts_of(batch, half, config):
-            sums = backward(run, batch, rows, micro, config, normalizer)
-            deviation = max(deviation, sums.pop("ratio_max_dev"))
-            for name, value in sums.items():
-                total[name] += value
+    with nullcontext() if run.master.separate else gradients_in_place(run.model.lm_head.weight):
+        for k, half in enumerate(halves):
+            if k == 1:
+                first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
+            for rows, micro in parts_of(batch, half, config):
+                sums = backward(run, batch, rows, micro, config, normalizer)
+                deviation = max(deviation, sums.pop("ratio_max_dev"))
+                for name, value in sums.items():
+                    total[name] += value
     out = dict(zip(total, dist.all_reduce(list(total.values()), run.device)))
     out["ratio_max_dev"] = dist.all_reduce([deviation], run.device, "max")[0]
     dist.sum_gradients(run.master.params)
