@@ -26,21 +26,19 @@ class Linear:
     "mul" with other.
 
     On the CPU the stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
-    a plain weight is rearranged at every call), what follows is computed on the way out, and the weight of the RMSNorm
-    before it is multiplied in (what is left of it is `rest`). On accelerators the weights stay where they are."""
+    a plain weight is rearranged at every call), and what follows is computed on the way out. On accelerators the weights stay
+    where they are."""
 
-    def __init__(self, projections, rows, norm=None):
+    def __init__(self, projections, rows):
         weights, bias = [p.weight for p in projections], None
         if projections[0].bias is not None:
             bias = torch.cat([p.bias for p in projections])
-        self.bias, self.rest, self.blocked = bias, norm, None
+        self.bias, self.blocked = bias, None
         if weights[0].device.type != "cpu":
             self.weight = stack_in_place(weights)
             return
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         if has_onednn(self.weight.dtype):
-            if norm is not None and self.weight.dtype == torch.float32:      # in half precision it would round once more
-                self.weight, self.rest = self.weight * norm, None
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
             self.weight = None
 
@@ -86,12 +84,12 @@ class Layer:
 
     def __init__(self, block, rows):
         a, m = block.self_attn, block.mlp
-        norm_1, norm_2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        self.qkv, self.o = Linear([a.q_proj, a.k_proj, a.v_proj], rows, norm_1), Linear([a.o_proj], rows)
-        if norm_2.device.type == "cpu":
-            self.gate, self.up = Linear([m.gate_proj], rows, norm_2), Linear([m.up_proj], rows, norm_2)
+        self.norm_1, self.norm_2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        self.qkv, self.o = Linear([a.q_proj, a.k_proj, a.v_proj], rows), Linear([a.o_proj], rows)
+        if self.norm_1.device.type == "cpu":
+            self.gate, self.up = Linear([m.gate_proj], rows), Linear([m.up_proj], rows)
         else:
-            self.gate, self.up = Linear([m.gate_proj, m.up_proj], rows, norm_2), None
+            self.gate, self.up = Linear([m.gate_proj, m.up_proj], rows), None
         self.down, self.qk_norm = Linear([m.down_proj], rows), None
         if not isinstance(a.q_norm, torch.nn.Identity):     # one weight a head, (heads, D): q and k normed together
             self.qk_norm = torch.cat([a.q_norm.weight.expand(a.heads, -1), a.k_norm.weight.expand(a.kv_heads, -1)])
@@ -149,26 +147,22 @@ class InferenceModel:
 
     def __init__(self, model, rows):
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.embedding = model.model.embed_tokens.weight
+        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
         self.layers = [Layer(block, rows) for block in model.model.layers]
-        self.lm_head = Linear([model.lm_head], rows, model.model.norm.weight)
+        self.lm_head = Linear([model.lm_head], rows)
         self.frequencies = inverse_frequencies(self.config, self.device)
-
-    def _normed(self, x, linear):
-        """x through the RMSNorm before a Linear, as far as its weight is not in there already."""
-        return rms_norm(x, linear.rest, self.config.rms_norm_eps)
 
     def _layer(self, i, x, rope, attend):
         """x (tokens, hidden) -> the same after block i; attend(i, q, k, v) -> (tokens, heads x D)."""
         c, w = self.config, self.layers[i]
         heads, both = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
-        qkv = w.qkv(self._normed(x, w.qkv)).view(len(x), both + c.num_key_value_heads, c.head_dim)
+        qkv = w.qkv(rms_norm(x, w.norm_1, c.rms_norm_eps)).view(len(x), both + c.num_key_value_heads, c.head_dim)
         qk = qkv[:, :both]
         if w.qk_norm is not None:
             qk = rms_norm(qk, w.qk_norm, c.rms_norm_eps)
         qk = rotate(qk, *rope)
         x = w.o(attend(i, qk[:, :heads], qk[:, heads:], qkv[:, both:]), "add", x)
-        return w.mlp(self._normed(x, w.gate), x)
+        return w.mlp(rms_norm(x, w.norm_2, c.rms_norm_eps), x)
 
     def _forward(self, tokens, positions, attend):
         """tokens, positions (M,) -> hidden states (M, hidden) before the last norm."""
@@ -179,7 +173,7 @@ class InferenceModel:
         return x
 
     def _logits(self, x):
-        return self.lm_head(self._normed(x, self.lm_head))
+        return self.lm_head(rms_norm(x, self.norm, self.config.rms_norm_eps))
 
     def prefill(self, prompts, cache, places):
         """Keys and values of prompts (lists of ids) into `places` (a list) of the cache; logits (n, V) after each."""

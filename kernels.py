@@ -23,21 +23,18 @@ except ImportError:
 
 
 def rms_norm(x, weight, eps):
-    """x (..., D) scaled to unit root mean square, in float32, then by weight (D,), or (H, D) for x (..., H, D), or None."""
+    """x (..., D) scaled to unit root mean square, in float32, then by weight (D,), or (H, D) for x (..., H, D)."""
     if x.device.type == "cpu" and (torch.is_grad_enabled() or x.dtype != torch.float32):
         y = x.float()
-        y = (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
-        return y if weight is None else weight * y
+        return weight * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
     if x.device.type == "cpu":      # no gradient: fewer temporaries
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        return x * scale if weight is None else (x * scale).mul_(weight)
-    fused = weight if weight is not None and weight.ndim == 1 else None
+        return (x * scale).mul_(weight)
+    if weight.ndim > 1:     # the kernels take one weight for all heads
+        return rms_norm(x, _ones(x.shape[-1], x.dtype, x.device), eps) * weight
     if x.device.type == "npu":
-        ones = _ones(x.shape[-1], x.dtype, x.device) if fused is None else fused
-        y = torch.ops.npu.npu_rms_norm(x, ones, eps)[0]
-    else:
-        y = F.rms_norm(x, x.shape[-1:], fused, eps)
-    return y if fused is weight else y * weight
+        return torch.ops.npu.npu_rms_norm(x, weight, eps)[0]
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def swiglu(x):

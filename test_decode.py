@@ -168,17 +168,6 @@ def test_linear_is_every_product_side_by_side_and_what_follows(sizes, rows, with
     torch.testing.assert_close(got.float(), want, atol=2e-5 if dtype == torch.float32 else 0.2, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_the_norm_before_a_product_is_multiplied_in_or_left_over(dtype, either_way):
-    layers, x, norm = projections([8, 3], True, dtype), normal(5, 12, seed=20, dtype=dtype), normal(12, seed=30, dtype=dtype)
-    linear = Linear(layers, 5, norm)
-    rest = linear.rest if linear.rest is not None else torch.ones(12, dtype=dtype)
-    want = torch.cat([layer(x * norm) for layer in layers], 1)
-    torch.testing.assert_close(linear(x * rest), want, atol=1e-4 if dtype == torch.float32 else 0.2, rtol=0)
-    assert dtype == torch.float32 or linear.rest is norm
-
-
 def matrices(*sizes):
     return [torch.nn.Parameter(normal(n, 4, seed=i)) for i, n in enumerate(sizes)]
 

@@ -1,0 +1,63 @@
+"""What the measurements are measured against: counts by hand. Speed itself is never tested."""
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from model import ModelConfig, Transformer
+
+TINY = ModelConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+                   num_key_value_heads=1, head_dim=2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrix_parameters_are_those_of_all_products(tied):
+    """Norms and the embedding lookup are no products; lm_head is one, also where it shares the embedding's weights."""
+    config = ModelConfig(**{**vars(TINY), "tie_word_embeddings": tied})
+    matrices = sum(p.numel() for name, p in Transformer(config).named_parameters() if p.ndim == 2 and "embed" not in name)
+    assert bench.matrix_parameters(config) == matrices + (40 if tied else 0)
+
+
+def test_roofline_by_hand():
+    """Matrices: 2 x (4 x 2 x (2 x 2 + 2 x 1) + 3 x 4 x 6) + 40 = 280, 40 of them lm_head. Two prompts of 3 tokens, one
+    completion each, of 1 and of 2 tokens. Prompts: 2 x 240 x 6 + 2 x 40 x 2 + 4 x 2 x 2 x 2 x (9 + 9) / 2 FLOP. Then one step
+    with one row: 2 x 280 + 32 x (3 + 1) FLOP, or 280 weights and 8 x (3 + 1) numbers of keys and values, 4 bytes each."""
+    prompts, arithmetic = [[1, 2, 3], [4, 5, 6]], 2 * 240 * 6 + 2 * 40 * 2 + 32 * 9
+    by_flops = bench.roofline_seconds(TINY, torch.float32, prompts, [1, 2], 1, 1.0, 1e9)
+    by_bytes = bench.roofline_seconds(TINY, torch.float32, prompts, [1, 2], 1, 1e9, 1.0)
+    assert by_flops == pytest.approx(arithmetic + 2 * 280 + 32 * 4)
+    assert by_bytes == pytest.approx(4 * (280 + 8 * 4), rel=1e-4)
+
+
+def test_ragged_lengths_are_a_third_of_the_longest_in_the_mean():
+    args = SimpleNamespace(prompts=100, group_size=8, prompt_tokens=64, new_tokens=300, lengths="ragged")
+    prompts, lengths = bench.workload(args, TINY)
+    assert max(lengths) == 300 and min(lengths) >= 1 and np.mean(lengths) == pytest.approx(100, rel=0.05)
+    assert {len(p) for p in prompts} <= set(range(32, 65)) and len(prompts) == 100
+    args.lengths = "equal"
+    assert bench.workload(args, TINY)[1] == [300] * 800
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["rollout --vs hf", "train", "memory", "logps"])
+def test_every_measurement_runs(command, tmp_path):
+    """At the smallest size; and it never overwrites a result."""
+    file = tmp_path / "out.json"
+    full = [sys.executable, bench.__file__, *command.split(), "--new-tokens", "8", "--prompt-tokens", "6", "--rounds", "1",
+            "--threads", "1", "--json", str(file)]
+    done = subprocess.run(full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["command"].startswith("python bench.py " + command)
+    if command == "train":
+        one, other = result["loss_and_grad_norm"].values()
+        assert one == pytest.approx(other, rel=1e-4) and result["through_model"]["shared"] < result["through_model"]["alone"]
+    if command == "rollout --vs hf":
+        assert result["largest_logp_deviation_from_trainer"] < 1e-4 and len(result["ratio"]["rounds"]) == 1
+    again = subprocess.run(full, capture_output=True, text=True)
+    assert again.returncode == 1 and "already exists" in again.stderr and again.stderr.count("\n") == 1
