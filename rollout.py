@@ -17,6 +17,7 @@ What is recorded is what was drawn: token ids (text is never tokenized again) an
 each id under the very logits that it was drawn from. Training rollouts use temperature only. top_k and top_p are for
 evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
+import ctypes
 import os
 import sys
 from collections import Counter, deque
@@ -102,7 +103,11 @@ class Sampler:
                     torch.set_num_threads(threads)
         finally:
             torch.set_num_threads(threads)
-        return batch.rollout(self.version)
+        out, large = batch.rollout(self.version), batch.parameters > 10 ** 8
+        del batch
+        if large and self.model.device.type == "cpu":
+            give_memory_back()
+        return out
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
@@ -334,6 +339,14 @@ def bucket(n, top):
     while n <= -(-size // 2) < size:
         size = -(-size // 2)
     return -(-size * 3 // 4) if n <= -(-size * 3 // 4) else size
+
+
+def give_memory_back():
+    """Freed memory to the system: else holes where the sampler's weights were stay beside what training allocates."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):       # not glibc
+        pass
 
 
 def free_bytes(device):
