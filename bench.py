@@ -34,26 +34,26 @@ from rollout import Sampler
 from update import parts_of, update
 
 
-def qwen(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
+def shape(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
     return dict(model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"], vocab_size=vocab, hidden_size=hidden,
                 intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
                 max_position_embeddings=32768, rope_theta=1e6, **{"tie_word_embeddings": True, **more})
 
 
 SHAPES = {   # config.json of the published checkpoints, as far as it decides shapes; tiny and 40m are ours
-    "tiny": qwen("qwen3", 512, 96, 288, 4, 4, 2, head_dim=24),
-    "40m": qwen("qwen3", 8192, 512, 1536, 12, 8, 4, head_dim=64),
-    "qwen2.5-0.5b": qwen("qwen2", 151936, 896, 4864, 24, 14, 2),
-    "qwen3-0.6b": qwen("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
-    "llama3.2-1b": qwen("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64),
-    "qwen2.5-3b": qwen("qwen2", 151936, 2048, 11008, 36, 16, 2),
-    "qwen3-4b": qwen("qwen3", 151936, 2560, 9728, 36, 32, 8, head_dim=128),
-    "qwen3-8b": qwen("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128, tie_word_embeddings=False),
-    "qwen3-14b": qwen("qwen3", 151936, 5120, 17408, 40, 40, 8, head_dim=128, tie_word_embeddings=False),
+    "tiny": shape("qwen3", 512, 96, 288, 4, 4, 2, head_dim=24),
+    "40m": shape("qwen3", 8192, 512, 1536, 12, 8, 4, head_dim=64),
+    "qwen2.5-0.5b": shape("qwen2", 151936, 896, 4864, 24, 14, 2),
+    "qwen3-0.6b": shape("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
+    "llama3.2-1b": shape("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64),
+    "qwen2.5-3b": shape("qwen2", 151936, 2048, 11008, 36, 16, 2),
+    "qwen3-4b": shape("qwen3", 151936, 2560, 9728, 36, 32, 8, head_dim=128),
+    "qwen3-8b": shape("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128, tie_word_embeddings=False),
+    "qwen3-14b": shape("qwen3", 151936, 5120, 17408, 40, 40, 8, head_dim=128, tie_word_embeddings=False),
 }
 
 
-# ------------------------------------------------------------------------------------------------- what both share
+# ------------------------------------------------------------------------------------------------- what all share
 
 def random_model(args, device, dtype=None):
     """Random weights of the shape, in dtype (as --dtype says), built on the device."""
@@ -76,6 +76,10 @@ def workload(args, config):
         lengths = rng.lognormal(np.log(args.new_tokens / 3) - 0.125, 0.5, B).round().clip(1, args.new_tokens).astype(int)
         lengths[0] = args.new_tokens
     return prompts, lengths.tolist()
+
+
+def random_rewards(args, device):
+    return torch.rand(args.prompts, args.group_size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def timed(f, device):
@@ -249,7 +253,7 @@ def train(args, device):
     run = make_run(model, shared, getattr(torch, args.dtype))
     prompts, lengths = workload(args, model.config)
     out = Sampler(model, [], len(lengths)).generate(prompts, args.group_size, lengths)
-    rewards = torch.rand(args.prompts, args.group_size, generator=torch.Generator().manual_seed(0)).to(device)
+    rewards = random_rewards(args, device)
     batch, rows = grpo.prepare(out, rewards, shared), list(range(len(lengths)))
     same = {name: gradient_of(run, batch, rows, c) for name, c in settings.items()}     # also warms up
     flops, _ = speed_limits(device, model.dtype)
@@ -317,7 +321,7 @@ def memory(args, device):
         parameters = sum(p.numel() for p in run.master.params)
         phases.done("load", parameters=parameters)
         prompts, lengths = workload(args, model.config)
-        rewards = torch.rand(args.prompts, args.group_size, generator=torch.Generator().manual_seed(0)).to(device)
+        rewards = random_rewards(args, device)
         for _ in range(2):
             out = Sampler(model, [], args.rows or len(lengths)).generate(prompts, args.group_size, lengths)
             phases.done("rollout", tokens=sum(lengths))

@@ -240,7 +240,7 @@ class InFlight:
         room = sorted(set(range(self.places)) - set(self.place_of.values()), reverse=True)
         new, slots = [], []
         for k in free:
-            prompt = self.queue[0] // self.G if self.queue else None
+            prompt = self.next_prompt()
             if prompt is None or prompt not in self.place_of and not room:
                 break
             if prompt not in self.place_of:
@@ -257,13 +257,17 @@ class InFlight:
             self.row[at], self.limit[at] = self.tensor(rows), self.tensor([self.limits[row] for row in rows])
             self.drawn[at], self.alive[at], self.changed = 0, True, True
             self.draw(at, torch.stack([self.logits_of[row // self.G] for row in rows]))
-            waiting = {row // self.G for row in self.queue}
-            self.logits_of = {p: x for p, x in self.logits_of.items() if p in waiting}
+            self.logits_of = {p: x for p, x in self.logits_of.items() if p == self.next_prompt()}
         return len(slots)
+
+    def next_prompt(self):
+        """Of the completion at the head of the queue; None: it is empty. Completions come in prompt by prompt, so no other
+        prompt that has come in already has completions waiting."""
+        return self.queue[0] // self.G if self.queue else None
 
     def forget_prompts(self):
         """Give up the places of prompts whose completions are all done."""
-        here = {row // self.G for row in self.holder if row is not None} | {row // self.G for row in self.queue}
+        here = {row // self.G for row in self.holder if row is not None} | {self.next_prompt()}
         self.place_of = {p: place for p, place in self.place_of.items() if p in here}
 
     def prefill(self, new):
@@ -285,10 +289,12 @@ class InFlight:
                 self.holder[gap], self.started[gap] = self.holder[k], self.started[k]
         del self.holder[left:], self.started[left:]
         self.row[left:], self.alive[left:], self.drawn[left:] = self.B, False, 1
+        if self.static:         # all places are looked at, wherever the prompts are
+            return
         self.forget_prompts()
         gaps = sorted(set(range(len(self.place_of))) - set(self.place_of.values()))
         moves = list(zip([p for p, place in self.place_of.items() if place >= len(self.place_of)], gaps))
-        if moves and not self.static:
+        if moves:
             self.cache.move_prompts(*(self.tensor(x) for x in zip(*((self.place_of[p], gap) for p, gap in moves))))
             self.place_of.update(moves)
 
