@@ -27,11 +27,11 @@ import torch
 import dist
 import grpo
 import model as model_module
-from config import Config
+from config import Config, Parser
 from decode import Linear, bytes_per_token
 from model import ModelConfig, Transformer
 from rollout import Sampler
-from update import parts_of, update
+from update import adamw, parts_of, update
 
 
 def shape(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
@@ -55,15 +55,19 @@ SHAPES = {   # config.json of the published checkpoints, as far as it decides sh
 
 # ------------------------------------------------------------------------------------------------- what all share
 
-def random_model(args, device, dtype=None):
-    """Random weights of the shape, in dtype (as --dtype says), built on the device."""
-    config = ModelConfig.from_dict(SHAPES[args.shape])
-    with torch.device(device):
-        model = Transformer(config)
+def random_model(args, device, place=None):
+    """Random weights of the shape: for inference in --dtype on the device; with place (dist.Sharding) for training."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_dict(SHAPES[args.shape]))
+    if place:
+        place(model)
+    model.to_empty(device=place.home if place else device)
+    model.tie()
     with torch.no_grad():
         for name, p in model.named_parameters():
+            p = dist.local(p)
             p.fill_(0.0 if name.endswith("bias") else 1.0) if p.ndim == 1 else p.normal_(0, 0.02)
-    return model.to(dtype or getattr(torch, args.dtype))
+    return model if place else model.to(getattr(torch, args.dtype))
 
 
 def workload(args, config):
@@ -233,11 +237,9 @@ def hf_continuous(theirs, prompts, lengths, group_size):
 
 # --------------------------------------------------------------------------------------------------------- train
 
-def make_run(model, config, dtype=torch.float32):
+def make_run(model, config):
     """What update.update reads, as train.py builds it: float32 master weights, compute in dtype."""
-    master = dist.Master(model, dtype)
-    optimizer = torch.optim.AdamW(master.params, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    return SimpleNamespace(c=config, device=model.device, model=model, master=master, optimizer=optimizer, algo=grpo,
+    return SimpleNamespace(c=config, device=model.device, model=model, optimizer=adamw(model, config.lr), algo=grpo,
                            step=1, updates=0, bad_steps=0, say=print)
 
 
@@ -246,11 +248,12 @@ def train(args, device):
     if args.vs == "trl":
         import bench_trl
         return bench_trl.compare(args, device)
-    model = random_model(args, device, torch.float32)
+    place = dist.Sharding(device, getattr(torch, args.dtype))
+    model = random_model(args, device, place)
     model.activation_checkpointing = args.checkpointing
     shared = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
     settings = {"shared": shared, "alone": replace(shared, group_size=1)}       # a group of one shares nothing
-    run = make_run(model, shared, getattr(torch, args.dtype))
+    run = make_run(model, shared)
     prompts, lengths = workload(args, model.config)
     out = Sampler(model, [], len(lengths)).generate(prompts, args.group_size, lengths)
     rewards = random_rewards(args, device)
@@ -308,17 +311,18 @@ def memory(args, device):
     """Write, load, sample, train two steps (the second beside the optimizer's full state), save: time and peak of each."""
     with tempfile.TemporaryDirectory() as folder:
         source, target, phases = Path(folder) / "in", Path(folder) / "out", Phases(device)
+        place = dist.Sharding(device, getattr(torch, args.dtype))
         if args.files:
             model_module.SHARD_BYTES = 3 * 10 ** 8          # several shards, as a large checkpoint has
             Transformer(ModelConfig.from_dict(SHAPES[args.shape])).init_weights().save_pretrained(source, torch.bfloat16)
             phases.done("write", shards=len(list(source.glob("*.safetensors"))))
-            model = Transformer.from_pretrained(source, device)
+            model = Transformer.from_pretrained(source, place.home, shard=place)
         else:
-            model = random_model(args, device, torch.float32)
+            model = random_model(args, device, place)
         model.activation_checkpointing = True
         c = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
-        run = make_run(model, c, getattr(torch, args.dtype))
-        parameters = sum(p.numel() for p in run.master.params)
+        run = make_run(model, c)
+        parameters = sum(p.numel() for p in model.parameters())
         phases.done("load", parameters=parameters)
         prompts, lengths = workload(args, model.config)
         rewards = random_rewards(args, device)
@@ -373,7 +377,7 @@ WHAT = {"rollout": rollout, "train": train, "memory": memory, "logps": logps}
 
 
 def main():
-    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--prompts", type=int, default=2)

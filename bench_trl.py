@@ -93,7 +93,7 @@ def compare(args, device):
     """Seconds of a step, ratio of each round, and the two losses and gradient norms on the same batch."""
     bench.SHAPES[args.shape] = {**bench.SHAPES[args.shape], "eos_token_id": STOPS}
     torch.manual_seed(0)
-    model = bench.random_model(args, device, torch.float32)
+    model = bench.random_model(args, device, bench.dist.Sharding(device, torch.float32))
     tokenizer, (prompts, _) = word_tokenizer(model.config.vocab_size), bench.workload(args, model.config)
     prompts = [[max(13, t) for t in p] for p in prompts]        # no stop or padding inside a prompt
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,85 @@
-"""Every setting of train.py with its default, and what makes a combination of them wrong.
+"""Every setting of train.py with its default, what makes a combination of them wrong, and the command line of all programs.
 
 `Config` is the only place of defaults; each field is a flag (`--group-size` for group_size). Wrong settings are one line
 that says what to give instead, and so is a setting that would do nothing: silence would look like an effect.
 """
+import argparse
+import inspect
 import json
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import dist
 import offpolicy
 from model import ModelConfig
+
+
+# --------------------------------------------------------------------------------- a dataclass as a command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is a ValueError of one line instead of a page of usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def command_line(config_class, description, argv=None):
+    """The flags given on the command line, {field: value}; every field of the dataclass is a flag with dashes."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments, group, group_of = {}, parser, {}          # comments become the help, sections its groups
+    line = r"^    (?:(\w+): [^#\n]*(?:# (.*))?|# (.*))$"
+    for name, comment, section in re.findall(line, inspect.getsource(config_class), re.M):
+        group = parser.add_argument_group(section) if section else group
+        comments[name], group_of[name] = comment, group
+    for f in fields(config_class):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        help_text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
+        group_of[f.name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+SHARED_CHOICES = {"device": ("", "cpu", "cuda", "npu"), "dtype": ("", "float32", "bfloat16"),
+                  "template": ("auto", "chat", "plain", "reasoning")}        # of fields that several programs have
+SHARED_LEAST = {"seed": 0, "threads": 0}
+
+
+def check_settings(config, choices, least):
+    """ValueError, one line, when a field is not among its choices {field: values} or below its bound {field: number}.
+
+    The fields that the programs share (above, and levels) are checked where the config has them."""
+    flag = {f.name: "--" + f.name.replace("_", "-") for f in fields(config)}
+    choices = {**choices, **{name: allowed for name, allowed in SHARED_CHOICES.items() if name in flag}}
+    least = {**least, **{name: low for name, low in SHARED_LEAST.items() if name in flag}}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: choose {', '.join(filter(None, allowed))}")
+    for name in flag:
+        if isinstance(getattr(config, name), float) and not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be a finite number")
+    for name, low in least.items():
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be at least {low}")
+    if "levels" in flag:
+        parse_levels(config.levels)
+
+
+def refuse_torchrun(program):
+    """ValueError when a program of one process was started as one of several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{program} is one process: start it with python, not torchrun")
+
+
+def parse_levels(text):
+    """"4-6" -> (4, 6), fewest and most steps of a story of the built-in task."""
+    low, dash, high = text.partition("-")
+    if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise ValueError(f"--levels {text}: give fewest-most steps, such as 4-6")
+    return int(low), int(high)
+
+
+# ---------------------------------------------------------------------------------------------------- of train.py
 
 
 @dataclass
@@ -89,6 +158,7 @@ class Config:
     eval_problems: int = 200            # held-out problems
     eval_samples: int = 4               # completions each, for pass@1 at the training temperature
     save_every: int = 20                # steps between checkpoints
+    keep_checkpoints: int = 2           # the newest ones stay
     variance_every: int = 0             # steps between estimates of the gradient's variance; 0: none
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
@@ -100,6 +170,11 @@ class Config:
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16 (master stays float32)
     threads: int = 0                    # CPU threads; 0: measured
+    # several processes (torchrun)
+    shard: int = 0                      # ranks that hold one copy of weights and optimizer together; 0: all
+    offload: bool = False               # weights, gradients and optimizer state in the host's memory between uses
+    collective_timeout: int = 1800      # seconds after which a collective that a rank has not joined ends the run
+    watchdog: int = 300                 # seconds in one phase after which a rank names itself and the phase; 0: never
 
     def __post_init__(self):
         """The defaults that depend on other settings."""
@@ -112,12 +187,14 @@ class Config:
 
 NAMES = [f.name for f in fields(Config)]
 GTPO_ONLY = tuple(NAMES[NAMES.index("gtpo_gamma"):NAMES.index("gtpo_official") + 1])
+MACHINE = tuple(NAMES[NAMES.index("shard"):]) + ("keep_checkpoints",)
 OFFPOLICY_ONLY = tuple(NAMES[NAMES.index("sync_every"):NAMES.index("priority_beta") + 1])
 
 
 def parse(argv=None, description=""):
-    """Command line -> Config. With --resume the run's own config.json counts; only --steps may be given beside it."""
-    given = dist.command_line(Config, description, argv)
+    """Command line -> Config. With --resume the run's own config.json counts; only --steps and what changes no result
+    (MACHINE) may be given beside it."""
+    given = command_line(Config, description, argv)
     if not given.get("resume"):
         c = check(Config(**given))
         refuse_idle(c, given)
@@ -131,7 +208,7 @@ def parse(argv=None, description=""):
         stored = asdict(check(Config(**json.loads(saved.read_text()))))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is not a run of this version: {error}") from None
-    changed = [k for k, v in given.items() if k not in ("resume", "out", "steps") and stored.get(k) != v]
+    changed = [k for k, v in given.items() if k not in ("resume", "out", "steps", *MACHINE) and stored.get(k) != v]
     if changed:
         raise ValueError(f"--resume continues the run as it was: --{changed[0].replace('_', '-')} was "
                          f"{stored.get(changed[0])}, not {given[changed[0]]}; start another --out to change it")
@@ -145,11 +222,11 @@ CHOICES = {"algo": ("grpo", "gtpo", "offpolicy"), "advantage_scale": ("std", "no
            "importance_normalize": ("", "batch", "group"), "trust_region": ("", "sequence", "token", "second_moment")}
 LEAST = {**dict.fromkeys((
     "max_new_tokens", "prompts_per_step", "steps", "epochs", "minibatches", "micro_batch_tokens", "eval_every",
-    "eval_problems", "eval_samples", "save_every", "rows_at_once", "max_prompt_tokens", "sync_every", "replay_ratio",
+    "eval_problems", "eval_samples", "save_every", "keep_checkpoints", "collective_timeout", "rows_at_once", "max_prompt_tokens", "sync_every", "replay_ratio",
     "buffer_groups"), 1), "group_size": 2, "warm_start_steps": 5, **dict.fromkeys((
         "beta", "warmup_steps", "dual_clip", "clip_low", "clip_high", "weight_decay", "gtpo_gamma", "gtpo_amplify",
         "gtpo_cap", "importance_low", "trust_delta", "kl_limit", "buffer_mb", "max_staleness", "max_reuse", "min_ess",
-        "priority", "priority_beta", "variance_every", "kv_memory_mb"), 0)}
+        "priority", "priority_beta", "variance_every", "kv_memory_mb", "shard", "watchdog"), 0)}
 UNUSED = {      # settings without a meaning for an algorithm: giving one is an error, not silence
     "grpo": GTPO_ONLY + OFFPOLICY_ONLY, "offpolicy": GTPO_ONLY, "gtpo": OFFPOLICY_ONLY + (
         "clip_low", "clip_high", "ratio_level", "dual_clip", "beta", "kl_kind")}
@@ -184,7 +261,7 @@ def refuse_idle(c, given):
 
 def check(c):
     """ValueError, one line, for settings that cannot work."""
-    dist.check_settings(c, CHOICES, LEAST)
+    check_settings(c, CHOICES, LEAST)
     for name in ("temperature", "lr", "grad_clip", "importance_cap"):
         if not 0 < getattr(c, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be a number above 0")

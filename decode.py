@@ -8,9 +8,12 @@ A row's new token attends to its prompt and to what it has drawn itself. The two
 2402.05099) and merged by their log-sum-exps, as in flash-decoding: all queries of a group read the prompt's keys together,
 and query heads that share a key head (2305.13245) are folded into the query dimension, so neither is ever repeated.
 """
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate, swiglu,
                      use_flash)
@@ -27,18 +30,18 @@ class Linear:
 
     On the CPU the stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
     a plain weight is rearranged at every call), and what follows is computed on the way out. On accelerators the weights stay
-    where they are."""
+    where they are, unless they are only lent."""
 
-    def __init__(self, projections, rows):
+    def __init__(self, projections, rows, lent=False):
         weights, bias = [p.weight for p in projections], None
         if projections[0].bias is not None:
             bias = torch.cat([p.bias for p in projections])
         self.bias, self.blocked = bias, None
-        if weights[0].device.type != "cpu":
+        if weights[0].device.type != "cpu" and not lent:
             self.weight = stack_in_place(weights)
             return
-        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        if has_onednn(self.weight.dtype):
+        self.weight = torch.cat(weights) if len(weights) > 1 or lent else weights[0].detach()
+        if self.weight.device.type == "cpu" and has_onednn(self.weight.dtype):
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
             self.weight = None
 
@@ -83,14 +86,14 @@ class Layer:
     """The weights of one block: q, k and v in one product; gate and up too, where a fused kernel follows."""
 
     def __init__(self, block, rows):
-        a, m = block.self_attn, block.mlp
-        self.norm_1, self.norm_2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        self.qkv, self.o = Linear([a.q_proj, a.k_proj, a.v_proj], rows), Linear([a.o_proj], rows)
+        a, m, lent = block.self_attn, block.mlp, isinstance(block, FSDPModule)
+        self.norm_1, self.norm_2 = (keep(n.weight, lent) for n in (block.input_layernorm, block.post_attention_layernorm))
+        self.qkv, self.o = Linear([a.q_proj, a.k_proj, a.v_proj], rows, lent), Linear([a.o_proj], rows, lent)
         if self.norm_1.device.type == "cpu":
-            self.gate, self.up = Linear([m.gate_proj], rows), Linear([m.up_proj], rows)
+            self.gate, self.up = Linear([m.gate_proj], rows, lent), Linear([m.up_proj], rows, lent)
         else:
-            self.gate, self.up = Linear([m.gate_proj, m.up_proj], rows), None
-        self.down, self.qk_norm = Linear([m.down_proj], rows), None
+            self.gate, self.up = Linear([m.gate_proj, m.up_proj], rows, lent), None
+        self.down, self.qk_norm = Linear([m.down_proj], rows, lent), None
         if not isinstance(a.q_norm, torch.nn.Identity):     # one weight a head, (heads, D): q and k normed together
             self.qk_norm = torch.cat([a.q_norm.weight.expand(a.heads, -1), a.k_norm.weight.expand(a.kv_heads, -1)])
 
@@ -139,17 +142,40 @@ def bytes_per_token(config, dtype):
 
 # ----------------------------------------------------------------------------------------------------------- model
 
+@contextmanager
+def gathered(module):
+    """While open, the module's own weights are whole and in the compute dtype (FSDP2 brings them from all ranks)."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    yield
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def keep(weight, lent):
+    return weight.detach().clone() if lent else weight
+
+
 class InferenceModel:
     """The weights of `model` as they are now, for prefill and decode. rows: how many a step will have, about.
 
-    On the CPU the matrices are copied: as much memory again for the time of a rollout. On accelerators they are only moved
-    side by side."""
+    Weights that are sharded over ranks are gathered here, block by block and once for all that is sampled with them: every
+    rank has to take part. They are copied then, and on the CPU always: as much memory again for the time of a rollout. On
+    accelerators whole weights are only moved side by side."""
 
+    @torch.no_grad()
     def __init__(self, model, rows):
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
-        self.layers = [Layer(block, rows) for block in model.model.layers]
-        self.lm_head = Linear([model.lm_head], rows)
+        self.layers = []
+        for block in model.model.layers:
+            with gathered(block):
+                self.layers.append(Layer(block, rows))
+        lent = isinstance(model, FSDPModule)
+        with gathered(model):       # what no block holds
+            self.embedding, self.norm = (keep(m.weight, lent) for m in (model.model.embed_tokens, model.model.norm))
+            self.lm_head = Linear([model.lm_head], rows, lent)
+        if lent and model.config.tie_word_embeddings and self.device.type != "cpu":
+            self.lm_head.weight = self.embedding        # one copy of the two
         self.frequencies = inverse_frequencies(self.config, self.device)
 
     def _layer(self, i, x, rope, attend):

@@ -1,96 +1,40 @@
-"""Settings, processes, devices, checkpoints: what lets a program run alone, under torchrun, and after a crash.
+"""Processes, devices and sharding: the same program alone, on 8 GPUs, and on 20 Ascend chips in three nodes.
 
-Every rank holds the whole model and its own share of the prompts. A loss is divided by a *global* count before
-backward, so summing the gradients over ranks gives the gradient of the single-process run: no rank average, no
-dependence on how many prompts a rank got. A rank without prompts adds zeros and enters the same collectives.
+    float32 weights, gradients and Adam's moments are cut in `shard` parts (FSDP2: ZeRO-3, arXiv 1910.02054, 2304.11277); the
+    parts are repeated world / shard times (HSDP). A block is gathered in the compute dtype when it is needed, and its
+    gradients are summed in float32 into the parts again.
 
-Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere.
-Left out as yet: sharding the model over ranks (FSDP2).
+A loss is divided by a *global* count before backward, so summing the gradients over ranks gives the gradient of the
+single-process run: no rank average, no dependence on how many prompts a rank got. A rank without prompts runs one token
+times zero and enters the same collectives. Plain `python` is one process: float32 without any of this, bfloat16 as a mesh
+of one, for its float32 masters.
+
+Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere. Left out: tensor, pipeline and sequence
+parallelism; FSDP2 with one chip's share of 14B parameters and their optimizer fits (bench.py memory).
 """
-import argparse
-import inspect
-import json
-import math
+import datetime
 import os
 import re
 import resource
-import shutil
+import socket
 import sys
+import threading
 import time
-from dataclasses import asdict, fields
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is a ValueError of one line instead of a page of usage."""
+# ----------------------------------------------------------------------------------------------- devices and processes
 
-    def error(self, message):
-        raise ValueError(f"{message}; see --help")
-
-
-def command_line(config_class, description, argv=None):
-    """The flags given on the command line, {field: value}; every field of the dataclass is a flag with dashes."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    comments, group, group_of = {}, parser, {}          # comments become the help, sections its groups
-    line = r"^    (?:(\w+): [^#\n]*(?:# (.*))?|# (.*))$"
-    for name, comment, section in re.findall(line, inspect.getsource(config_class), re.M):
-        group = parser.add_argument_group(section) if section else group
-        comments[name], group_of[name] = comment, group
-    for f in fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        help_text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
-        group_of[f.name].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
-    return vars(parser.parse_args(argv))
-
-
-SHARED_CHOICES = {"device": ("", "cpu", "cuda", "npu"), "dtype": ("", "float32", "bfloat16"),
-                  "template": ("auto", "chat", "plain", "reasoning")}        # of fields that several programs have
-SHARED_LEAST = {"seed": 0, "threads": 0}
-
-
-def check_settings(config, choices, least):
-    """ValueError, one line, when a field is not among its choices {field: values} or below its bound {field: number}.
-
-    The fields that the programs share (above, and levels) are checked where the config has them."""
-    flag = {f.name: "--" + f.name.replace("_", "-") for f in fields(config)}
-    choices = {**choices, **{name: allowed for name, allowed in SHARED_CHOICES.items() if name in flag}}
-    least = {**least, **{name: low for name, low in SHARED_LEAST.items() if name in flag}}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{flag[name]} {getattr(config, name)}: choose {', '.join(filter(None, allowed))}")
-    for name in flag:
-        if isinstance(getattr(config, name), float) and not math.isfinite(getattr(config, name)):
-            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be a finite number")
-    for name, low in least.items():
-        if not getattr(config, name) >= low:
-            raise ValueError(f"{flag[name]} {getattr(config, name)}: must be at least {low}")
-    if "levels" in flag:
-        parse_levels(config.levels)
-
-
-def refuse_torchrun(program):
-    """ValueError when a program of one process was started as one of several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{program} is one process: start it with python, not torchrun")
-
-
-def parse_levels(text):
-    """"4-6" -> (4, 6), fewest and most steps of a story of the built-in task."""
-    low, dash, high = text.partition("-")
-    if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise ValueError(f"--levels {text}: give fewest-most steps, such as 4-6")
-    return int(low), int(high)
-
-
-def setup(device_name=""):
+def setup(device_name="", timeout=1800):
     """Join the process group that torchrun describes (none under plain python) and return this rank's device.
 
-    device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. ValueError when it is absent."""
+    device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. timeout: seconds that a collective may take.
+    ValueError when the device is absent, or the other ranks cannot be reached."""
     found = torch.accelerator.current_accelerator(check_available=True)     # built for one is not having one
     kind = device_name or (found.type if found and found.type in ("cuda", "npu") else "cpu")
     if kind != "cpu" and (found is None or found.type != kind):
@@ -102,10 +46,17 @@ def setup(device_name=""):
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         torch.accelerator.set_device_index(local_rank)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-        dist.init_process_group(backend)
+    if "RANK" in os.environ and not dist.is_initialized():
+        try:
+            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: {first_line(error)}") from None
     return device
+
+
+def backends(kind):
+    """Gloo beside the device's own: objects of the host travel over it."""
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
 def close():
@@ -127,16 +78,87 @@ def split(count):
     return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
+# ----------------------------------------------------------------------------------------------------------- sharding
+
+class Sharding:
+    """Where the weights of a model lie; call it on a model (on the meta device, before it is filled).
+
+    dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload: the parts, their
+    gradients and the optimizer's state stay in the memory of the host. ValueError when shard does not divide the world."""
+
+    def __init__(self, device, dtype, shard=0, offload=False):
+        self.device, self.dtype, self.offload = device, dtype, offload
+        self.active = dist.is_initialized() or dtype != torch.float32
+        if not self.active:         # the model is its own master
+            return
+        if not dist.is_initialized():
+            dist.init_process_group(backends(device.type), store=dist.HashStore(), rank=0, world_size=1)
+        shard = shard or world()
+        if world() % shard:
+            raise ValueError(f"--shard {shard}: {world()} ranks cannot be cut into groups of {shard}")
+        shape, names = ((world(),), ("shard",)) if shard == world() else ((world() // shard, shard), ("copies", "shard"))
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+    def __call__(self, model):
+        model.computes_on = self.device, self.dtype
+        if not self.active:
+            return model
+        settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)}
+        if self.offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for module in (*model.model.layers, model):     # the rest, embedding and lm_head, is gathered as one
+            fully_shard(module, **settings)
+            module.set_gradient_divide_factor(1.0)      # sums, not means: the loss is divided already
+            module.set_force_sum_reduction_for_comms(True)      # and by SUM alone, which every backend has
+        register_fsdp_forward_method(model, "token_logps")
+        return model
+
+    @property
+    def home(self):
+        """Of the parts."""
+        return torch.device("cpu") if self.offload else self.device
+
+
+def sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def reduce_over_copies(model, now):
+    """Whether the next backward also sums gradients over the copies of the weights: of several, only the last has to."""
+    if sharded(model):
+        model.set_requires_all_reduce(now)
+
+
+def reshard(model):
+    """Give up the gathered weights that a forward without backward leaves: they would be old after the next update."""
+    if sharded(model):
+        model.reshard()
+
+
+def local(tensor):
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def total(value):
+    """A scalar as a float; of a sharded norm the whole."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()
+
+
+# --------------------------------------------------------------------------------------------------------- collectives
+
 def barrier():
     if dist.is_initialized():
-        dist.barrier()
+        with waiting("barrier"):
+            dist.barrier()
 
 
 def all_reduce(values, device, op="sum"):
     """A list of numbers, reduced over ranks ("sum" or "max"), as floats. float32: counts stay exact to 16 million."""
     t = torch.tensor(values, dtype=torch.float32, device=device)
     if dist.is_initialized():
-        dist.all_reduce(t, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        with waiting("all_reduce"):
+            dist.all_reduce(t, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return t.tolist()
 
 
@@ -144,7 +166,8 @@ def broadcast_object(value):
     """Rank 0's value, on every rank."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        with waiting("broadcast"):
+            dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -153,150 +176,75 @@ def gather_objects(value):
     box = [value]
     if dist.is_initialized():
         box = [None] * world()
-        dist.all_gather_object(box, value)
+        with waiting("all_gather"):
+            dist.all_gather_object(box, value)
     return box
 
 
-def sum_gradients(params):
-    """Sum .grad over ranks; a parameter without a gradient counts as zero."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    sum_tensors([p.grad for p in params])
+# ------------------------------------------------------------------------------------------------------------- watching
+
+class Watchdog(threading.Thread):
+    """Says on stderr which rank has been in which phase for longer than `limit` seconds, again each time it doubles."""
+
+    def __init__(self, limit):
+        super().__init__(daemon=True)
+        self.limit, self.stopped = limit, threading.Event()
+        self.enter("start")
+
+    def enter(self, phase):
+        self.phase, self.since, self.told = phase, time.monotonic(), 0.0
+
+    def run(self):
+        while not self.stopped.wait(min(self.limit / 4, 10.0)):
+            seconds = time.monotonic() - self.since
+            if seconds > max(self.limit, 2 * self.told):
+                self.told = seconds
+                print(f"rank {rank()} (pid {os.getpid()} on {socket.gethostname()}) has been in {self.phase!r} for {seconds:.0f} s",
+                      file=sys.stderr, flush=True)
 
 
-def sum_tensors(tensors):
-    """Sum each tensor over ranks in place, in one buffer."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
+_watchdog = None
 
 
-class Master:
-    """float32 weights for the optimizer beside a bfloat16 model for compute (rollouts and training alike).
-
-    bfloat16 has 8 bits of mantissa: an update of 1e-6 relative size would vanish in it. Gradients are added up in
-    float32 over micro-batches. With float32 compute the master *is* the model."""
-
-    def __init__(self, model, dtype=torch.float32):
-        """model: float32; it is rounded to dtype in place, after its weights have been copied."""
-        self.model, self.separate = model, dtype != torch.float32
-        self.names = [name for name, _ in model.named_parameters()]
-        self.params = list(model.parameters())
-        if self.separate:
-            self.params = []
-            for p in model.parameters():        # tensor by tensor: the float32 weights never exist twice
-                m = torch.nn.Parameter(p.data)
-                p.data = p.data.to(dtype)
-                self.params.append(m)
-                p.register_post_accumulate_grad_hook(lambda p, m=m: self._collect(p, m))
-
-    @staticmethod
-    def _collect(p, m):
-        m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
-        p.grad = None
-
-    @torch.no_grad()
-    def publish(self):
-        """Round the master weights into the compute model; call after every optimizer step."""
-        if self.separate:
-            for p, m in zip(self.model.parameters(), self.params):
-                p.copy_(m)
+def watch(limit):
+    """Start the watchdog; 0: none."""
+    global _watchdog
+    if limit > 0:
+        _watchdog = Watchdog(limit)
+        _watchdog.start()
 
 
-# ------------------------------------------------------------------------------------------------------ run folder
-
-def open_run(c):
-    """The run's folder, not yet written to; ValueError when it holds another run."""
-    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
-    folder = Path(c.out)
-    if not c.resume and folder.exists() and any(folder.iterdir()):
-        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
-        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
-    c.threads = c.threads or choose_threads()
-    return folder
+def phase(name):
+    """What this rank does from now on, for the watchdog."""
+    if _watchdog:
+        _watchdog.enter(name)
 
 
-def agree_on_run(c):
-    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
-    outcome = None
-    if rank() == 0:
-        try:
-            outcome = (open_run(c), asdict(c))
-        except (ValueError, OSError) as error:
-            outcome = (None, str(error))
-    folder, settings = broadcast_object(outcome)
-    if folder is None:
-        raise ValueError(settings)
-    return type(c)(**settings), folder
+@contextmanager
+def waiting(what):
+    """A collective of the present phase: the rank that is late is the one that is not waiting."""
+    if not _watchdog:
+        yield
+        return
+    before = _watchdog.phase
+    _watchdog.enter(f"{before}, waiting for the others in {what}")
+    yield
+    _watchdog.enter(before)
 
 
-def claim(c, folder):
-    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".config.json").write_text(json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
-        os.replace(folder / ".config.json", folder / "config.json")         # never half a file
+LOST = re.compile(r"closed by peer|reset by peer|[Tt]imed? ?out|NCCL|HCCL|gloo|store->|TCPStore|Broken pipe")
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(folder, step, master, optimizer, state, extra=None, keep=2):
-    """Write folder/step-NNNNNN, whole or not at all: into a hidden folder first, renamed when complete and on disk.
-
-    state: a JSON-able dict; extra: a dict of tensors, lists and numbers (the replay buffer). Rank 0 writes (all ranks
-    hold the same); the newest `keep` checkpoints stay."""
-    if rank() == 0:
-        final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
-        for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
-            shutil.rmtree(left_over)
-        part.mkdir(parents=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in zip(master.names, master.params)}
-        save_file(weights, part / "weights.safetensors")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
-        torch.save(extra or {}, part / "extra.pt")
-        (part / "state.json").write_text(json.dumps({**state, "step": step}))
-        for path in (*part.iterdir(), part):
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-        sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    barrier()
+def lost_contact(error):
+    """One line when an error says that another rank is gone or late, else None."""
+    if world() == 1 or not LOST.search(str(error)):
+        return None
+    where = _watchdog.phase if _watchdog else "a collective"
+    return f"rank {rank()} lost another rank in {where!r} ({first_line(error)[:200]}): its own message says why"
 
 
-def sync(path):
-    """Wait until a file or folder is on disk: a rename must not get there before what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def checkpoints(folder):
-    """The whole checkpoints of a folder, oldest first."""
-    return sorted(Path(folder).glob("step-*"))
-
-
-@torch.no_grad()
-def load_checkpoint(path, master, optimizer):
-    """Restore weights and optimizer in place; returns (state, extra). ValueError when a file does not fit."""
-    try:
-        with safe_open(Path(path) / "weights.safetensors", framework="pt") as file:
-            for name, p in zip(master.names, master.params):
-                p.copy_(file.get_tensor(name))
-        stored, extra = (torch.load(Path(path) / name, map_location="cpu", weights_only=True)
-                         for name in ("optimizer.pt", "extra.pt"))
-        optimizer.load_state_dict(stored)
-        state = json.loads((Path(path) / "state.json").read_text())
-    except Exception as error:   # truncated, foreign or misshapen files raise many types; all mean the same here
-        raise ValueError(f"checkpoint {path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); "
-                         "remove that folder to resume from the one before") from None
-    master.publish()
-    return state, extra
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------------------- machine

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import dist
 import reward
+from config import check_settings, command_line, parse_levels, refuse_torchrun
 from model import Transformer
 from rollout import Sampler
 
@@ -137,20 +138,20 @@ def metrics(greedy, sampled, kind):
 
 def parse(argv=None):
     """Command line -> EvalConfig."""
-    return check(EvalConfig(**dist.command_line(EvalConfig, __doc__, argv)))
+    return check(EvalConfig(**command_line(EvalConfig, __doc__, argv)))
 
 
 def check(c):
     """ValueError, one line, for settings that cannot work: before anything is loaded, let alone generated."""
     least = {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "rows_at_once": 1, "limit": 0, "top_k": 0}
-    dist.check_settings(c, {}, least)
+    check_settings(c, {}, least)
     if not 0 < c.temperature < math.inf:
         raise ValueError(f"--temperature {c.temperature}: must be above 0 (the greedy accuracy is always reported)")
     if not 0 < c.top_p <= 1:
         raise ValueError(f"--top-p {c.top_p}: must be above 0 and at most 1")
     if not c.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
-    dist.refuse_torchrun("evaluate.py")
+    refuse_torchrun("evaluate.py")
     if c.json and Path(c.json).exists():
         raise ValueError(f"--json {c.json} already exists: choose another file, results are never overwritten")
     if c.json and not os.access(Path(c.json).parent, os.W_OK):      # now, not after hours of sampling
@@ -162,7 +163,7 @@ def start(c):
     """(sampler, tokenizer, problems with prompts in the file's order, number of dropped ones); completes c."""
     device = dist.setup(c.device)
     c.device, c.dtype = str(device), c.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    levels = dist.parse_levels(c.levels)
+    levels = parse_levels(c.levels)
     problems = data.load_problems(c.data, "test", 0, levels, c.limit or ENDLESS, warn)
     problems = [{**p, "index": i} for i, p in enumerate(problems[:c.limit or None])]
     model = Transformer.from_pretrained(c.model, device, getattr(torch, c.dtype))
@@ -217,7 +218,7 @@ def grade(texts, gold):
 def evaluate(c):
     """The whole evaluation -> the dict that --json receives."""
     sampler, tokenizer, problems, dropped = start(c)
-    with tqdm(total=len(problems) * (1 + c.samples), unit=" completions") as bar:
+    with tqdm(total=len(problems) * (1 + c.samples), unit=" completions") as bar, sampler.loaded():
         bar.set_description("greedy")
         greedy, greedy_statistics = complete(c, sampler, tokenizer, problems, 1, 0.0, bar)
         bar.set_description(f"{c.samples} samples")

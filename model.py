@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Sequences, attention, rms_norm, rope_tables, rotate
@@ -176,8 +178,15 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.activation_checkpointing = False   # True: compute again in backward, memory for a third more time
 
     def forward(self, x, rope, sequences):
+        """x (M, hidden_size), packed tokens -> the same."""
+        if self.activation_checkpointing and torch.is_grad_enabled():       # inside of what FSDP2 gathers and gives up
+            return checkpoint(self.compute, x, rope, sequences, use_reentrant=False)
+        return self.compute(x, rope, sequences)
+
+    def compute(self, x, rope, sequences):
         x = x + self.self_attn(self.input_layernorm(x), rope, sequences)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -200,18 +209,31 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.activation_checkpointing = False   # True: recompute each block in backward, memory for a third more time
+        self.tie()
+        self.computes_on = None                 # (device, dtype) of computation, where the weights themselves may be elsewhere
         self.files = {}                         # tokenizer and generation files that travel with the weights
+
+    def tie(self):
+        """lm_head is the embedding, where the configuration says so; again after to_empty, which parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def device(self):
-        return self.lm_head.weight.device
+        return self.computes_on[0] if self.computes_on else self.lm_head.weight.device
 
     @property
     def dtype(self):
-        return self.lm_head.weight.dtype
+        return self.computes_on[1] if self.computes_on else self.lm_head.weight.dtype
+
+    @property
+    def activation_checkpointing(self):
+        return self.model.layers[0].activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on):
+        for block in self.model.layers:
+            block.activation_checkpointing = on
 
     def init_weights(self, seed=0):
         """Normal weights of sd initializer_range (residual outputs divided by sqrt(2 layers), as GPT-2), zero biases."""
@@ -234,10 +256,7 @@ class Transformer(nn.Module):
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device), self.dtype)
         x = _Embedding.apply(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, sequences, use_reentrant=False)
-            else:
-                x = block(x, rope, sequences)
+            x = block(x, rope, sequences)
         return self.model.norm(x)
 
     def forward(self, tokens):
@@ -261,8 +280,10 @@ class Transformer(nn.Module):
         wanted = torch.cat((torch.zeros_like(wanted[:, :1]), wanted[:, 1:]), 1)
         logps, entropy = torch.zeros(2, *tokens.shape, device=tokens.device).unbind()
         source, positions, sequences, before = pack(wanted, prompts or range(len(tokens)))
-        if not len(source):     # still a zero gradient for every weight
-            return logps + 0.0 * sum(p.sum() for p in self.parameters()), entropy
+        if not len(source):     # still a zero gradient for every weight: other ranks wait for it
+            one = tokens.new_zeros(1)
+            hidden = self.hidden_states(one, one, Sequences([1], device=tokens.device))
+            return logps + 0.0 * chunked_logps(hidden, self.lm_head.weight, one, temperature)[0].sum(), entropy
         hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)
         rows, columns = wanted.nonzero(as_tuple=True)
         found = chunked_logps(hidden.index_select(0, before), self.lm_head.weight, tokens[rows, columns], temperature)
@@ -271,20 +292,26 @@ class Transformer(nn.Module):
     # ------------------------------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, shard=None):
         """Read a checkpoint folder (or a hub id, where the hub can be reached) in HF layout.
 
-        Weights are built on the meta device and filled tensor by tensor, so at most one tensor exists twice.
+        Weights are built on the meta device and filled tensor by tensor, so at most one tensor exists twice. shard: called on
+        the empty model (dist.Sharding); each rank then reads only its rows of every tensor, and no rank ever holds the whole.
         ValueError or FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
         folder = find_checkpoint(path_or_id)
         config = ModelConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
-            model = cls(config)
-        model._fill(folder, torch.device(device), dtype)
+            model = cls(config).to(dtype)
+        if shard:
+            shard(model)
+        model.to_empty(device=device)
+        model.tie()
+        model._fill(folder)
         model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
         return model
 
-    def _fill(self, folder, device, dtype):
+    @torch.no_grad()
+    def _fill(self, folder):
         wanted = dict(self.named_parameters())
         seen = set()
         for file in weight_files(folder):
@@ -294,26 +321,29 @@ class Transformer(nn.Module):
                         continue                # computed here; a tied head is the embedding
                     if name not in wanted:
                         raise ValueError(f"{file}: unexpected tensor {name} for a {self.config.model_type} model")
-                    tensor, shape = shard.get_tensor(name), tuple(wanted[name].shape)
-                    if tuple(tensor.shape) != shape:
-                        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
-                    owner, _, leaf = name.rpartition(".")
-                    tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-                    setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
+                    stored, p = shard.get_slice(name), wanted[name]
+                    if tuple(stored.get_shape()) != tuple(p.shape):
+                        raise ValueError(f"{file}: {name} has shape {tuple(stored.get_shape())}, "
+                                         f"config.json says {tuple(p.shape)}")
+                    part, rows = own_rows(p)
+                    if part.numel():
+                        part.copy_(stored[rows])
                     seen.add(name)
         missing = sorted(set(wanted) - seen)
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
-    def save_pretrained(self, path, dtype=None):
+    def save_pretrained(self, path, dtype=None, write=True):
         """Write a folder that transformers, vLLM and from_pretrained read: config, weights, tokenizer, generation config.
 
-        dtype: of the written weights, the model's own by default. Files above SHARD_BYTES are split."""
-        path = Path(path)
+        dtype: of the written weights, what the model computes in by default. Files above SHARD_BYTES are split. Of a model
+        that is sharded over ranks every rank must call this, all but one with write=False: tensors are gathered one by one."""
+        path, dtype = Path(path), dtype or self.dtype
+        if not write:
+            for p in self.parameters():
+                whole(p)
+            return
         path.mkdir(parents=True, exist_ok=True)
-        dtype = dtype or self.dtype
         config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -495,6 +525,19 @@ def weight_files(folder):
     return files
 
 
+def own_rows(p):
+    """(what this rank holds of a parameter, as a tensor; which rows these are). FSDP2 cuts the first dimension."""
+    if not isinstance(p, DTensor):
+        return p, slice(None)
+    size, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local(), slice(offset[0], offset[0] + size[0])
+
+
+def whole(p):
+    """A parameter with all its rows: gathered from the ranks that share it."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
 def write_shards(path, tensors, dtype):
     """Write tensors as model.safetensors, or as model-00001-of-0000N.safetensors with an index above SHARD_BYTES."""
     shards, size = [[]], 0
@@ -508,7 +551,7 @@ def write_shards(path, tensors, dtype):
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        shard = {name: whole(tensors[name]).detach().to("cpu", dtype).contiguous() for name in names}
         save_file(shard, path / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import dist
+from config import Parser
 from evaluate import standard_error
 
 
@@ -162,7 +163,7 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
 
 
 def main(argv=None):
-    parser = dist.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="run folders or log files")
     parser.add_argument("--x", default="step", choices=["step", "num_samples", "num_tokens", "seconds"])
     parser.add_argument("--y", nargs="+", default=["eval_pass@1"], help="keys of the log; the first goes into the table")

@@ -21,6 +21,7 @@ import ctypes
 import os
 import sys
 from collections import Counter, deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,19 @@ class Sampler:
         if self.graph and model.device.type == "cpu":
             raise ValueError("device graphs need an accelerator: leave graph out on the CPU")
         self.eos_ids = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=model.device)
+        self.weights = None
+
+    @contextmanager
+    def loaded(self):
+        """While open, all calls sample with the weights as they are now. With weights sharded over ranks every rank has to
+        enter, also one that has nothing to draw; the copy is gone when it closes."""
+        self.weights = InferenceModel(self.model, self.max_rows)
+        try:
+            yield
+        finally:
+            self.weights = None
+            if self.model.device.type == "cpu" and parameters(self.model) > 10 ** 8:
+                give_memory_back()
 
     def generate(self, prompts, group_size, max_new_tokens, temperature=1.0, seed=0, top_k=0, top_p=1.0):
         """group_size completions of each prompt (lists of token ids) -> Rollout.
@@ -82,6 +96,9 @@ class Sampler:
         a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens: an
         integer, or one for each completion. ValueError for no prompts, an empty one, a token outside the vocabulary, no
         room in the context, or keys and values of one row beyond the budget."""
+        if self.weights is None:
+            with self.loaded():
+                return self.generate(prompts, group_size, max_new_tokens, temperature, seed, top_k, top_p)
         several = isinstance(max_new_tokens, (list, tuple))
         limits = list(max_new_tokens) if several else [max_new_tokens] * (len(prompts) * group_size)
         check_request(prompts, group_size, max(limits, default=0), temperature, self.model.config)
@@ -103,11 +120,7 @@ class Sampler:
                     torch.set_num_threads(threads)
         finally:
             torch.set_num_threads(threads)
-        out, large = batch.rollout(self.version), batch.parameters > 10 ** 8
-        del batch
-        if large and self.model.device.type == "cpu":
-            give_memory_back()
-        return out
+        return batch.rollout(self.version)
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
@@ -143,8 +156,7 @@ class InFlight:
         self.ascend = self.device.type == "npu" and model.dtype != torch.float32 and not self.graph     # its kernel's limits
         self.static = self.device.type != "cpu"         # the same shapes step after step
         lengths = [len(p) for p in prompts]
-        self.model = InferenceModel(model, min(sampler.max_rows, self.B))      # before the rest is shared out: it may copy
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.model, self.parameters = sampler.weights, parameters(model)
         self.slots, self.places = sampler.room(lengths, G, self.T)
         self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype)
 
@@ -337,6 +349,11 @@ class InFlight:
         at = behind.clamp(0, self.T - 1)
         return Rollout(torch.where(drawn, self.tokens[:-1].gather(1, at), tokens), prompt_lengths, lengths,
                        torch.where(drawn, self.logps[:-1].gather(1, at), 0.0), finished, version)
+
+
+def parameters(model):
+    """How many, over all ranks."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def bucket(n, top):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import data
 import dist
+from config import check_settings, command_line, parse_levels, refuse_torchrun
 from model import ModelConfig, Transformer
 
 
@@ -140,7 +141,7 @@ def build(problems, config):
 
 def warm_start(config, progress=True):
     """Run the whole thing: data, model, training, checkpoint in config.out. Returns (model, tokenizer)."""
-    levels, device = dist.parse_levels(config.levels), config.device or "cpu"
+    levels, device = parse_levels(config.levels), config.device or "cpu"
     problems = data.load_problems(config.data, "train", config.seed, levels, config.problems)
     if config.model:
         model = Transformer.from_pretrained(config.model, device)
@@ -160,14 +161,14 @@ def warm_start(config, progress=True):
 
 def main(argv=None):
     try:
-        config = SFTConfig(**dist.command_line(SFTConfig, __doc__, argv))
+        config = SFTConfig(**command_line(SFTConfig, __doc__, argv))
         least = dict.fromkeys(("hidden_size", "layers", "heads", "vocab_size", "max_length", "problems", "steps", "batch_size"), 1)
-        dist.check_settings(config, {}, {**least, "terse_steps": 0})
+        check_settings(config, {}, {**least, "terse_steps": 0})
         if config.hidden_size % (2 * config.heads):
             raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of 2 x --heads {config.heads}")
         if Path(config.out).exists() and any(Path(config.out).iterdir()):
             raise ValueError(f"--out {config.out} is not empty: choose another folder")
-        dist.refuse_torchrun("sft.py")
+        refuse_torchrun("sft.py")
         if not (0 < config.lr < math.inf and 0 <= config.terse_share <= 1):
             raise ValueError(f"--lr {config.lr} must be above 0 and --terse-share {config.terse_share} between 0 and 1")
         config.device = str(dist.setup(config.device))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import dist
 import sft
@@ -45,6 +47,19 @@ def start(tmp_path_factory):
                            heads=2, vocab_size=280, lr=8e-3)
     sft.warm_start(config, progress=False)
     return folder / "model"
+
+
+def stored(out, step):
+    """All tensors of a checkpoint, whole, {"model.NAME" | "exp_avg.NAME" | ...: tensor}."""
+    reader = dcp.FileSystemReader(Path(out) / "checkpoints" / f"step-{step:06d}")
+    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def equal(a, b):
+    """Two dicts of tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def run_train(*args, nproc=0, check=True):
@@ -103,8 +118,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(whole, start, tmp_
         f.write(json.dumps({"step": 3, "reward": 9}) + "\n")
     (out / "checkpoints" / ".part-000003").mkdir()
     run_train("--resume", "--out", out, "--steps", "4")
-    a, b = (load_file(f / "checkpoints" / "step-000004" / "weights.safetensors") for f in (whole[0], out))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert equal(stored(whole[0], 4), stored(out, 4))
     assert log_of(out) == log_of(whole[0])
     before, after = (load_file(f) for f in (start / "model.safetensors", out / "model" / "model.safetensors"))
     assert any(not torch.equal(before[k], after[k]) for k in before)
@@ -117,11 +131,7 @@ def test_resume_is_exact_with_options(start, tmp_path, extra):
         train.main(["--model", str(start), "--out", str(tmp_path / name), *fast(start), "--steps", steps[0], *extra])
         for more in steps[1:]:
             train.main(["--resume", "--out", str(tmp_path / name), "--steps", more])
-    a, b = (tmp_path / name / "checkpoints" / "step-000004" for name in ("whole", "two"))
-    weights = [load_file(f / "weights.safetensors") for f in (a, b)]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    moments = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (a, b)]
-    assert all(torch.equal(moments[0][k]["exp_avg_sq"], moments[1][k]["exp_avg_sq"]) for k in moments[0])
+    assert equal(stored(tmp_path / "whole", 4), stored(tmp_path / "two", 4))
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
 
 
@@ -130,13 +140,13 @@ def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
     out = tmp_path / "run"
     train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2"])
     with monkeypatch.context() as patch:
-        patch.setattr(dist.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk gone")))
+        patch.setattr(checkpoint.os, "fsync", lambda *a: (_ for _ in ()).throw(OSError("disk gone")))
         with pytest.raises(SystemExit, match="disk gone"):
             train.main(["--resume", "--out", str(out), "--steps", "4"])
-    assert [f.name for f in dist.checkpoints(out / "checkpoints")] == ["step-000002"]
+    assert [f.name for f in checkpoint.checkpoints(out / "checkpoints")] == ["step-000002"]
     train.main(["--resume", "--out", str(out), "--steps", "4"])
     assert not list((out / "checkpoints").glob(".part-*")) and log_of(out)[-1]["step"] == 4
-    file = out / "checkpoints" / "step-000004" / "weights.safetensors"
+    file = out / "checkpoints" / "step-000004" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(SystemExit, match="step-000004 cannot be read"):
         train.main(["--resume", "--out", str(out), "--steps", "6"])
@@ -180,9 +190,9 @@ def test_options_run_and_change_the_weights(start, tmp_path, extra, capsys):
     if "--epochs" in extra:
         assert line["ratio_max_dev"] < 1e-4      # of the first update; later ones move away, as they should
     before = Transformer.from_pretrained(start)
-    after = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "weights.safetensors")
+    after = stored(tmp_path / "run", 2)
     assert any(x["grad_norm"] > 0 for x in log_of(tmp_path / "run")[1:])
-    assert any(not torch.equal(p, after[n]) for n, p in before.named_parameters())
+    assert any(not torch.equal(p, after["model." + n]) for n, p in before.named_parameters())
 
 
 def test_form_alone_is_not_taken_for_a_right_answer(start, tmp_path, monkeypatch, capsys):
@@ -221,29 +231,39 @@ def test_a_build_for_an_absent_accelerator_runs_on_the_cpu(monkeypatch, type_, e
         dist.setup("cuda")
 
 
-def test_a_learning_rate_of_1e_6_changes_bfloat16_training():
+@pytest.fixture
+def bfloat16():
+    """A tiny model that computes in bfloat16, in one process."""
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
+    yield dist.Sharding(torch.device("cpu"), torch.bfloat16)(model)
+    dist.close()
+
+
+def test_a_learning_rate_of_1e_6_changes_bfloat16_training(bfloat16):
     """bf16 alone would round the update away; the float32 master keeps it, and in time it reaches the bf16 weights."""
-    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
-    master = dist.Master(model, torch.bfloat16)
-    before = [p.detach().clone() for p in master.params]
-    optimizer = torch.optim.AdamW(master.params, lr=1e-6, weight_decay=0.0)
+    optimizer = update.adamw(bfloat16, 1e-6)
+    before = [p.full_tensor().detach().clone() for p in bfloat16.parameters()]
     tokens = torch.arange(12).view(2, 6)
-    model.token_logps(tokens, torch.ones(2, 6))[0].sum().backward()
+    bfloat16.token_logps(tokens, torch.ones(2, 6))[0].sum().backward()
     optimizer.step()
-    master.publish()
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters()) and all(p.dtype == torch.float32 for p in master.params)
-    assert all(not torch.equal(a, b) for a, b in zip(before, master.params))
+    after = [p.full_tensor() for p in bfloat16.parameters()]
+    assert bfloat16.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in after)
+    assert all(not torch.equal(a, b) for a, b in zip(before, after))
+    rounded = [torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(before, after)]
+    assert any(rounded)                                     # what bf16 weights would have lost
 
 
-def test_gradients_of_micro_batches_add_up_in_float32():
-    """1 + 2^-9 is lost in bfloat16 (8 bits) and kept by the master."""
-    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
-    master = dist.Master(model, torch.bfloat16)
-    p = dict(model.named_parameters())["model.norm.weight"]
-    m = master.params[master.names.index("model.norm.weight")]
-    for value in (1.0, 2.0 ** -9):
-        (p * value).sum().backward()
-    assert p.grad is None and (m.grad == 1 + 2.0 ** -9).all()
+def test_gradients_of_micro_batches_add_up_in_float32(bfloat16):
+    """1 + 2^-9 is lost in bfloat16 (8 bits) and kept by the master: the last norm's weight gets both, one a backward."""
+    weight = bfloat16.model.norm.weight
+    tokens = torch.arange(12).view(2, 6)
+    parts = []
+    for scale in (1.0, 2.0 ** -9):
+        bfloat16.token_logps(tokens, torch.ones(2, 6))[0].sum().mul(scale).backward()
+        parts.append(bfloat16.model.norm.weight.grad.full_tensor().clone())
+    one = parts[0]
+    assert weight.dtype == torch.float32 and torch.equal(one, one.bfloat16().float())       # each is a bf16 sum
+    assert torch.equal(parts[1], one * (1 + 2.0 ** -9)) and not torch.equal(parts[1], parts[1].bfloat16().float())
 
 
 def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_path, monkeypatch):
@@ -252,8 +272,8 @@ def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_p
     with pytest.raises(SystemExit, match="five non-finite updates in a row"):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20",
                     "--save-every", "1"])
-    weights = load_file(dist.checkpoints(tmp_path / "run" / "checkpoints")[-1] / "weights.safetensors")
-    assert all(torch.equal(p, weights[n]) for n, p in Transformer.from_pretrained(start).named_parameters())
+    weights = stored(tmp_path / "run", 4)
+    assert all(torch.equal(p, weights["model." + n]) for n, p in Transformer.from_pretrained(start).named_parameters())
     assert log_of(tmp_path / "run")[-1]["loss"] is None             # NaN is not JSON
 
 
@@ -356,7 +376,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
     error = process.communicate()[1]
     assert process.returncode == 130 and f"python train.py --resume --out {out}" in error and "Traceback" not in error
     last = log_of(out)[-1]["step"]
-    assert dist.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
+    assert checkpoint.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
     run_train("--resume", "--out", out, "--steps", str(last + 1))
     assert [x["step"] for x in log_of(out)] == list(range(last + 2))
 

@@ -30,10 +30,11 @@ import offpolicy
 import report
 import reward
 import sft
-from config import Config, parse
+from checkpoint import agree_on_run, checkpoints, claim, load_checkpoint, release, save_checkpoint, write_whole
+from config import Config, parse, parse_levels
 from model import Transformer
 from rollout import Sampler, check_request, empty_rollout
-from update import learn
+from update import adamw, learn
 
 ALGOS = {"grpo": grpo, "gtpo": gtpo, "offpolicy": offpolicy}
 BEGIN = time.perf_counter()
@@ -48,28 +49,28 @@ def start(c, folder, device):
         raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
     train, held_out = load_split(c, say)
     if not c.model:
-        dist.claim(c, folder)
+        claim(c, folder)
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    model, tokenizer = Transformer.from_pretrained(source, device), data.load_tokenizer(source)
+    place = dist.Sharding(device, dtype, c.shard, c.offload)
+    model, tokenizer = Transformer.from_pretrained(source, place.home, shard=place), data.load_tokenizer(source)
     train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
     held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
     for p in (train, held_out):
         check_request([x["prompt"] for x in p], c.group_size, c.max_new_tokens, c.temperature, model.config)
-    dist.claim(c, folder)
+    claim(c, folder)
     model.activation_checkpointing = c.activation_checkpointing
-    master = dist.Master(model, dtype)
-    reference = Transformer.from_pretrained(source, device, dtype) if c.beta > 0 else None
-    optimizer = torch.optim.AdamW(master.params, lr=c.lr, betas=(0.9, 0.95), weight_decay=c.weight_decay,
-                                  fused=True)       # no temporary of a weight's size
+    def frozen(): return Transformer.from_pretrained(source, place.home, dtype, place).requires_grad_(False)
+    reference = frozen() if c.beta > 0 else None
+    optimizer = adamw(model, c.lr, c.weight_decay)
     room = c.rows_at_once, int(c.kv_memory_mb * 2 ** 20), {"on": True, "off": False}.get(c.graph)
     sampler = behaviour = Sampler(model, data.stop_ids(model, tokenizer), *room)
     if c.sync_every > 1:        # a second copy of the weights, which lags behind
-        behaviour = Sampler(Transformer.from_pretrained(source, device, dtype), sampler.eos_ids.tolist(), *room)
+        behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), *room)
     buffer = offpolicy.ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse, c.min_ess, c.priority,
                                     seed=c.seed)
     return SimpleNamespace(
-        c=c, folder=folder, device=device, model=model, master=master, reference=reference, optimizer=optimizer,
+        c=c, folder=folder, device=device, model=model, reference=reference, optimizer=optimizer,
         tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, sampler=sampler, behaviour=behaviour,
         buffer=buffer, algo=ALGOS[c.algo], say=say, latest=None, seconds=0.0, first={}, step=0, updates=0, num_tokens=0,
         bad_steps=0, replay_ratio=float(c.replay_ratio), clip=c.clip_low,
@@ -90,7 +91,7 @@ def warm_start(c, folder, device):
 
 def load_split(c, say):
     """(training problems, held-out problems), never overlapping."""
-    levels = dist.parse_levels(c.levels)
+    levels = parse_levels(c.levels)
     train = data.load_problems(c.data, "train", c.seed, levels, report=say)
     if not (c.eval_data or c.data == "arithmetic" or c.data in data.HUB):
         return data.hold_out(train, c.eval_problems)
@@ -110,17 +111,20 @@ def synchronise(run):
     """Bring the weights that draw completions up to date: every step, or every --sync-every steps."""
     if (run.step - 1) % run.c.sync_every == 0:
         if run.behaviour is not run.sampler:
-            run.behaviour.model.load_state_dict(run.model.state_dict())
+            with torch.no_grad():
+                for old, new in zip(run.behaviour.model.parameters(), run.model.parameters()):
+                    old.copy_(new)
         run.behaviour.version = run.updates
 
 
 def roll(run, problems):
     """Completions of this rank's share of the problems, their rewards (n, G) and which are right (n, G); n may be 0."""
     c, mine = run.c, [problems[i] for i in dist.split(len(problems))]
-    if not mine:
-        return empty_rollout(run.device), *torch.zeros(2, 0, c.group_size, device=run.device)
-    rollout = run.behaviour.generate([p["prompt"] for p in mine], c.group_size, c.max_new_tokens, c.temperature,
-                                     seed=[(c.seed, run.step, i) for i in dist.split(len(problems))])
+    with run.behaviour.loaded():        # every rank: the weights are gathered here, once
+        if not mine:
+            return empty_rollout(run.device), *torch.zeros(2, 0, c.group_size, device=run.device)
+        rollout = run.behaviour.generate([p["prompt"] for p in mine], c.group_size, c.max_new_tokens, c.temperature,
+                                         seed=[(c.seed, run.step, i) for i in dist.split(len(problems))])
     texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
     groups = [texts[k:k + c.group_size] for k in range(0, len(texts), c.group_size)]
     answers = [p["answer"] for p in mine]
@@ -140,9 +144,11 @@ def train_step(run):
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     synchronise(run)
+    dist.phase(f"step {run.step}: rollout")
     rollout, rewards, right = roll(run, run.stream.next(c.prompts_per_step))
     line = {"step": run.step, **rollout_metrics(run, rollout, rewards, right, begin)}
     middle = time.perf_counter()
+    dist.phase(f"step {run.step}: training")
     line.update(learn(run, rollout, rewards, line["entropy"]), lr=lr)
     end = time.perf_counter()
     peak = dist.all_reduce([dist.peak_memory_mb(run.device)], run.device, "max")[0]
@@ -169,19 +175,26 @@ def rollout_metrics(run, rollout, rewards, right, begin):
 
 def evaluate(run):
     """Held-out accuracy: greedy, and pass@1 of eval_samples draws at the training temperature; mean sampled length."""
-    c, mine, counts = run.c, dist.split(len(run.held_out)), []
-    for samples, temperature in ((1, 0.0), (c.eval_samples, c.temperature)):
-        right = rows = length = 0
-        if len(mine):
-            problems = [run.held_out[i] for i in mine]
-            rollout = run.sampler.generate([p["prompt"] for p in problems], samples, c.max_new_tokens, temperature,
-                                           seed=[(0, i) for i in mine])
-            texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
-            right = sum(reward.verify(t, problems[i // samples]["answer"]) for i, t in enumerate(texts))
-            rows, length = len(texts), int((rollout.lengths - rollout.prompt_lengths).sum())
-        counts += [right, rows, length]
+    c, counts = run.c, []
+    dist.phase("evaluation")
+    with run.sampler.loaded():
+        for samples, temperature in ((1, 0.0), (c.eval_samples, c.temperature)):
+            counts += evaluated(run, samples, temperature)
     n = dist.all_reduce(counts, run.device)
     return {"eval_pass@1": n[3] / n[4], "eval_greedy": n[0] / n[1], "eval_length": n[5] / n[4]}
+
+
+def evaluated(run, samples, temperature):
+    """[right completions, completions, tokens] of this rank's share of the held-out problems."""
+    mine = dist.split(len(run.held_out))
+    if not len(mine):
+        return [0, 0, 0]
+    problems = [run.held_out[i] for i in mine]
+    rollout = run.sampler.generate([p["prompt"] for p in problems], samples, run.c.max_new_tokens, temperature,
+                                   seed=[(0, i) for i in mine])
+    texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+    right = sum(reward.verify(t, problems[i // samples]["answer"]) for i, t in enumerate(texts))
+    return [right, len(texts), int((rollout.lengths - rollout.prompt_lengths).sum())]
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -190,30 +203,37 @@ def evaluate(run):
 CARRIED = ("updates", "num_tokens", "bad_steps", "first", "replay_ratio", "clip", "initial_entropy")
 
 
+def tensors(run):
+    """What a checkpoint holds that may be sharded: {name: tensor} of weights, Adam's state and the weights that draw."""
+    models = {"model": run.model} | ({"behaviour": run.behaviour.model} if run.behaviour is not run.sampler else {})
+    out = {f"{kind}.{name}": p for kind, model in models.items() for name, p in model.named_parameters()}
+    for name, p in run.model.named_parameters():
+        out |= {f"{key}.{name}": value for key, value in run.optimizer.state[p].items()}
+    return {name: tensor.detach() for name, tensor in out.items()}
+
+
 def save(run):
+    dist.phase(f"step {run.step}: checkpoint")
     state = {"cursor": run.stream.cursor, "seconds": run.seconds + time.perf_counter() - BEGIN,
              **{name: getattr(run, name) for name in CARRIED}}
     extra = {}
     if run.c.algo == "offpolicy":
         extra = {"buffer": run.buffer.state_dict(), "behaviour_version": run.behaviour.version}
-        if run.behaviour is not run.sampler:
-            extra["behaviour"] = run.behaviour.model.state_dict()
-    dist.save_checkpoint(run.folder / "checkpoints", run.step, run.master, run.optimizer, state, extra)
+    save_checkpoint(run.folder / "checkpoints", run.step, tensors(run), state, extra, run.c.keep_checkpoints)
 
 
 def restore(run):
     """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to it."""
-    found = dist.checkpoints(run.folder / "checkpoints")
+    dist.phase("resume")
+    found = dist.broadcast_object(checkpoints(run.folder / "checkpoints"))
     if found:
-        state, extra = dist.load_checkpoint(found[-1], run.master, run.optimizer)
+        state, extra = load_checkpoint(found[-1], tensors(run))
         run.step, run.stream.cursor, run.seconds = state["step"], state["cursor"], state["seconds"]
         for name in CARRIED:
             setattr(run, name, state[name])
         if extra:
             run.buffer.load_state_dict(extra["buffer"])
             run.behaviour.version = extra["behaviour_version"]
-        if "behaviour" in extra:
-            run.behaviour.model.load_state_dict(extra["behaviour"])
         run.say(f"resumed at step {run.step} from {found[-1]}")
     dist.barrier()
     if dist.rank() == 0:
@@ -221,7 +241,7 @@ def restore(run):
             lines = list(open(file, encoding="utf-8")) if file.exists() else []
             whole = [x for x in lines if x.endswith("\n")]                         # a crash may cut the last line
             kept = [x for x in whole if found and json.loads(x)["step"] <= run.step]
-            file.write_text("".join(kept), encoding="utf-8")
+            write_whole(file, "".join(kept))
 
 
 def loop(run, interrupted):
@@ -257,8 +277,9 @@ def loop(run, interrupted):
 def finish(run):
     """Write the model in HF format and the last line."""
     last = run.latest or evaluate(run)      # nothing evaluated yet: a resumed run that had no step left
+    dist.phase("writing the model")
+    run.model.save_pretrained(run.folder / "model", write=dist.rank() == 0)
     if dist.rank() == 0:
-        run.model.save_pretrained(run.folder / "model")
         minutes, seconds = divmod(round(run.seconds + time.perf_counter() - BEGIN), 60)
         print(f"pass@1 {run.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
               f"{run.first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
@@ -280,8 +301,9 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, on_interrupt)         # what schedulers and torchrun send
     try:
         c = parse(argv, __doc__)
-        device = dist.setup(c.device)
-        c, folder = dist.agree_on_run(c)
+        dist.watch(c.watchdog)
+        device = dist.setup(c.device, c.collective_timeout)
+        c, folder = agree_on_run(c)
         torch.set_num_threads(c.threads)
         run = start(c, folder, device)
         restore(run)
@@ -293,8 +315,13 @@ def main(argv=None):
         done = False
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not dist.lost_contact(error):
+            raise
+        sys.exit(f"error: {dist.lost_contact(error)}")
     finally:
         dist.close()
+        release()
     if not done:
         claimed = c and c.out and (Path(c.out) / "config.json").exists()
         launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"

@@ -17,6 +17,16 @@ from model import gradients_in_place
 from rollout import Rollout, empty_rollout
 
 
+def adamw(model, lr, weight_decay=0.0):
+    """AdamW with its state allocated now: what does not fit is found before the first rollout."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay,
+                                  fused=True)       # no temporary of a weight's size
+    for p in model.parameters():
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=dist.local(p).device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
 def learn(run, rollout, rewards, sampler_entropy):
     """All optimizer steps of a rollout; what they give for the log."""
     if run.c.algo == "offpolicy":
@@ -103,10 +113,12 @@ def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
 
 
 def parts_of(batch, rows, config):
-    """Yields (rows, the batch of these rows alone) for each of the micro_batches of a batch."""
+    """[(rows, the batch of these rows alone)] for each of the micro_batches of a batch, as many on every rank: each pass
+    through a sharded model is a collective, so a rank that has fewer ends with parts of no rows."""
     lengths, prompts = batch["lengths"].tolist(), batch["prompt_lengths"].tolist()
-    for part in micro_batches(rows, lengths, prompts, config.group_size, config.micro_batch_tokens):
-        yield part, rows_of(batch, part)
+    parts = micro_batches(rows, lengths, prompts, config.group_size, config.micro_batch_tokens)
+    most = int(dist.all_reduce([len(parts)], batch["mask"].device, "max")[0])
+    return [(part, rows_of(batch, part)) for part in parts + [[]] * (most - len(parts))]
 
 
 def forward(model, micro, rows, config):
@@ -118,7 +130,7 @@ def forward(model, micro, rows, config):
 def rows_of(batch, rows):
     """The given rows of every tensor of the batch, cut to their longest."""
     rows = torch.as_tensor(rows, dtype=torch.int64, device=batch["tokens"].device)
-    T = int(batch["lengths"][rows].max())
+    T = int(batch["lengths"][rows].max()) if len(rows) else 1
     return {k: v[rows][:, :T] if v.ndim == 2 else v[rows] for k, v in batch.items()}
 
 
@@ -132,6 +144,7 @@ def score(model, batch, config, rows=None):
     for some, part in parts_of(batch, rows, config):
         both = torch.stack(forward(model, part, some, config))
         out[:, some, :both.shape[2]] = both * part["mask"]
+    dist.reshard(model)
     return out
 
 
@@ -146,20 +159,24 @@ def update(run, batch, halves, config):
     normalizer = sum(counts)            # fixed before any backward, over all ranks
     total = dict.fromkeys(("loss", "tokens", "rows", *run.algo.METRICS), 0.0)
     deviation, first = 0.0, None
-    with nullcontext() if run.master.separate else gradients_in_place(run.model.lm_head.weight):
+    params = list(run.model.parameters())
+    with nullcontext() if dist.sharded(run.model) else gradients_in_place(run.model.lm_head.weight):
         for k, half in enumerate(halves):
             if k == 1:
-                first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in run.master.params]
-            for rows, micro in parts_of(batch, half, config):
+                first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+            parts = parts_of(batch, half, config)
+            for i, (rows, micro) in enumerate(parts):
+                dist.reduce_over_copies(run.model, now=i == len(parts) - 1)
                 sums = backward(run, batch, rows, micro, config, normalizer)
                 deviation = max(deviation, sums.pop("ratio_max_dev"))
                 for name, value in sums.items():
                     total[name] += value
     out = dict(zip(total, dist.all_reduce(list(total.values()), run.device)))
     out["ratio_max_dev"] = dist.all_reduce([deviation], run.device, "max")[0]
-    dist.sum_gradients(run.master.params)
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if first is not None:
-        out["grad_variance"] = gradient_variance(run.master.params, first, counts)
+        out["grad_variance"] = gradient_variance(params, first, counts)
     out["grad_norm"] = descend(run, out["loss"]) if normalizer > 0 else 0.0     # no signal anywhere: no step
     run.optimizer.zero_grad(set_to_none=True)       # now, so that the next rollout has their memory
     return out
@@ -168,6 +185,9 @@ def update(run, batch, halves, config):
 def backward(run, batch, rows, micro, config, normalizer):
     """Forward and backward of one micro-batch; its sums as numbers."""
     logp, entropy = forward(run.model, micro, rows, config)
+    if not rows:                # for the other ranks' sake
+        logp.sum().backward()
+        return {"ratio_max_dev": 0.0}
     loss, sums = run.algo.loss(logp, entropy, micro, config, normalizer)
     loss.backward()
     if "pi_logp" in batch:
@@ -179,23 +199,21 @@ def backward(run, batch, rows, micro, config, normalizer):
 def gradient_variance(params, first, counts):
     """Variance of the batch gradient (trace of its covariance), estimated from its two halves: |g_1 - g_2|^2 n_1 n_2 / n^2.
 
-    params hold the whole sum, first that of the first half on this rank; counts: the normalizer's two parts. The same as
+    params hold the whole sum, first that of the first half; counts: the normalizer's two parts. The same as
     the two-batch estimator of McCandlish et al. (arXiv 1812.06162, appendix A), with both halves averaged."""
-    dist.sum_tensors(first)
     if min(counts) == 0:
         return math.nan
     one, two = sum(counts) / counts[0], sum(counts) / counts[1]
-    return sum((g * one - (p.grad - g) * two).square().sum().item() for p, g in zip(params, first)) / (one * two)
+    return sum(dist.total((g * one - (p.grad - g) * two).square().sum()) for p, g in zip(params, first)) / (one * two)
 
 
 def descend(run, loss):
     """Clip and step; the gradient norm. A non-finite one is skipped and counted, five in a row end the run."""
-    norm = torch.nn.utils.clip_grad_norm_(run.master.params, run.c.grad_clip).item()
+    norm = dist.total(torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.c.grad_clip))
     if math.isfinite(norm) and math.isfinite(loss):
         run.bad_steps = 0
         run.updates += 1
         run.optimizer.step()
-        run.master.publish()
         return norm
     run.bad_steps += 1
     run.say(f"step {run.step}: loss {loss} and gradient norm {norm}: update skipped ({run.bad_steps} in a row)")
