@@ -242,7 +242,7 @@ def a_decode_step_never_waits():
     for layers in (1, 3):
         sampler = Sampler(tiny(layers, torch.bfloat16)[0], STOPS)
         uniforms = row_uniforms([(0, i) for i in range(5)], 4, 40).to("npu")
-        with torch.inference_mode():
+        with sampler.loaded(), torch.inference_mode():
             batch = InFlight(sampler, PROMPTS, 4, [40] * 20, uniforms, (1.0, 0, 1.0))
             assert batch.refill() and batch.look_every == 8
             called.clear()
