@@ -51,9 +51,15 @@ def on_npu(*command):
 
 
 @pytest.mark.parametrize("name", ["fused_formulas_equal_the_plain_ones", "completions_are_those_of_the_cpu",
-                                  "log_probs_and_gradients_are_those_of_the_cpu", "a_decode_step_never_waits"])
+                                  "log_probs_and_gradients_are_those_of_the_cpu", "a_decode_step_never_waits",
+                                  "what_a_kernel_does_not_take_is_an_error"])
 def test_on_the_npu(name):
     print(on_npu(__file__, name))
+
+
+def test_collectives_and_fsdp2_over_ranks():
+    out = on_npu("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "npu_standin/check_hccl.py")
+    assert "4 ranks, mesh 2 x 2: collectives and FSDP2 are right" in out
 
 
 def test_a_run_of_grpo_logs_what_it_logs_on_the_cpu(tmp_path):
@@ -141,6 +147,30 @@ def fused_formulas_equal_the_plain_ones():
             assert one.shape == other.shape
             near(one, other, torch.bfloat16)
         near(npu[1], kernels.partial_attention(q.float(), k.float(), v.float(), None, mask)[1])     # these are float32
+
+
+@check
+def what_a_kernel_does_not_take_is_an_error():
+    """Of the stand-in's references: a call beyond the documents, or beyond what a formula knows, is not computed."""
+    q, cache = (torch.zeros(4, n, 2, 16, dtype=torch.bfloat16, device="npu") for n in (1, 20))
+    right = dict(num_heads=2, input_layout="BSND", actual_seq_lengths_kv=[1, 20, 7, 13], softmax_lse_flag=True)
+
+    def decode(q, k=cache, **options):
+        return torch.ops.npu.npu_fused_infer_attention_score(q, k, k, **{**right, **options})
+    assert decode(q)[1].shape == (4, 2, 1, 1) and decode(q, softmax_lse_flag=False)[1].numel() == 0
+    for text, *tensors, options in [("contiguous", q, cache[:, :10], {}), ("float32", q.float(), {}),
+                                    ("20 slots", q, dict(actual_seq_lengths_kv=[21] * 4)),
+                                    ("20 slots", q, dict(actual_seq_lengths_kv=[0] * 4)),
+                                    (r"2, 8\)", q[..., :8].contiguous(), cache[..., :8].contiguous(), {}),
+                                    ("actual_seq_lengths ", q, dict(actual_seq_lengths=[1] * 4)),
+                                    ("num_key_value_heads", q.repeat(1, 1, 2, 1), dict(num_heads=4))]:
+        with pytest.raises(RuntimeError, match=text):
+            decode(*tensors, **options)
+    x, ends = torch.zeros(1025, 2, 16, device="npu"), list(range(1, 1026))
+    with pytest.raises(RuntimeError, match="1024 sequences"):
+        torch.ops.npu.npu_fusion_attention(x, x, x, 2, "TND", actual_seq_qlen=ends, actual_seq_kvlen=ends)
+    with pytest.raises(RuntimeError, match="logcumsumexp"):       # which torch_npu has no kernel for
+        x.logcumsumexp(0)
 
 
 @check

@@ -223,13 +223,14 @@ def fused_infer_attention_score(query, key, value, atten_mask, actual_seq_length
     """Decode: keys and values are a cache of which each row has filled its own length."""
     name = "npu_fused_infer_attention_score"
     need(input_layout in ("BSND", "BNSD"), f"{name}: layout {input_layout} is not written")
-    need(query.is_contiguous() and key.is_contiguous() and value.is_contiguous(), f"{name} of tensors that are not contiguous")
+    need(all(x.is_contiguous() for x in (query, key, value)), f"{name} of tensors that are not contiguous")
     check_heads(query, key, value, HALF, num_heads, input_layout, 512)
     q, k, v = (x if input_layout == "BNSD" else x.transpose(1, 2) for x in (query, key, value))
     (B, heads, queries, D), (rows, key_heads, slots, _) = q.shape, k.shape
     need(num_key_value_heads in (0, key_heads) and (num_key_value_heads or heads == key_heads) and heads <= 64 * key_heads,
          f"{name}: {heads} heads, {key_heads} of keys, num_key_value_heads {num_key_value_heads}")
     need(D % 16 == 0 and B == rows <= 65536 and slots <= 262144, f"{name} of {tuple(query.shape)} and {tuple(key.shape)}")
+    need(sparse_mode < 2 or atten_mask is not None, f"{name}: sparse_mode {sparse_mode} without a mask")
     mask = hidden(queries, slots, atten_mask, sparse_mode, pre_tokens, next_tokens)
     if actual_seq_lengths_kv is not None:
         lengths = torch.tensor([int(n) for n in actual_seq_lengths_kv])
