@@ -124,8 +124,8 @@ def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
         barrier()
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)     # on a full disk, room for others
-        whole = checkpoints(folder)
-        raise ValueError(f"checkpoint of step {step} not written ({reason(error)}); "
+        whole, free = checkpoints(folder), shutil.disk_usage(folder).free // 2 ** 20
+        raise ValueError(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
                          + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
 
 

@@ -13,6 +13,7 @@ Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywh
 parallelism; FSDP2 with one chip's share of 14B parameters and their optimizer fits (bench.py memory).
 """
 import datetime
+import gc
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 
 import torch
@@ -48,10 +50,37 @@ def setup(device_name="", timeout=1800):
         torch.accelerator.set_device_index(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         try:
-            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout))
+            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout), **meeting_point(timeout))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: {first_line(error)}") from None
     return device
+
+
+def meeting_point(timeout):
+    """Arguments of init_process_group: torchrun's store, under a name that only the ranks of this start know.
+
+    torchrun keeps its store when it restarts the ranks, and with it the addresses of ranks that are gone; its count of restarts
+    differs between nodes. So rank 0 makes up a name and tells it to those who greet it now, until all have confirmed."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":        # rank 0 makes a new store
+        return {}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=datetime.timedelta(seconds=timeout))
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank > 0:
+        store.set(f"greeting/{rank}", name)
+        name = store.get(f"answer/{name}").decode()         # waits
+        store.set(f"{name}/{rank}", "confirmed")
+    missing = set(range(1, world)) if rank == 0 else set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"greeting/{other}"]):
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"{name}/{other}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come in {timeout} s")
+        time.sleep(0.01)
+    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
 
 
 def backends(kind):
@@ -60,8 +89,9 @@ def backends(kind):
 
 
 def close():
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. Drop sharded models before: what holds the group keeps its threads alive."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -84,18 +114,21 @@ class Sharding:
     """Where the weights of a model lie; call it on a model (on the meta device, before it is filled).
 
     dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload: the parts, their
-    gradients and the optimizer's state stay in the memory of the host. ValueError when shard does not divide the world."""
+    gradients and the optimizer's state stay in the memory of the host. ValueError when shard does not divide the world, or
+    there is nothing to offload from."""
 
     def __init__(self, device, dtype, shard=0, offload=False):
         self.device, self.dtype, self.offload = device, dtype, offload
-        self.active = dist.is_initialized() or dtype != torch.float32
+        shard = shard or world()
+        if world() % shard:
+            raise ValueError(f"--shard {shard}: {world()} rank{'s' * (world() > 1)} cannot be cut into groups of {shard}")
+        if offload and device.type == "cpu":
+            raise ValueError("--offload moves the optimizer's state from an accelerator to the host: leave it out on the CPU")
+        self.active = dist.is_initialized() or dtype != torch.float32 or offload
         if not self.active:         # the model is its own master
             return
         if not dist.is_initialized():
             dist.init_process_group(backends(device.type), store=dist.HashStore(), rank=0, world_size=1)
-        shard = shard or world()
-        if world() % shard:
-            raise ValueError(f"--shard {shard}: {world()} ranks cannot be cut into groups of {shard}")
         shape, names = ((world(),), ("shard",)) if shard == world() else ((world() // shard, shard), ("copies", "shard"))
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 

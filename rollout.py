@@ -153,7 +153,8 @@ class InFlight:
         self.device, self.eos_ids, self.graph, self.sampling = model.device, sampler.eos_ids, sampler.graph, sampling
         self.prompts, self.G, self.limits, self.B, self.T = prompts, G, limits, len(limits), max(limits)
         self.uniforms, self.look_every = uniforms, 1 if self.device.type == "cpu" else LOOK_EVERY
-        self.ascend = self.device.type == "npu" and model.dtype != torch.float32 and not self.graph     # its kernel's limits
+        self.ascend = (self.device.type == "npu" and not self.graph and model.dtype != torch.float32
+                       and model.config.head_dim % 16 == 0)         # its kernel's limits
         self.static = self.device.type != "cpu"         # the same shapes step after step
         lengths = [len(p) for p in prompts]
         self.model, self.parameters = sampler.weights, parameters(model)

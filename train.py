@@ -250,27 +250,25 @@ def loop(run, interrupted):
     if run.step == 0:
         run.first = evaluate(run)
         report.write_line(run, {"step": 0, **run.first})
-    bar = tqdm(total=c.steps, initial=run.step, desc=c.algo, disable=dist.rank() > 0)
-    while run.step < c.steps:
-        line = train_step(run)
-        report.warn(run, line)
-        last = run.step == c.steps
-        if last or run.step % c.eval_every == 0:
-            run.latest = evaluate(run)
-            line.update(run.latest)
-        report.write_line(run, line)
-        bar.update()
-        bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
-                        tok_s=f"{line['rollout_tokens_per_s']:.0f}")
-        stop = dist.all_reduce([float(interrupted[0])], run.device, "max")[0] > 0
-        if last or stop or run.step % c.save_every == 0:
-            save(run)
-        if dist.rank() == 0 and "eval_pass@1" in line:
-            report.draw_curve(run.folder)
-        if stop and not last:
-            bar.close()
-            return False
-    bar.close()
+    with tqdm(total=c.steps, initial=run.step, desc=c.algo, disable=dist.rank() > 0) as bar:
+        while run.step < c.steps:
+            line = train_step(run)
+            report.warn(run, line)
+            last = run.step == c.steps
+            if last or run.step % c.eval_every == 0:
+                run.latest = evaluate(run)
+                line.update(run.latest)
+            report.write_line(run, line)
+            bar.update()
+            bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
+                            tok_s=f"{line['rollout_tokens_per_s']:.0f}")
+            stop = dist.all_reduce([float(interrupted[0])], run.device, "max")[0] > 0
+            if last or stop or run.step % c.save_every == 0:
+                save(run)
+            if dist.rank() == 0 and "eval_pass@1" in line:
+                report.draw_curve(run.folder)
+            if stop and not last:
+                return False
     return True
 
 
@@ -298,7 +296,6 @@ def main(argv=None):
 
     looping, c = [], None
     signal.signal(signal.SIGINT, on_interrupt)
-    signal.signal(signal.SIGTERM, on_interrupt)         # what schedulers and torchrun send
     try:
         c = parse(argv, __doc__)
         dist.watch(c.watchdog)
@@ -308,6 +305,7 @@ def main(argv=None):
         run = start(c, folder, device)
         restore(run)
         looping.append(True)
+        signal.signal(signal.SIGTERM, on_interrupt)     # what schedulers and torchrun send; before, there is nothing to save
         done = loop(run, interrupted)
         if done:
             finish(run)
@@ -320,6 +318,7 @@ def main(argv=None):
             raise
         sys.exit(f"error: {dist.lost_contact(error)}")
     finally:
+        run = None
         dist.close()
         release()
     if not done:
