@@ -3,7 +3,9 @@
     python bench.py rollout --shape 40m --vs hf        tokens/s beside transformers.generate on the same weights and lengths
     python bench.py train --shape tiny                  a training step; prompts once a group beside once a completion
     python bench.py train --shape tiny --vs trl         a whole GRPO step beside TRL's (pip install trl, in any environment)
-    python bench.py memory --shape qwen2.5-0.5b         a whole GRPO step on a random checkpoint of real shape
+    python bench.py memory --shape qwen2.5-0.5b         a whole GRPO step on a random checkpoint of real shape, and its prediction
+    python bench.py memory --predict                    bytes a chip for 0.5B to 14B on 1, 8 and 20 chips (also under torchrun)
+    torchrun --nproc-per-node 4 bench.py comm           bytes and seconds of each collective of a step; --predict: on 20 x 910B
     python bench.py logps --shape qwen2.5-0.5b          peak memory of the log-probs alone, beside the naive ones
 
 Every comparison alternates between the two in one process and reports the ratio of each round. Weights are random and
@@ -291,54 +293,7 @@ def packed_tokens(batch, rows, config):
     return len(model_module.pack(batch["mask"][rows].bool(), groups)[0])
 
 
-# -------------------------------------------------------------------------------------------------------- memory
-
-class Phases:
-    """Seconds and the process's peak memory after each named phase."""
-
-    def __init__(self, device):
-        self.device, self.rows, self.begin = device, [], time.perf_counter()
-
-    def done(self, name, **more):
-        row = {"phase": name, "seconds": round(time.perf_counter() - self.begin, 2),
-               "peak_memory_mb": round(dist.peak_memory_mb(self.device)), **more}
-        self.rows.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items()))
-        self.begin = time.perf_counter()
-
-
-def memory(args, device):
-    """Write, load, sample, train two steps (the second beside the optimizer's full state), save: time and peak of each."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, target, phases = Path(folder) / "in", Path(folder) / "out", Phases(device)
-        place = dist.Sharding(device, getattr(torch, args.dtype))
-        if args.files:
-            model_module.SHARD_BYTES = 3 * 10 ** 8          # several shards, as a large checkpoint has
-            Transformer(ModelConfig.from_dict(SHAPES[args.shape])).init_weights().save_pretrained(source, torch.bfloat16)
-            phases.done("write", shards=len(list(source.glob("*.safetensors"))))
-            model = Transformer.from_pretrained(source, place.home, shard=place)
-        else:
-            model = random_model(args, device, place)
-        model.activation_checkpointing = True
-        c = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
-        run = make_run(model, c)
-        parameters = sum(p.numel() for p in model.parameters())
-        phases.done("load", parameters=parameters)
-        prompts, lengths = workload(args, model.config)
-        rewards = random_rewards(args, device)
-        for _ in range(2):
-            out = Sampler(model, [], args.rows or len(lengths)).generate(prompts, args.group_size, lengths)
-            phases.done("rollout", tokens=sum(lengths))
-            update(run, grpo.prepare(out, rewards, c), [list(range(len(lengths)))], c)
-            phases.done("train", tokens=int(out.lengths.sum()))
-        if args.files:
-            model.save_pretrained(target)
-            phases.done("save", shards=len(list(target.glob("*.safetensors"))))
-    state = parameters * (16 + (2 if args.dtype == "bfloat16" else 0)) / 2 ** 20
-    beside = phases.rows[-1]["peak_memory_mb"] - state
-    print(f"weights, gradients and Adam state: {state:.0f} MB, beside them {beside:.0f} MB")
-    return {"parameters": parameters, "state_mb": state, "beside_state_mb": beside, "phases": phases.rows}
-
+# ---------------------------------------------------------------------------------------------- memory of one part
 
 def logps(args, device):
     """Peak memory that the log-probs of --prompts x --new-tokens tokens add, forward and backward: ours and the naive way.
@@ -373,7 +328,17 @@ def logps_peak(args, device):
 
 # ---------------------------------------------------------------------------------------------------------- main
 
-WHAT = {"rollout": rollout, "train": train, "memory": memory, "logps": logps}
+def memory(args, device):
+    import bench_scale
+    return bench_scale.predicted_memory(args) if args.predict else bench_scale.memory(args, device)
+
+
+def comm(args, device):
+    import bench_scale
+    return bench_scale.predicted_comm(args) if args.predict else bench_scale.comm(args, device)
+
+
+WHAT = {"rollout": rollout, "train": train, "memory": memory, "comm": comm, "logps": logps}
 
 
 def main():
@@ -393,6 +358,8 @@ def main():
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--no-files", dest="files", action="store_false", help="memory: random weights, nothing is written")
+    parser.add_argument("--predict", action="store_true", help="memory, comm: the model's figures, nothing is run")
+    parser.add_argument("--shard", type=int, default=0, help="memory, comm under torchrun: as of train.py")
     parser.add_argument("--variant", choices=["", "ours", "naive"], default="", help="logps: one of the two only")
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -405,14 +372,21 @@ def main():
         if args.json and Path(args.json).exists():
             raise ValueError(f"--json {args.json} already exists: choose another file, results are never overwritten")
         device = dist.setup(args.device)
+        if args.predict and args.what not in ("memory", "comm"):
+            raise ValueError(f"--predict has no meaning for {args.what}: memory --predict, comm --predict")
         torch.set_num_threads(args.threads or dist.choose_threads())
         where = f"{device.type}, {torch.get_num_threads()} threads" if device.type != "cuda" else torch.cuda.get_device_name()
         result = WHAT[args.what](args, device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    ranks = dist.world()
+    last = dist.rank() == 0
+    dist.close()
+    if not last:
+        return
     if not args.variant:
         command = "python bench.py " + " ".join(sys.argv[1:])
-        result = {"command": command, "torch": torch.__version__, "device": where, **result}
+        result = {"command": command, "ranks": ranks, "torch": torch.__version__, "device": where, **result}
     print(json.dumps(result, indent=None if args.variant else 1))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,14 @@ _lock = []      # the open lock file of this process
 def open_run(c, restarted):
     """(this run's settings, its folder), not yet written to; ValueError when it is another run's.
 
-    restarted: torchrun started the processes again after one of them was lost; the run then goes on by itself."""
+    restarted: torchrun started the processes again after one of them was lost; a run of these settings then goes on by
+    itself. One of others is left alone."""
     c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
     folder = Path(c.out)
-    if restarted and (folder / "config.json").exists():
-        c = replace(type(c)(**json.loads((folder / "config.json").read_text())), resume=True)
+    if restarted and not c.resume and (folder / "config.json").exists():
+        stored = json.loads((folder / "config.json").read_text())
+        if stored == {**asdict(c), "threads": stored.get("threads")}:
+            c = replace(c, resume=True, threads=stored["threads"])
     if not c.resume and folder.exists() and any(folder.iterdir()):
         hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
         raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")

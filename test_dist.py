@@ -276,6 +276,22 @@ def test_two_runs_in_one_folder_are_one_line(whole, tmp_path):
     assert log_of(out)[-1]["step"] == 4
 
 
+def test_a_restart_goes_on_with_its_own_run_and_leaves_another_alone(tmp_path, monkeypatch):
+    """torchrun starts a program again also when it refused a folder that holds another run."""
+    first = Config(out=str(tmp_path / "run"), steps=7, threads=2)
+    checkpoint.claim(first, tmp_path / "run")
+    checkpoint.release()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    same, _ = checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
+    checkpoint.release()
+    assert same.resume and same.threads == 2
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=8))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: (folder / ".metadata").unlink(), ".metadata"),
     (lambda folder: (folder / "extra.pt").write_bytes(b"x"), "extra.pt has 1 bytes"),

@@ -62,26 +62,58 @@ def test_collectives_and_fsdp2_over_ranks():
     assert "4 ranks, mesh 2 x 2: collectives and FSDP2 are right" in out
 
 
-def test_a_run_of_grpo_logs_what_it_logs_on_the_cpu(tmp_path):
+@pytest.fixture(scope="module")
+def begin(tmp_path_factory):
+    """A tiny model that guesses among three answers (heads of 16, which all kernels take), and its problems."""
     import sft
-    import train
+    folder = tmp_path_factory.mktemp("npu")
     rows = [{"problem": f"Which one, {i}?", "answer": str(i % 3), "solution": f"#### {i % 3}"} for i in range(60)]
-    problems, model = tmp_path / "problems.jsonl", tmp_path / "model"
-    problems.write_text("\n".join(map(json.dumps, rows)))
-    sft.warm_start(sft.SFTConfig(device="cpu", data=str(problems), out=str(model), steps=60, hidden_size=32, layers=1,
-                                 heads=2, vocab_size=280, lr=8e-3), progress=False)
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sft.warm_start(sft.SFTConfig(device="cpu", data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60,
+                                 hidden_size=32, layers=1, heads=2, vocab_size=280, lr=8e-3), progress=False)
+    return folder
 
-    def options(device):
-        return [f"--data={problems}", f"--model={model}", f"--out={tmp_path / device}", f"--device={device}", "--algo=grpo",
-                "--dtype=float32", "--steps=2", "--prompts-per-step=4", "--group-size=4", "--max-new-tokens=8", "--lr=1e-3",
-                "--eval-every=2", "--eval-problems=2", "--eval-samples=2", "--threads=1"]
-    on_npu("train.py", *options("npu"))
-    train.main(options("cpu"))
-    npus, cpus = ([json.loads(x) for x in (tmp_path / device / "log.jsonl").open()] for device in ("npu", "cpu"))
-    assert len(cpus) == 3 and any(x["grad_norm"] > 0 for x in cpus[1:])
-    for npu, cpu in zip(npus, cpus, strict=True):
-        same = [k for k in cpu if not any(word in k for word in ("time", "per_s", "memory"))]
-        assert {k: npu[k] for k in same} == pytest.approx({k: cpu[k] for k in same}, rel=1e-4, abs=1e-5)
+
+def options(begin, out, device, algo, dtype="float32"):
+    return [f"--data={begin}/problems.jsonl", f"--model={begin}/model", f"--out={out}", f"--device={device}", f"--algo={algo}",
+            f"--dtype={dtype}", *"--steps=2 --prompts-per-step=5 --group-size=4 --max-new-tokens=8 --lr=1e-3 --eval-every=2 "
+            "--eval-problems=2 --eval-samples=2 --threads=1".split()]
+
+
+def lines(out):
+    untimed = [json.loads(x) for x in (out / "log.jsonl").open()]
+    return [{k: v for k, v in x.items() if not any(word in k for word in ("time", "per_s", "memory"))} for x in untimed]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(begin):
+    """The log of a run on the CPU, made when it is first asked for."""
+    import train
+    made = {}
+
+    def log(algo):
+        if algo not in made:
+            train.main(options(begin, begin / f"cpu-{algo}", "cpu", algo))
+            made[algo] = lines(begin / f"cpu-{algo}")
+        return made[algo]
+    return log
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("algo", ["grpo", "gtpo", "offpolicy"])
+def test_a_run_logs_what_it_logs_on_the_cpu(algo, ranks, begin, on_cpu, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    on_npu(*launcher, "train.py", *options(begin, tmp_path / "run", "npu", algo))
+    assert len(on_cpu(algo)) == 3 and any(x["grad_norm"] > 0 for x in on_cpu(algo)[1:])
+    for npu, cpu in zip(lines(tmp_path / "run"), on_cpu(algo), strict=True):
+        assert npu == pytest.approx(cpu, rel=1e-4, abs=1e-5)
+
+
+def test_a_run_in_bfloat16_on_two_ranks(begin, tmp_path):
+    """The default there: fused attention when sampling and when training, float32 masters, one optimizer on the host."""
+    on_npu("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "--offload",
+           *options(begin, tmp_path / "run", "npu", "grpo", "bfloat16"))
+    assert [x["step"] for x in lines(tmp_path / "run")] == [0, 1, 2] and lines(tmp_path / "run")[1]["ratio_max_dev"] < 0.2
 
 
 # ------------------------------------------------------------------------------------------ what runs under the stand-in
