@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reward
+from latex import clean
 from reward import consistency_reward, equal, extract_answer, format_reward, score, verify
 
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
@@ -294,7 +294,7 @@ def test_never_raises_and_returns_a_bool(completion, gold, lenient):
 @settings(max_examples=200, deadline=None)
 @given(MATHS)
 def test_equality_is_reflexive_unless_empty(text):
-    assert equal(text, text) == (reward._clean(text.strip()) != "")
+    assert equal(text, text) == (clean(text.strip()) != "")
 
 
 @settings(max_examples=200, deadline=None)
