@@ -39,6 +39,7 @@ import re
 from answers import MAX_ANSWER, MAX_ITEMS, equal
 
 TAIL = 20_000        # characters of a completion that are searched, from its end
+MAX_PLACES = 50      # of the word "answer", from the end, where a statement is looked for
 
 # ------------------------------------------------------------------------------------ marks
 
@@ -93,21 +94,19 @@ def _boxes(text):
 
 
 def _announcements(text, start):
-    """(start, end) of "the final answer is", "Answer:" and "A:" after start. The words around each "answer" are read."""
+    """(start, end) of "the final answer is", "Answer:" and "A:" after start, read around the last places of the word."""
     found = [(m.start(), m.end()) for m in _A.finditer(text, start)] if "A:" in text else []
-    for word in ("nswer", "NSWER"):
-        after, at = start, text.find(word, start)
-        while at >= 0:
-            m = _SAID.search(text, max(after, at - 25), at + 80)
-            if m:
-                found.append((m.start(), m.end()))
-            after = m.end() if m else at + 1
-            at = text.find(word, after)
+    places = [m.start() for word in ("nswer", "NSWER") if word in text for m in re.compile(word).finditer(text, start)]
+    for at in sorted(places)[-MAX_PLACES:]:
+        m = _SAID.search(text, max(start, at - 25), at + 80)
+        if m:
+            found.append((m.start(), m.end()))
+            start = m.end()
     return sorted(found)
 
 
 def _statements(text, start=0, only_final=False):
-    for begin, end in _announcements(text, start):
+    for begin, end in _announcements(text, start)[-MAX_PLACES:]:
         if only_final and "final" not in text[begin:end].lower():
             continue
         while end < len(text) and text[end] in " \t\n*:":
@@ -145,15 +144,16 @@ def _conclusion(text):
     """(start, number) when the last sentence is complete and gives one number, which was computed there or before."""
     text = text.rstrip()
     begin = max(text.rfind("\n"), *(text.rfind(end, 0, -1) for end in (". ", "! ", "? "))) + 1
-    sentence = text[begin:][-MAX_ANSWER:]
-    if not text.endswith(".") or _HEDGE.search(sentence):
-        return None
+    sentence = text[begin:begin + MAX_ANSWER]
     before, equals, after = sentence.rpartition("=")
-    numbers = [m[0].lstrip("$") for m in _NUMBER.finditer(after)]
-    if len(numbers) != 1 or _SCALED.search(after):
+    numbers = list(_NUMBER.finditer(after))
+    if len(numbers) != 1 or not text.endswith(".") or _SCALED.search(after):
         return None
-    computed = equals or re.search(r"(?:=|\bis)\s*\$?" + re.escape(numbers[0]) + r"(?![0-9]|[.,][0-9])", text[:begin])
-    return (begin, numbers[0]) if computed else None
+    number = numbers[0][0].lstrip("$")
+    if _HEDGE.search(before) or _HEDGE.search(after[:numbers[0].end() + 25]):
+        return None
+    computed = equals or re.search(r"(?:=|\bis)\s*\$?" + re.escape(number) + r"(?![0-9]|[.,][0-9])", text[:begin])
+    return (begin, number) if computed else None
 
 
 def _find(text):
