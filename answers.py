@@ -61,6 +61,7 @@ def _signs(s):
 
 def _items(s):
     """The elements of a list or set (one element: anything else)."""
+    s = re.sub(r"^\w∈(?=[{⦃])", "", s) if "∈" in s else s
     while (inside := _inside(s, "{⦃")) is not None:
         s = re.sub(r"^\w(?:[|:]|∈[^|:]*[|:])(?=.*[<>≤≥])", "", inside)     # {x | 2 < x < 3} is the interval
     parts = _split(s, ",;")[0]

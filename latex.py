@@ -35,7 +35,7 @@ PRIME = 2**127 - 1
 _SIGNS = r"""
     π pi; ∞ infty; * cdot times ast; / div; ± pm; ∓ mp; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt;
     ≠ ne neq; ≈ approx; ∈ in; ∪ cup; ⦃ lbrace; ⦄ rbrace; | mid vert lvert rvert; ° circ degree textcirc;
-    ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
+    ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
     \binom dbinom tbinom"""
 _COMMANDS = {name: line.split()[0] for line in _SIGNS.split(";") for name in line.split()[1:]}
 _COMMANDS |= dict.fromkeys("left right big Big bigg Bigg bigl bigr displaystyle boxed".split(), "")
@@ -48,7 +48,7 @@ _CHARACTERS |= str.maketrans("−–×·⋅÷⁄º～’′、，€£", "--***/
 _CHARACTERS |= str.maketrans({"√": "\\sqrt ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}                      # "\frac" read as form feed + rac
-_TEXT = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}"
+_TEXT = r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}"
 _TEXT_RE = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
 _UNIT_END = r"\s*(?:\^\s*\{?[0-9]\}?)?(?=[\s.]*(?:$|[,;)\]}⦄]))"
@@ -59,6 +59,7 @@ _NO_UNITS = set("e i x y n pi or and not no never hundred thousand million billi
                 "plus minus over squared cubed factorial mod to between more less than least most if when where for but "
                 "is are was isn't wrong false incorrect except sqrt sin cos tan cot csc log ln exp am pm a.m. p.m. union "
                 "undefined none".split())
+_STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\})")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\1\}", re.S)
 
 
@@ -93,6 +94,7 @@ def _commands(s):
         s = re.sub(r"(?<!\\)\\\\([A-Za-z]{2,})", lambda m: m[0][m[1] in _DOUBLED:], s)     # \\frac for \frac
     s = re.sub(r"(?<=[0-9])(?:,?\s*\\[!,:;]\s*|\\ )(?=[0-9]{3}(?![0-9]))", "", s)          # 1,\!000
     s = _MATRIX.sub(_matrix, s.replace("\\$", " ")) if "\\begin" in s else s.replace("\\$", " ")
+    s = _STYLE.sub("", s)
     s = re.sub(r"\\(?:left|right)\s*\.", "", s) if "." in s else s
     s = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0]) if m[1][0].isalpha() else _ESCAPES.get(m[0], " "), s)
     return s
@@ -109,7 +111,7 @@ def _words(s):
     s = re.sub(r"\s*\b(?:percent|per cent|pct)\b", "%", s)
     s = re.sub(r"\s*\bfor (?:all|any|every|each|some)\b[^,;]*", "", s)                       # f(x) = x for all x
     s = _WORD_UNIT.sub(_without_words, re.sub(r",?\s*\b(?:and|or)\b", ",", s))
-    return re.sub(r"^\s*(?:only|(?:the |final )*answer)\b|(?:^|(?<=,))\s*(?!not\b)[A-Za-z]{2,}\s*:(?=\s*[-0-9\\])", "", s, flags=re.I)    # Tom: 5
+    return re.sub(r"^\s*(?:only|(?:[Tt]he |[Ff]inal )*[Aa]nswer(?:\s+is)?)\b|(?:^|(?<=,))\s*[A-Z][a-z]+\s*:(?=\s*[-0-9\\])", "", s)    # Tom: 5
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,7 +130,7 @@ def clean(s):
         s = re.sub(r"\^?\s*\{?\s*°\s*\}?", " ", s)
     if "\\" in s and "{" in s:
         s = _texts(s)
-    s = s.strip().rstrip(" .,;:")
+    s = s.strip(' \n\t"').rstrip(" .,;:")
     if re.search("[a-z]{2}", s):
         s = _words(s)
     if " " in s or "\n" in s:
@@ -420,6 +422,8 @@ def _attempt(f, *args):
 @functools.lru_cache(maxsize=4096)
 def value(text):
     """The Value of a cleaned expression, or None when it is no expression or has no value."""
+    if "∞" in text and text.strip("+-") != "∞":
+        return None                                         # infinity is a name, and no number to count with
     try:
         parser = _Parser(text[:MAX_TEXT + 1])
         tree = parser.parse() if len(text) <= MAX_TEXT else None
@@ -447,5 +451,6 @@ def same_value(u, v):
     if exact and u.residue != v.residue:
         return False
     pairs = [(x, y) for x, y in zip(u.floats, v.floats) if x is not None and y is not None]
+    tolerance = 1e-6 if exact else 1e-9 if u.names or v.names else 1e-12
     pairs = [(x, y) for x, y in pairs if _real(x) and _real(y)] or (pairs if len(pairs) == POINTS else [])
-    return (exact or bool(pairs)) and all(near(x, y, 1e-6 if exact else 1e-9) for x, y in pairs)
+    return (exact or bool(pairs)) and all(near(x, y, tolerance) for x, y in pairs)

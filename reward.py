@@ -132,7 +132,7 @@ def _last_group(text, marks):
     start, _, content = marks[-1]
     contents = [content]
     for s, e, c in marks[-2:-MAX_ITEMS:-1]:
-        if not (e <= start <= e + 40 and _CONNECTOR.fullmatch(text, e, start)):
+        if not (e <= start <= e + 40 and _CONNECTOR.fullmatch(text, e, start)) or sum(map(len, contents)) > MAX_ANSWER:
             break
         start = s
         if not any(equal(c, other) for other in contents):
@@ -158,7 +158,7 @@ def _conclusion(text):
 
 def _find(text):
     """(start of the final answer's mark, answer), or None."""
-    marks = [_boxes(text)] + [_matches(_TAG, text)] * ("nswer>" in text) + [_matches(_HASHES, text)] * ("####" in text)
+    marks = [_boxes(text)] + [_matches(_TAG, text)] * ("nswer>" in text or "NSWER>" in text) + [_matches(_HASHES, text)] * ("####" in text)
     found = max(filter(None, (_last_group(text, group) for group in marks)), default=None)
     if found is None:
         return _last_group(text, _statements(text)) or _conclusion(text)
