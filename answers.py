@@ -98,8 +98,8 @@ def _entries(s):
 # ------------------------------------------------------------------------------------ relations
 
 # What may stand left of "=" without being part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
-_LETTER = r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\([\w(),]*\))?"
-_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|(?!not)[A-Za-z]{{3,12}}"
+_LETTER = r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?(?:\([\w(),]*\))?"
+_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}|(?!not)[A-Za-z]{{3,12}}"
                    rf"|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")      # a+d+e+f = 2k for a gold 2k
 
@@ -121,6 +121,13 @@ def _interval(sides, signs):
     return f"{opener}{sides[0]},∞)" if _NAME.fullmatch(sides[1]) else None
 
 
+def _union(s):
+    """The parts of a union; x ≠ 3 and x ∈ A ∪ B are unions too."""
+    parts, signs = _split(s, _RELATIONS)
+    s = _unnamed(parts, signs, 0) or s if signs in (["≠"], ["∈"]) else s
+    return _split(s, "∪")[0]
+
+
 def _intervals(items):
     """`x < 2, x > 5` as the parts of a union, or None."""
     parts = [_split(item, _RELATIONS) for item in items]
@@ -130,6 +137,8 @@ def _intervals(items):
 
 def _unnamed(sides, signs, depth, name=_NAME):
     """What `x = v`, `x in v` or `x = v = w` says about x, or None. A chain that is not true says nothing."""
+    if signs == ["≠"]:
+        return f"(-∞,{sides[1]})∪({sides[1]},∞)" if _NAME.fullmatch(sides[0]) else None
     if not set(signs) <= set("=≈∈"):
         return _interval(sides, signs)
     rest = [(side, sign) for side, sign in zip(sides, ["="] + signs) if not name.fullmatch(side)]
@@ -280,7 +289,7 @@ def _same(a, b, depth=0):
     if len(xs) > 1 or len(ys) > 1:
         return _same_lists(xs, ys, depth + 1)
     a, b = xs[0], ys[0]
-    xs, ys = _split(a, "∪")[0], _split(b, "∪")[0]
+    xs, ys = _union(a), _union(b)
     if len(xs) > 1 or len(ys) > 1:
         return _same_items(xs, ys, depth + 1)
     if _split(a, _RELATIONS)[1] or _split(b, _RELATIONS)[1]:

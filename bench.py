@@ -5,6 +5,7 @@
     python bench.py train --shape tiny --vs trl         a whole GRPO step beside TRL's (pip install trl, in any environment)
     python bench.py memory --shape qwen2.5-0.5b         a whole GRPO step on a random checkpoint of real shape
     python bench.py logps --shape qwen2.5-0.5b          peak memory of the log-probs alone, beside the naive ones
+    python bench.py reward --data FOLDER --vs math-verify   the verifier on labelled completions and hostile inputs (bench_reward.py)
 
 Every comparison alternates between the two in one process and reports the ratio of each round. Weights are random and
 rewards drawn at random: random weights answer nothing, and a step without a gradient would measure nothing.
@@ -24,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threa
 import numpy as np
 import torch
 
+import bench_reward
 import dist
 import grpo
 import model as model_module
@@ -369,7 +371,7 @@ def logps_peak(args, device):
 
 # ---------------------------------------------------------------------------------------------------------- main
 
-WHAT = {"rollout": rollout, "train": train, "memory": memory, "logps": logps}
+WHAT = {"rollout": rollout, "train": train, "memory": memory, "logps": logps, "reward": bench_reward.reward}
 
 
 def main():
@@ -383,7 +385,8 @@ def main():
     parser.add_argument("--lengths", choices=["ragged", "equal"], default="ragged")
     parser.add_argument("--rows", type=int, default=0, help="completions in the cache at once; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vs", choices=["", "hf", "trl"], default="")
+    parser.add_argument("--vs", choices=["", "hf", "trl", "math-verify"], default="")
+    parser.add_argument("--data", default="", help="reward: a folder of labelled *.jsonl")
     parser.add_argument("--hf", choices=["dynamic", "static", "continuous"], default="dynamic", help="their cache")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="decode without device graphs")
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
@@ -396,8 +399,8 @@ def main():
     parser.add_argument("--json", default="")
     try:
         args = parser.parse_args()
-        if args.vs not in ("", {"rollout": "hf", "train": "trl"}.get(args.what)):
-            raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: rollout --vs hf, train --vs trl")
+        if args.vs not in ("", {"rollout": "hf", "train": "trl", "reward": "math-verify"}.get(args.what)):
+            raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: rollout --vs hf, train --vs trl, reward --vs math-verify")
         if args.json and Path(args.json).exists():
             raise ValueError(f"--json {args.json} already exists: choose another file, results are never overwritten")
         device = dist.setup(args.device)

@@ -38,7 +38,7 @@ _SIGNS = r"""
     ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
     \binom dbinom tbinom"""
 _COMMANDS = {name: line.split()[0] for line in _SIGNS.split(";") for name in line.split()[1:]}
-_COMMANDS |= dict.fromkeys("left right big Big bigg Bigg bigl bigr displaystyle boxed".split(), "")
+_COMMANDS |= dict.fromkeys("left right big Big bigg Bigg bigl bigr displaystyle boxed angle".split(), "")
 _COMMANDS |= dict.fromkeys("quad qquad".split(), " ")
 _DOUBLED = set(_COMMANDS) | {"frac", "sqrt", "text", "begin", "end"}
 _ESCAPES = {"\\{": "⦃", "\\}": "⦄", "\\%": "%", "\\!": "", "\\\\": "\\\\"}          # others: a space
@@ -51,9 +51,10 @@ _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}                 
 _TEXT = r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}"
 _TEXT_RE = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
-_UNIT_END = r"\s*(?:\^\s*\{?[0-9]\}?)?(?=[\s.]*(?:$|[,;)\]}⦄]))"
-_TEXT_UNIT = re.compile(r"(?<=[0-9A-Za-z})π!%'|])\s*" + _TEXT + _UNIT_END)
-_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?:\s+|(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)" + _UNIT_END)
+_EXPONENT = r"\s*(?:\^\s*\{?-?[0-9]\}?)?"
+_END = r"(?=[\s.]*(?:$|[,;)\]}⦄]))"
+_TEXT_UNIT = re.compile(rf"(?<=[0-9A-Za-z}})π!%'|])(?:\s*[/*]?\s*{_TEXT}{_EXPONENT}){{1,4}}{_END}")     # cm, m/s, m s^{-1}
+_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?:\s+|(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)" + _EXPONENT + _END)
 _SHORT_UNITS = set("cm mm km kg gm ft in mi lb lbs oz hr hrs min sec mph day per men egg th st nd rd".split())
 _NO_UNITS = set("e i x y n pi or and not no never hundred thousand million billion trillion dozen half double twice times "
                 "plus minus over squared cubed factorial mod to between more less than least most if when where for but "
@@ -70,7 +71,8 @@ def _matrix(m):
 
 def _without_unit(m):
     r"""Drop `\text{ square cm}` after a value, unless a word in it could change the value."""
-    keep = _NO_UNITS.intersection(m[1].lower().split()) or re.search(r"[^A-Za-z'/.\s-]", m[1])
+    words = " ".join(_TEXT_RE.findall(m[0]))
+    keep = _NO_UNITS.intersection(words.lower().split()) or re.search(r"[^A-Za-z'/.\s-]", words)
     return m[0] if keep else ""
 
 
@@ -96,6 +98,8 @@ def _commands(s):
     s = _MATRIX.sub(_matrix, s.replace("\\$", " ")) if "\\begin" in s else s.replace("\\$", " ")
     s = _STYLE.sub("", s)
     s = re.sub(r"\\(?:left|right)\s*\.", "", s) if "." in s else s
+    if "mathbb" in s:
+        s = re.sub(r"\\mathbb\s*\{?([A-Z])\}?", lambda m: {"R": "(-∞,∞)", "Z": "ℤ", "N": "ℕ"}.get(m[1], m[0]), s)
     s = re.sub(r"\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0]) if m[1][0].isalpha() else _ESCAPES.get(m[0], " "), s)
     return s
 
@@ -108,6 +112,7 @@ def _texts(s):
 
 def _words(s):
     """No units, labels and qualifiers in words."""
+    s = re.sub(r"\ball real numbers\b", "(-∞,∞)", re.sub(r"(?i)^\s*no (?:real )?solutions?$", "∅", s))
     s = re.sub(r"\s*\b(?:percent|per cent|pct)\b", "%", s)
     s = re.sub(r"\s*\bfor (?:all|any|every|each|some)\b[^,;]*", "", s)                       # f(x) = x for all x
     s = _WORD_UNIT.sub(_without_words, re.sub(r",?\s*\b(?:and|or)\b", ",", s))
@@ -127,9 +132,11 @@ def clean(s):
     if "<su" in s:
         s = re.sub(r"<su([pb])>([^<>]*)</su\1>", lambda m: "^_"[m[1] == "b"] + "{" + m[2] + "}", s)
     if "°" in s:
-        s = re.sub(r"\^?\s*\{?\s*°\s*\}?", " ", s)
+        s = re.sub(r"\^?\s*\{?\s*°\s*\}?(?:\s*[CF]\b)?", " ", s)
     if "\\" in s and "{" in s:
         s = _texts(s)
+    if "ℤ" in s or "ℕ" in s:
+        s = re.sub(r"[,;(]?\s*(?:where\s*)?\b[a-z]\s*∈\s*[ℤℕ][^,;]*$", "", s)                      # k π, k ∈ ℤ
     s = s.strip(' \n\t"').rstrip(" .,;:")
     if re.search("[a-z]{2}", s):
         s = _words(s)
@@ -137,16 +144,17 @@ def clean(s):
         s = re.sub(r"(?<![0-9.,/^_])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9./])", lambda m: m[0].replace(" ", ""), s)
         s = re.sub(r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.])", r"(\1+\2/\3)", s)      # 5 1/2
         s = re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", " ".join(s.split()))
-    return s.rstrip(".\\")
+    return s.rstrip(".\\").replace("⦃⦄", "∅")
 
 
 # ------------------------------------------------------------------------------------ parsing
 
-_TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|[A-Za-z]+|\S)")
+_TOKEN = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9.]))?|\\[A-Za-z]+|[A-Za-z]+|\S)")
 _GREEK = set(r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega \ell \Delta".split())
 _FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z),
               "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z), "arcsin": cmath.asin,
-              "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10, "exp": cmath.exp}
+              "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh,
+              "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "exp": cmath.exp}
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
 _AROUND = {"|": "absolute", "⌊": "floor", "⌈": "ceiling"}
 _TWO = ("number", 2, 1)
@@ -260,9 +268,11 @@ class _Parser:
     def number(self, token):
         if self.peek() == "_":
             return self.symbol(token.lstrip("0"))           # 12_5 is a name of its own, equal to itself only
-        whole, _, decimals = token.partition(".")
-        number = ("number", int(whole + decimals), 10 ** len(decimals))
-        if not decimals and self.peek() == "\\frac":
+        digits, _, ten = token.lower().partition("e")
+        whole, _, decimals = digits.partition(".")
+        power = int(ten or 0) - len(decimals)
+        number = ("number", int(whole + decimals) * 10 ** max(0, power), 10 ** max(0, -power))
+        if token.isdigit() and self.peek() == "\\frac":
             if re.match(r"\\frac(?:[0-9]|\{[0-9]+\}){2}", "".join(self.tokens[self.i:self.i + 7])):
                 return ("sum", number, self.primary())                                        # a mixed number
         return number
