@@ -1,7 +1,7 @@
 r"""Whether two answers are equal: `equal(given, gold)`. The rules are written down in reward.py.
 
 An answer is compared by its form, outermost first: a list or set, a union, a relation, a tuple or matrix, a leaf. A leaf
-is an expression, compared by its value (latex.py), or words. The text is cut into parts outside all brackets; the
+is an expression, compared by its value (expression.py), or words. The text is cut into parts outside all brackets; the
 number of parts and the depth are capped, so the work is bounded.
 
 Most rules are symmetric. Those that are not forgive the given answer its form where the gold answer fixes what is
@@ -11,7 +11,8 @@ meant: x + y = 5 for a gold 5, and an expression in x for a gold equation that i
 import itertools
 import re
 
-from latex import clean, near, same_value, value
+from expression import near, same_value, value
+from latex import clean
 
 MAX_ANSWER = 600     # a longer answer is only compared as a string
 MAX_ITEMS = 40       # entries of a list, tuple or matrix
@@ -339,14 +340,14 @@ def _same_renamed(given, gold):
     a, b = clean(given), clean(gold)
     arguments = [m[1] for m in map(_ARGUMENT.match, (a, b)) if m]
     if len(arguments) < 2:
-        if not any("integer" in s or "π" in s or r"\mathbb" in s for s in (given, a)):
+        if not any("integer" in s or "π" in s or r"\mathbb" in s for s in (given, gold, a, b)):
             return False
         a, b = (right if _NAME.fullmatch(left) and right else s for s in (a, b) for left, _, right in [s.partition("=")])
     x, y = ({t for t in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(t) == 1} for s in (a, b))
     if len(x - y) != 1 or len(y - x) != 1:
         return False
     (p,), (q,) = x - y, y - x
-    return (arguments == [p, q] or len(arguments) < 2 and p in "jklmnpqrst") and _same(_replaced(a, p, q), b)
+    return (arguments == [p, q] or len(arguments) < 2 and {p, q} & set("jklmnpqrst")) and _same(_replaced(a, p, q), b)
 
 
 def equal(given: str, gold: str) -> bool:
@@ -357,7 +358,7 @@ def equal(given: str, gold: str) -> bool:
     """
     if not (isinstance(given, str) and isinstance(gold, str)):
         return False
-    given, gold = given.strip(), gold.strip()
+    given, gold = given.strip(" \n"), gold.strip(" \n")
     if max(len(given), len(gold)) > MAX_ANSWER:
         return given == gold
     numbers = _plain(given), _plain(gold)

@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import expression
 import latex
 import reward as ours
 
@@ -46,7 +47,7 @@ WRONG = {
         # digits of other scripts and signs around them
         "5\u200b6", "5\uff16", "\u0666", "5\u00b2", "\u2155", "5\u0338", "\u2085", "\u4e94"],
     "0": ["nan", r"\text{nan}", r"\infty-\infty", "0/0", "None", "()", "[]", "''", r"\emptyset", "10^{-400}", "e^{-1000}",
-          r"\frac{1}{9^{9^{9}}}", "10^{-13}", "9^{9^{9^{9}}}", str(latex.PRIME), "x-x+1"],
+          r"\frac{1}{9^{9^{9}}}", "10^{-13}", "9^{9^{9^{9}}}", str(expression.PRIME), "x-x+1"],
     "1": [r"\frac{0}{0}", "True", r"\frac{9^{9^{9}}}{9^{9^{8}}}", "0.999999999999", r"\frac{\infty}{\infty}", "1^{\\infty}"],
     "56": ["5 6", r"5\ 6", "5,6", "{5}{6}", r"5\quad 6"],
     "12_5": ["12_6", "12", "7", "120_5", "1_25", "12_{56}", "12_{10}"],
@@ -112,7 +113,7 @@ def hostile():
 def verifiers(vs):
     """{name: (verify(completion, gold), function that empties its caches)}."""
     def forget():
-        for cached in (latex.clean, latex.value):
+        for cached in (latex.clean, expression.value):
             cached.cache_clear()
     found = {"ours": (ours.verify, forget)}
     if vs:

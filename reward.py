@@ -17,7 +17,7 @@ has an answer only as a worked conclusion: the last sentence, complete, gives on
 computed it ("88 - 36 = 52. She bought 52 more tins."). lenient=True falls back to the last number in the text
 instead; it is for a second column in an evaluation, never for a reward.
 
-Equality (answers.py, latex.py). Spelling is normalised (LaTeX, Unicode, thousands separators, currency, degrees,
+Equality (answers.py, with latex.py and expression.py). Spelling is normalised (LaTeX, Unicode, thousands separators, currency, degrees,
 units and labels in words). Then by form: lists and sets in any order; tuples, intervals and matrices entry by
 entry; unions; equations and inequalities. A leaf is an expression: rational functions are compared exactly,
 others to 1e-9 at four fixed pseudo-random points. A rounded decimal is not equal to the exact value. What is no
