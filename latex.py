@@ -29,10 +29,10 @@ _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}                 
 _TEXT = r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}"
 _TEXT_RE = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
-_EXPONENT = r"\s*(?:\^\s*\{?-?[0-9]\}?)?"
-_END = r"(?=[\s.]*(?:$|[,;)\]}⦄]))"
-_TEXT_UNIT = re.compile(rf"(?<=[0-9A-Za-z}})π!%'|])(?:\s*[/*]?\s*{_TEXT}{_EXPONENT}){{1,4}}{_END}")     # cm, m/s, m s^{-1}
-_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?:\s+|(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)" + _EXPONENT + _END)
+_EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
+_END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
+_TEXT_UNIT = re.compile(rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}){{1,4}}{_END}")     # cm, m/s, m s^{-1}
+_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)" + _EXPONENT + _END)
 _SHORT_UNITS = set("cm mm km kg gm ft in mi lb lbs oz hr hrs min sec mph day per men egg th st nd rd".split())
 _NO_UNITS = set("e i x y n pi or and not no never hundred thousand million billion trillion dozen half double twice times "
                 "plus minus over squared cubed factorial mod to between more less than least most if when where for but "
@@ -84,17 +84,25 @@ def _commands(s):
 
 def _texts(s):
     r"""The words of \text{...} as plain text: "and" as a comma, units dropped."""
-    s = _AND_TEXT.sub(lambda m: "," if m[1].strip(" ,") in ("and", "or") else m[0], s.strip().rstrip(" .,;:"))
-    return _TEXT_RE.sub(r" \1 ", _TEXT_UNIT.sub(_without_unit, s))
+    s = _AND_TEXT.sub(lambda m: "," if m[1].strip(" ,") in ("and", "or") else m[0], s.rstrip(" .,;:"))
+    return " ".join(_TEXT_RE.sub(r" \1 ", _TEXT_UNIT.sub(_without_unit, s)).split())
 
 
 def _words(s):
     """No units, labels and qualifiers in words."""
-    s = re.sub(r"\ball real numbers\b", "(-∞,∞)", re.sub(r"(?i)^\s*no (?:real )?solutions?$", "∅", s))
-    s = re.sub(r"\s*\b(?:percent|per cent|pct)\b", "%", s)
-    s = re.sub(r"\s*\bfor (?:all|any|every|each|some)\b(?:\([^()]*\)|[^,;])*", "", s)                       # f(x) = x for all x
-    s = _WORD_UNIT.sub(_without_words, re.sub(r",?\s*\b(?:and|or)\b", ",", s))
-    return re.sub(r"^\s*(?:only|(?:[Tt]he |[Ff]inal )*[Aa]nswer(?:\s+is)?)\b|(?:^|(?<=,))\s*[A-Z][a-z]+\s*:(?=\s*[-0-9\\])", "", s)    # Tom: 5
+    s = re.sub(r"\ball real numbers\b", "(-∞,∞)", re.sub(r"(?i)^no (?:real )?solutions?$", "∅", s))
+    s = re.sub(r" ?\b(?:percent|per cent|pct)\b", "%", s)
+    s = re.sub(r" ?\bfor (?:all|any|every|each|some)\b(?:\([^()]*\)|[^,;])*", "", s)                # f(x) = x for all x
+    s = _WORD_UNIT.sub(_without_words, re.sub(r",? ?\b(?:and|or)\b", ",", s))
+    s = re.sub(r"^(?:only|(?:[Tt]he |[Ff]inal )*[Aa]nswer(?: is)?)\b", "", s)
+    return re.sub(r"(?:^|(?<=,)) ?[A-Z][a-z]+ ?:(?= ?[-0-9\\])", "", s)                             # Tom: 5
+
+
+def _spaces(s):
+    """No spaces but between two words or numbers; none within a number, and 5 1/2 as a sum."""
+    s = re.sub(r"(?<![0-9.,/^_])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9./])", lambda m: m[0].replace(" ", ""), s)
+    s = re.sub(r"(?<![0-9./^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9.])", r"(\1+\2/\3)", s)
+    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", s)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,22 +112,20 @@ def clean(s):
         s = _unicode(s)
     if not s.isprintable():
         s = re.sub(r"\f(?=rac)|[\b](?=egin|inom)|\t(?=ext|imes|frac|heta)|\r(?=ight)", lambda m: _MISREAD[m[0]], s)
-    s = re.sub(r"(?<=[0-9])\{,\}\s*(?=[0-9]{3}(?![0-9]))", "", s) if "{,}" in s else s           # 1{,}000
+    s = re.sub(r"(?<=[0-9])\{,\}\s*(?=[0-9]{3}(?![0-9]))", "", s) if "{,}" in s else s              # 1{,}000
     s = _commands(s) if "\\" in s else s
-    s = s.replace("$", " ").replace("~", " ").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
+    s = " ".join(s.replace("$", " ").replace("~", " ").split())
+    s = s.replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
     if "<su" in s:
         s = re.sub(r"<su([pb])>([^<>]*)</su\1>", lambda m: "^_"[m[1] == "b"] + "{" + m[2] + "}", s)
     if "°" in s:
-        s = re.sub(r"\^?\s*\{?\s*°\s*\}?(?:\s*[CF]\b)?", " ", s)
+        s = re.sub(r" ?\^? ?\{? ?° ?\}?(?:[CF]\b)? ?", " ", s).strip()
     if "\\" in s and "{" in s:
         s = _texts(s)
     if "ℤ" in s or "ℕ" in s:
-        s = re.sub(r"[,;(]?\s*(?:where\s*)?\b[a-z]\s*∈\s*[ℤℕ][^,;]*$", "", s)                      # k π, k ∈ ℤ
-    s = s.strip(' \n\t"').rstrip(" .,;:")
+        s = re.sub(r"[,;(]? ?(?:where )?\b[a-z] ?∈ ?[ℤℕ][^,;]*$", "", s)                             # k π, k ∈ ℤ
+    s = s.strip(' "').rstrip(" .,;:")
     if re.search("[a-z]{2}", s):
         s = _words(s)
-    if " " in s or "\n" in s:
-        s = re.sub(r"(?<![0-9.,/^_])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9./])", lambda m: m[0].replace(" ", ""), s)
-        s = re.sub(r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.])", r"(\1+\2/\3)", s)      # 5 1/2
-        s = re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", " ".join(s.split()))
+    s = _spaces(s) if " " in s else s
     return s.rstrip(".\\").replace("⦃⦄", "∅")
