@@ -347,7 +347,9 @@ def _same_renamed(given, gold):
     if len(x - y) != 1 or len(y - x) != 1:
         return False
     (p,), (q,) = x - y, y - x
-    return (arguments == [p, q] or len(arguments) < 2 and {p, q} & set("jklmnpqrst")) and _same(_replaced(a, p, q), b)
+    if not (arguments == [p, q] or len(arguments) < 2 and {p, q} & set("jklmnpqrst")):
+        return False
+    return _same(_replaced(a, p, q), b)
 
 
 def equal(given: str, gold: str) -> bool:

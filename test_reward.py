@@ -433,6 +433,11 @@ def test_equality_is_reflexive_unless_empty(text):
     assert equal(text, text) == (clean(text.strip()) != "")
 
 
+def test_a_verdict_is_a_bool_and_nothing_that_is_only_true_or_false():
+    for a, b in (("n", r"k, k \in \mathbb{Z}"), (r"x\pi", r"y\pi"), (r"n\pi", r"k\pi"), ("x=y", "x=5"), ("1,2", "(1,2)")):
+        assert type(equal(a, b)) is bool and type(verify(f"\\boxed{{{a}}}", b)) is bool
+
+
 @settings(max_examples=300, deadline=None)
 @given(MATHS, MATHS)
 def test_equality_of_plain_values_is_symmetric(a, b):
