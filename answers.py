@@ -88,18 +88,16 @@ def _as_tuple(items):
 
 
 def _entries(s):
-    """(brackets, entries) of a tuple, interval or matrix; a column vector has the entries of a tuple."""
+    """(brackets, entries) of a tuple, interval or matrix."""
     inside = _inside(s, "([⟦")
-    if inside is None:
-        return "", [s]
-    entries = _split(inside, ",;")[0]
-    return s[0] + s[-1], entries
+    return ("", [s]) if inside is None else (s[0] + s[-1], _split(inside, ",;")[0])
 
 
 # ------------------------------------------------------------------------------------ relations
 
 # What may stand left of "=" without being part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
-_LETTER = r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?(?:\([\w(),]*\))?"
+_LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?"
+           r"(?:\([\w,]*\))?")
 _NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}|(?!not)[A-Za-z]{{3,12}}"
                    rf"|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")      # a+d+e+f = 2k for a gold 2k
@@ -107,8 +105,9 @@ _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")      # a+d+e+f = 2k for a
 
 def _interval(sides, signs):
     """The interval that an inequality in one name describes, as text, or None."""
-    if len(sides) == 2 and (negative := [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]) != [False] * 2:
-        sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]         # -x > -1 is x < 1
+    negative = [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]
+    if len(sides) == 2 and any(negative):                                  # -x > -1 is x < 1
+        sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]
         signs = [_MIRROR.get(signs[0], signs[0])]
     if set(signs) <= {">", "≥"}:
         sides, signs = sides[::-1], [_MIRROR[c] for c in signs[::-1]]
@@ -136,13 +135,13 @@ def _intervals(items):
     return parts if all(parts) else None
 
 
-def _unnamed(sides, signs, depth, name=_NAME):
+def _unnamed(sides, signs, depth):
     """What `x = v`, `x in v` or `x = v = w` says about x, or None. A chain that is not true says nothing."""
     if signs == ["≠"]:
         return f"(-∞,{sides[1]})∪({sides[1]},∞)" if _NAME.fullmatch(sides[0]) else None
     if not set(signs) <= set("=≈∈"):
         return _interval(sides, signs)
-    rest = [(side, sign) for side, sign in zip(sides, ["="] + signs) if not name.fullmatch(side)]
+    rest = [(side, sign) for side, sign in zip(sides, ["="] + signs) if not _NAME.fullmatch(side)]
     first = rest[0][0] if rest else sides[-1]
     for side, sign in rest[1:]:
         if not (sign == "≈" and _roughly(first, side) or _same(first, side, depth)):
@@ -342,7 +341,7 @@ def _same_renamed(given, gold):
     if len(arguments) < 2:
         if not any("integer" in s or "π" in s or r"\mathbb" in s for s in (given, gold, a, b)):
             return False
-        a, b = (right if _NAME.fullmatch(left) and right else s for s in (a, b) for left, _, right in [s.partition("=")])
+        a, b = (right if _NAME.fullmatch(left) else s for s, (left, _, right) in ((s, s.partition("=")) for s in (a, b)))
     x, y = ({t for t in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(t) == 1} for s in (a, b))
     if len(x - y) != 1 or len(y - x) != 1:
         return False

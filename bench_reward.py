@@ -91,7 +91,7 @@ UNITS = ["9", "0", "{", "}", "(", "[", "|", "^", "_", "-", "!", "'", ",", ";", "
          "²", "\u200b", "\uff15", "\ud800", "9^{", "x^", r"\frac{", r"\frac", r"\sqrt", r"\sqrt{", r"\left(", r"\text{", r"\text{a}", r"\text{ and }",
          r"\boxed{", r"\boxed{6}", r"\boxed ", r"\begin{pmatrix}", r"\sin ", r"\binom", "1,000,", "1 000 ", "6 cm ", "{6},", "(6,7),", "6 ", "6<",
          "x=", "x=(", r"6\approx ", "6:", "word ", "<answer>", "<answer>6</answer>", "####", "#### 6\n", "the answer is ", "the final answer is ",
-         "the answer to ", "Answer:", "A:\n", "6. ", "6 = 6. ", "for all ", "Tom: 6,", "⦃", "⟦"]
+         "the answer to ", "Answer:", "A:\n", "6. ", "6 = 6. ", "for all ", "Tom: 6,", "a(a)", "(a(a),", "⦃", "⟦"]
 
 
 def hostile():

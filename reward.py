@@ -17,11 +17,11 @@ has an answer only as a worked conclusion: the last sentence, complete, gives on
 computed it ("88 - 36 = 52. She bought 52 more tins."). lenient=True falls back to the last number in the text
 instead; it is for a second column in an evaluation, never for a reward.
 
-Equality (answers.py, with latex.py and expression.py). Spelling is normalised (LaTeX, Unicode, thousands separators, currency, degrees,
+Equality (answers.py). Spelling is normalised (latex.py: LaTeX, Unicode, thousands separators, currency, degrees,
 units and labels in words). Then by form: lists and sets in any order; tuples, intervals and matrices entry by
-entry; unions; equations and inequalities. A leaf is an expression: rational functions are compared exactly,
-others to 1e-9 at four fixed pseudo-random points. A rounded decimal is not equal to the exact value. What is no
-expression is compared as words, without case.
+entry; unions; equations and inequalities. A leaf is an expression (expression.py): numbers and rational functions
+are compared exactly, others at four fixed pseudo-random points to 1e-9, constants to 1e-12. A rounded decimal is
+not equal to the exact value. What is no expression is compared as words, without case.
   Names    x = 5 is 5. A chain of equalities must be true: 98765 = 5 is not 5. A \approx B is A if B is near.
            An equation that still has to be solved is not its solution: 2x + 1 = 11 does not answer x = 5.
   Letters  f(z) = z is f(x) = x; n \pi is k \pi, as an integer is meant. Otherwise names are what they are.
@@ -115,7 +115,7 @@ def _statements(text, start=0, only_final=False):
         if sentence:
             content = sentence[1] or sentence[2] or ""
             clause = _CLAUSE.match(content)                 # Final answer: The area of $ABC$ is 12
-            yield begin, sentence.end(), content[clause.end():] if clause else content
+            yield begin, sentence.end(), content[clause.end():] if clause and not _HEDGE.search(clause[0]) else content
 
 
 def _matches(pattern, text):
@@ -158,7 +158,11 @@ def _conclusion(text):
 
 def _find(text):
     """(start of the final answer's mark, answer), or None."""
-    marks = [_boxes(text)] + [_matches(_TAG, text)] * ("nswer>" in text or "NSWER>" in text) + [_matches(_HASHES, text)] * ("####" in text)
+    marks = [_boxes(text)]
+    if "nswer>" in text or "NSWER>" in text:
+        marks.append(_matches(_TAG, text))
+    if "####" in text:
+        marks.append(_matches(_HASHES, text))
     found = max(filter(None, (_last_group(text, group) for group in marks)), default=None)
     if found is None:
         return _last_group(text, _statements(text)) or _conclusion(text)
