@@ -97,7 +97,7 @@ def _entries(s):
 
 # What may stand left of "=" without being part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
 _LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?"
-           r"(?:\([\w,]*\))?")
+           r"(?:\((?:[\w,]|\([\w,]*\))*\))?")
 _NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}|(?!not)[A-Za-z]{{3,12}}"
                    rf"|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")      # a+d+e+f = 2k for a gold 2k
