@@ -63,8 +63,10 @@ _NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{
 
 def _tail(completion):
     """The part that is read: up to the first end-of-text token, and the last TAIL characters of that."""
-    ends = [i for i in map(completion.find, _END) if i >= 0]
-    return completion[:min(ends, default=len(completion))][-TAIL:]
+    if "<|" in completion or "</s>" in completion:
+        ends = [i for i in map(completion.find, _END) if i >= 0]
+        completion = completion[:min(ends, default=len(completion))]
+    return completion[-TAIL:]
 
 
 def _closing_braces(text, start):
@@ -79,11 +81,9 @@ def _closing_braces(text, start):
 
 
 def _boxes(text):
-    starts = [i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0]
-    if not starts:
-        return
-    closing, end = _closing_braces(text, min(starts)), 0
-    for m in _BOX.finditer(text, min(starts)):
+    start = min(i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0)
+    closing, end = _closing_braces(text, start), 0
+    for m in _BOX.finditer(text, start):
         if m.start() < end:
             continue                                        # a box inside a box: the outer one is the answer
         if not m[1]:
@@ -127,8 +127,8 @@ def _matches(pattern, text):
 def _last_group(text, marks):
     """(start, content) of the last of `marks` (start, end, content), joined with those directly before it."""
     marks = [(s, e, c.strip(" \t\n*")) for s, e, c in marks if c.strip(" \t\n*$.{}")]
-    if not marks:
-        return None
+    if len(marks) < 2:
+        return (marks[0][0], marks[0][2]) if marks else None
     start, _, content = marks[-1]
     contents = [content]
     for s, e, c in marks[-2:-MAX_ITEMS:-1]:
@@ -158,14 +158,18 @@ def _conclusion(text):
 
 def _find(text):
     """(start of the final answer's mark, answer), or None."""
-    marks = [_boxes(text)]
+    marks = []
+    if "\\boxed" in text or "\\fbox" in text:
+        marks.append(_boxes(text))
     if "nswer>" in text or "NSWER>" in text:
         marks.append(_matches(_TAG, text))
     if "####" in text:
         marks.append(_matches(_HASHES, text))
-    found = max(filter(None, (_last_group(text, group) for group in marks)), default=None)
+    found = max(filter(None, [_last_group(text, group) for group in marks]), default=None)
     if found is None:
         return _last_group(text, _statements(text)) or _conclusion(text)
+    if "final" not in text[found[0]:].lower():
+        return found
     stated = _last_group(text, _statements(text, found[0], only_final=True))
     return max(found, stated) if stated and re.search(r"[0-9\\$]", stated[1]) else found
 
