@@ -22,7 +22,7 @@ import re
 from collections import namedtuple
 
 MAX_TEXT = 1300      # characters of one expression
-MAX_DEPTH = 30       # nesting inside one expression
+MAX_DEPTH = 60       # nesting inside one expression
 MAX_POWER = 10**6    # largest exponent in the exact arithmetic
 MAX_FACTORIAL = 170  # largest argument of ! and of binomials
 POINTS = 4           # evaluation points for variables

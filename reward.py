@@ -66,7 +66,7 @@ def _tail(completion):
     if "<|" in completion or "</s>" in completion:
         ends = [i for i in map(completion.find, _END) if i >= 0]
         completion = completion[:min(ends, default=len(completion))]
-    return completion[-TAIL:]
+    return completion.rstrip()[-TAIL:]
 
 
 def _closing_braces(text, start):
