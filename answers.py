@@ -22,7 +22,7 @@ MAX_DEPTH = 8        # forms inside forms
 
 _RELATIONS = "=≈≠<>≤≥∈"
 _MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
-_BRACKETS = {s: re.compile("[][(){}⦃⦄⟦⟧" + s + "]") for s in (",;", ";", "∪", ":", _RELATIONS)}
+_BRACKETS = {s: re.compile("[][(){}⦃⦄⟦⟧" + s + "]") for s in (",;", ";", "∪", "∖", ":", _RELATIONS)}
 
 
 def _split(s, separators):
@@ -122,10 +122,24 @@ def _interval(sides, signs):
 
 
 def _union(s):
-    """The parts of a union; x ≠ 3 and x ∈ A ∪ B are unions too."""
+    """The parts of a union; x ≠ 3, x ∈ A ∪ B and A \\ {3} are unions too."""
     parts, signs = _split(s, _RELATIONS)
     s = _unnamed(parts, signs, 0) or s if signs in (["≠"], ["∈"]) else s
-    return _split(s, "∪")[0]
+    whole, *points = _split(s.replace("-⦃", "∖⦃"), "∖")[0]
+    return points and _punctured(whole, _items(points[0])) or _split(s, "∪")[0]
+
+
+def _punctured(whole, points):
+    """The parts of an interval without some points, or None."""
+    parts, signs = _split(_items(whole)[0], _RELATIONS)
+    around, ends = _entries(_unnamed(parts, signs, 0) or "" if signs else whole)
+    places = [value(point) for point in points]
+    if len(ends) != 2 or None in places or any(place.floats[0] is None for place in places):
+        return None
+    cuts = [point for _, point in sorted((place.floats[0].real, point) for place, point in zip(places, points))]
+    starts = [around[0] + ends[0]] + ["(" + cut for cut in cuts]
+    stops = [cut + ")" for cut in cuts] + [ends[1] + around[1]]
+    return [f"{start},{stop}" for start, stop in zip(starts, stops)]
 
 
 def _intervals(items):
@@ -365,7 +379,7 @@ def equal(given: str, gold: str) -> bool:
     if given == gold:
         return given.isdigit() or clean(given) != ""        # most right answers
     numbers = _plain(given), _plain(gold)
-    if all(numbers) and (numbers[0] == numbers[1] or "," not in given + gold):
+    if all(numbers) and (numbers[0] == numbers[1] or not ("," in given and "," in gold)):
         return numbers[0] == numbers[1]
     if any("$" in a and re.search(r"\bcents?\b", b) for a, b in ((given, gold), (gold, given))):
         return False

@@ -12,7 +12,7 @@ import re
 # Each sign and each structural command becomes one character or nothing; the code below splits on characters.
 _SIGNS = r"""
     π pi; ∞ infty; * cdot times ast; / div; ± pm; ∓ mp; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt;
-    ≠ ne neq; ≈ approx; ∈ in; ∪ cup; ⦃ lbrace; ⦄ rbrace; | mid vert lvert rvert; ° circ degree textcirc;
+    ≠ ne neq; ≈ approx; ∈ in; ∪ cup; ∖ setminus backslash; ⦃ lbrace; ⦄ rbrace; | mid vert lvert rvert; ° circ degree textcirc;
     ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
     \binom dbinom tbinom"""
 _COMMANDS = {name: line.split()[0] for line in _SIGNS.split(";") for name in line.split()[1:]}

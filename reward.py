@@ -31,7 +31,7 @@ not equal to the exact value. What is no expression is compared as words, withou
   Ratios   3:1 is 3; 8:34 p.m. is 20:34.
   Bases    12_5 is equal to 12_5 alone, not to 12, 12_6 or 7.
 
-Left out: number words, unit conversion, limits, integrals, piecewise functions, differences of sets.
+Left out: number words, unit conversion, limits, integrals, piecewise functions.
 """
 
 import re

@@ -158,6 +158,8 @@ EQUAL = {
     "equations": [ ("x^2/16 + y^2/12 = 1/4", "x^2/4 + y^2/3 = 1"), ("-x-y=2", "x+y+2=0"),
                   ("y = 2x+1", "y=1+2x")],
     "inequalities": [("-x > -4", "x < 4"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"),
+                     (r"\mathbb{R} \setminus \{5, 2\}", r"(-\infty,2)\cup(2,5)\cup(5,\infty)"),
+                     (r"\{x \mid x \le 4\} - \{-1\}", r"(-\infty,-1)\cup(-1,4]"), (r"\mathbb{R}\setminus\{3\}", r"x \ne 3"),
                      (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"), (r"\mathbb{R}", r"(-\infty,\infty)"),
                      (r"\text{all real numbers}", r"x \in \mathbb{R}"),
                       (r"5 \leq x", r"x \geq 5"), (r"x \ge 5", r"[5,\infty)"),
