@@ -69,8 +69,9 @@ WRONG = {
     "": ["", " ", "$", r"\text{}", r"\{\}", "0"],
 }
 RIGHT = {   # {gold: contents of a box that must be accepted for it}
-    "5": ["5.0", "+5", "05", "{5}", r"\text{5}", r"\mathbf{5}", "((5))", r"\$5", r"5\text{ cm}^3", r"5^\circ", "5 dollars", "x = 5",
-          "\uff15", "5\u200b", "\u200b5", "$5$", r"\(5\)", r"\sqrt{25}", r"\frac{10}{2}", r"5\,\text{m/s}", r"{\bf 5}", r"\boxed{5}"],
+    "5": ["5.0", "+5", "05", "{5}", r"\text{5}", r"\mathbf{5}", "((5))", r"\$5", r"5\text{ cm}^3", r"5^\circ", "5 dollars",
+          "x = 5", "\uff15", "5\u200b", "\u200b5", "$5$", r"\(5\)", r"\sqrt{25}", r"\frac{10}{2}",
+          r"5\,\text{m/s}", r"{\bf 5}", r"\boxed{5}"],
     "-5": ["\u22125", "- 5", r"-\frac{10}{2}", "{-5}"],
     "98765": ["98,765", r"98,\!765", "98{,}765", "9\u200b8765", "\uff19\uff18\uff17\uff16\uff15", "98 765", "98765.00"],
     r"\frac12": ["0.5", ".5", "1/2", "\u00bd", r"\frac{1}2", r"\dfrac{2}{4}", r"50\%", "1:2"],
@@ -81,17 +82,23 @@ RIGHT = {   # {gold: contents of a box that must be accepted for it}
     r"\infty": ["\u221e", r"+\infty"],
 }
 WRONG_TEXTS = [   # completions that must not be paid for 5
-    r"\boxed{5} or \boxed{6}", r"\boxed{6}, \boxed{5}", r"\boxed{4} \boxed{5} \boxed{6}", "#### 5\n#### 6", "#### 1 2 3 4 5", "#### not 5",
-    "<answer>5 or 6</answer>", "<answer>6</answer><answer>5</answer>", "<answer>5", "The answer is not 5.", "The answer is 5 or 6.",
+    r"\boxed{5} or \boxed{6}", r"\boxed{6}, \boxed{5}", r"\boxed{4} \boxed{5} \boxed{6}", "#### 5\n#### 6", "#### 1 2 3 4 5",
+    "#### not 5",
+    "<answer>5 or 6</answer>", "<answer>6</answer><answer>5</answer>", "<answer>5", "The answer is not 5.",
+    "The answer is 5 or 6.",
     "The answer isn't 5.", "The answer is anything but 5.", "The answer is wrong: 5", "The answer is 6. The answer is 5.",
     r"\boxed{5} was a guess. The final answer is 6.", r"\boxed{5", r"\boxed{}5", r"\boxed{6\boxed{5}}", "5", "5 5 5 5 5",
-    "1 2 3 4 5.", "It is not 5.", "1+4 = 5. It is not 5.", "1+4 = 5. It is 5 or 6.", "1+4 = 5. Is it 5?", "1+4 = 5. It is 5 thousand.",
+    "1 2 3 4 5.", "It is not 5.", "1+4 = 5. It is not 5.", "1+4 = 5. It is 5 or 6.", "1+4 = 5. Is it 5?",
+    "1+4 = 5. It is 5 thousand.",
     "1+4 = 5. It is 5k.", r"\boxed{6}<|im_end|>\boxed{5}", "".join(f"\\boxed{{{i}}}" for i in range(6))]
-UNITS = ["9", "0", "{", "}", "(", "[", "|", "^", "_", "-", "!", "'", ",", ";", "±", "=", "<", "%", "&", " ", "\n", "\x00", "\\", "\\\\", "$", "½",
-         "²", "\u200b", "\uff15", "\ud800", "9^{", "x^", r"\frac{", r"\frac", r"\sqrt", r"\sqrt{", r"\left(", r"\text{", r"\text{a}", r"\text{ and }",
-         r"\boxed{", r"\boxed{6}", r"\boxed ", r"\begin{pmatrix}", r"\sin ", r"\binom", "1,000,", "1 000 ", "6 cm ", "{6},", "(6,7),", "6 ", "6<",
-         "x=", "x=(", r"6\approx ", "6:", "word ", "<answer>", "<answer>6</answer>", "####", "#### 6\n", "the answer is ", "the final answer is ",
-         "the answer to ", "Answer:", "A:\n", "6. ", "6 = 6. ", "for all ", "Tom: 6,", "a(a)", "(a(a),", "⦃", "⟦"]
+UNITS = [
+    "9", "0", "{", "}", "(", "[", "|", "^", "_", "-", "!", "'", ",", ";", "\xb1", "=", "<", "%", "&", " ", "\n", "\x00",
+    "\\", "\\\\", "$", "\xbd", "\xb2", "\u200b", "\uff15", "\ud800", "9^{", "x^", r"\frac{", r"\frac", r"\sqrt",
+    r"\sqrt{", r"\left(", r"\text{", r"\text{a}", r"\text{ and }", r"\boxed{", r"\boxed{6}", r"\boxed ",
+    r"\begin{pmatrix}", r"\sin ", r"\binom", "1,000,", "1 000 ", "6 cm ", "{6},", "(6,7),", "6 ", "6<", "x=", "x=(",
+    r"6\approx ", "6:", "word ", "<answer>", "<answer>6</answer>", "####", "#### 6\n", "the answer is ",
+    "the final answer is ", "the answer to ", "Answer:", "A:\n", "6. ", "6 = 6. ", "for all ", "Tom: 6,", "a(a)",
+    "(a(a),", "\u2983", "\u27e6"]
 
 
 def hostile():
@@ -104,7 +111,8 @@ def hostile():
             body = (unit * (size // len(unit) + 1))[:size]
             marks = ("{}", "\\boxed{{{}}}", "The answer is {}") if size < MEGABYTE else ("{}",)
             cases += [(mark.format(body), "5", False) for mark in marks]
-    nested = [opener * n + "5" + closer * n + "6" for opener, closer in (("{", "}"), ("(", ")"), (r"\sqrt{", "}")) for n in (50, 10_000)]
+    pairs = (("{", "}"), ("(", ")"), (r"\sqrt{", "}"))
+    nested = [opener * n + "5" + closer * n + "6" for opener, closer in pairs for n in (50, 10_000)]
     return cases + [(f"\\boxed{{{text}}}", "5", False) for text in nested]
 
 
@@ -123,7 +131,7 @@ def verifiers(vs):
         except ImportError:
             raise ValueError("--vs math-verify needs it in this environment: pip install math-verify") from None
         logging.disable(logging.ERROR)
-        found[vs] = (lambda completion, gold: bool(math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(completion))),
+        found[vs] = (lambda completion, gold: math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(completion)),
                      clear_cache)
     return found
 

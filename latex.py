@@ -11,10 +11,10 @@ import re
 
 # Each sign and each structural command becomes one character or nothing; the code below splits on characters.
 _SIGNS = r"""
-    π pi; ∞ infty; * cdot times ast; / div; ± pm; ∓ mp; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt;
-    ≠ ne neq; ≈ approx; ∈ in; ∪ cup; ∖ setminus backslash; ⦃ lbrace; ⦄ rbrace; | mid vert lvert rvert; ° circ degree textcirc;
-    ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
-    \binom dbinom tbinom"""
+    π pi; ∞ infty; * cdot times ast; / div; ± pm; ∓ mp; ≤ le leq leqslant; ≥ ge geq geqslant; < lt; > gt; ≠ ne neq;
+    ≈ approx; ∈ in; ∪ cup; ∖ setminus backslash; ⦃ lbrace; ⦄ rbrace; | mid vert lvert rvert; ° circ degree textcirc;
+    ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall; ∅ emptyset varnothing; : colon; … ldots cdots dots;
+    \frac dfrac tfrac cfrac; \binom dbinom tbinom"""
 _COMMANDS = {name: line.split()[0] for line in _SIGNS.split(";") for name in line.split()[1:]}
 _COMMANDS |= dict.fromkeys("left right big Big bigg Bigg bigl bigr displaystyle boxed angle".split(), "")
 _COMMANDS |= dict.fromkeys("quad qquad".split(), " ")
@@ -32,7 +32,8 @@ _AND_TEXT = re.compile(r",?\s*" + _TEXT)
 _EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
 _END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
 _TEXT_UNIT = re.compile(rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}){{1,4}}{_END}")     # cm, m/s, m s^{-1}
-_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)" + _EXPONENT + _END)
+_WORD_UNIT = re.compile(r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)"
+                        + _EXPONENT + _END)
 _SHORT_UNITS = set("cm mm km kg gm ft in mi lb lbs oz hr hrs min sec mph day per men egg th st nd rd".split())
 _NO_UNITS = set("e i x y n pi or and not no never hundred thousand million billion trillion dozen half double twice times "
                 "plus minus over squared cubed factorial mod to between more less than least most if when where for but "

@@ -134,7 +134,8 @@ EQUAL = {
     "currency": [(r"\$5.50", "5.5"), (r"5.50 \text{ dollars}", r"\$5.50"), (r"\text{\$5.50}", r"\$5.50"),
                  ("$18", "18"), ("€7", "7")],
     "degrees": [("270°", r"270^\circ"), (r"270^{\circ}", "270"), (r"270 \text{ degrees}", r"270^\circ")],
-    "names": [(r"\angle ABC = 40^\circ", "40"), (r"f^{-1}(x)=x-1", "x-1"), ("f(g(9)) = 2", "2"), ("AB:CD=2:3", "2:3"), (r"\text{Area} = 9", "9"),
+    "names": [(r"\angle ABC = 40^\circ", "40"), (r"f^{-1}(x)=x-1", "x-1"), ("f(g(9)) = 2", "2"), ("AB:CD=2:3", "2:3"),
+              (r"\text{Area} = 9", "9"),
                ("x = 5", "5"), ("5", "k=5"), ("f(x) = x+1", "x + 1"), ("y=x+1", "f(x)=1+x"),
               ("(p,q)=(3,2)", "(3,2)"),
               ("|AB|=1", "1"), (r"x \in [-2,7]", "[-2,7]"), ("x = 5+6 = 11", "11"), (r"x \approx 11", "11"),
@@ -146,7 +147,8 @@ EQUAL = {
               (r"\sqrt[3]{-8}", "-2"), (r"5\cdot 2^{2/3}", r"5\sqrt[3]{4}"), ("2√3", r"\sqrt{12}")],
     "constants": [("3π", r"3\pi"), (r"\pi \cdot 3", r"3 \pi"), (r"i(2-i)", "1+2i"), ("8i - 15", "-15+8i"),
                   (r"\text{e}", "e"), (r"\ln e^2", "2")],
-    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)"), (r"\sin^{-1} x", r"\arcsin x"), (r"2\arcsin\sqrt{a}", r"\arccos(1-2a)"),
+    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)"), (r"\sin^{-1} x", r"\arcsin x"),
+                    (r"2\arcsin\sqrt{a}", r"\arccos(1-2a)"),
                     (r"\sum_{k=0}^{n} a_k b_{n-k}", r"\sum_{k=0}^{n} b_{n-k} a_k"), ("2^{4950}", "4^{2475}"),
                     (r"\frac{n!}{2(n-2)!}", r"\binom n2"), ("\x0crac{1}{2}", "0.5"),
                      ("x^2-1", "(x-1)(x+1)"), ("77+341x+x^2", "x^2 + 341x + 77"),
@@ -187,8 +189,10 @@ EQUAL = {
               ("E", r"\text{(E)}"),
               (r"4:30 \text{ p.m.}", r"\text{4:30 p.m.}"), ("June 20", r"\text{June 20}")],
     "angles and ratios": [(r"60^\circ", r"\frac{\pi}{3}"), ("3:1", "3"), ("4:6", r"\frac23"), (r"30^\circ", "30")],
-    "letters": [("f(z)=2z+1", "f(x)=2x+1"), (r"\frac{\pi}{4}+n\pi", r"\frac{\pi}{4}+k\pi"), (r"2k\pi,\ k \in \mathbb{Z}", r"2n\pi"),
-                (r"f(x)=x^2 \text{ for all } x \in \mathbb{R}", "f(x)=x^2"), (r"(3t,1-t) \text{ for some integer } t", "(3x,1-x)")],
+    "letters": [("f(z)=2z+1", "f(x)=2x+1"), (r"\frac{\pi}{4}+n\pi", r"\frac{\pi}{4}+k\pi"),
+                (r"2k\pi,\ k \in \mathbb{Z}", r"2n\pi"),
+                (r"f(x)=x^2 \text{ for all } x \in \mathbb{R}", "f(x)=x^2"),
+                (r"(3t,1-t) \text{ for some integer } t", "(3x,1-x)")],
 }
 
 
@@ -219,7 +223,8 @@ DIFFERENT = {
               ("0", "a + 3z = 0"),
               (r"\cos(x)=\frac{42}{59}", r"\sin(x)=\frac{42}{59}"), ("x=3, y=4", "x=4, y=3")],
     "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)+1"), ("2^{4950}", "1/8"), ("x^{100}", "x^{101}"), ("|x|", r"\sqrt{x}"),
-                    ("10^{-400}", "0"), ("10^{400}", "10^{401}"), (r"\infty-\infty", "0"), ("5!!", "15"), ("k", "n"), ("2k", "2n"),
+                    ("10^{-400}", "0"), ("10^{400}", "10^{401}"), (r"\infty-\infty", "0"), ("5!!", "15"),
+                    ("k", "n"), ("2k", "2n"),
                      ("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"), (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
                     ("|x|", "x"), ("8+15i", "15+8i"), ("x_1", "x_2"), ("AB", "BC")],
     "inequalities": [("x > 704", "704"), (r"x \le 5", "x < 5"), ("x < 5", "x > 5"), (r"5 \ne 6", "5")],
@@ -258,7 +263,8 @@ def test_an_expression_that_does_not_solve_the_gold_equation_is_not_equal_to_it(
     assert not equal(given, gold)
 
 
-@pytest.mark.parametrize("given, gold", [("2x+1=11", "x=5"), ("x+7=12", "x=5"), ("2x=10", "5"), ("2x+1=11", "5"), ("x+7>12", "x>5")])
+@pytest.mark.parametrize("given, gold", [("2x+1=11", "x=5"), ("x+7=12", "x=5"), ("2x=10", "5"), ("2x+1=11", "5"),
+                                         ("x+7>12", "x>5")])
 def test_an_equation_that_still_has_to_be_solved_is_not_its_solution(given, gold):
     assert not equal(given, gold)
 
@@ -347,14 +353,17 @@ def test_the_generated_hostile_inputs_pay_nothing_wrong_and_refuse_nothing_right
 def test_nothing_in_a_completion_is_executed(tmp_path):
     """Were a completion evaluated anywhere, one of these would leave a file."""
     path = tmp_path / "executed"
-    for code in (f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"$(touch {path})", f"`touch {path}`",
-                 f"[x for x in [open('{path}','w')]]", f"\\immediate\\write18{{touch {path}}}", f"{{{{open('{path}','w')}}}}"):
-        for text in (f"\\boxed{{{code}}}", f"<answer>{code}</answer>", f"The answer is {code}.", f"#### {code}", f"```python\n{code}\n```"):
+    for code in (f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"$(touch {path})",
+                 f"`touch {path}`", f"[x for x in [open('{path}','w')]]", f"\\immediate\\write18{{touch {path}}}",
+                 f"{{{{open('{path}','w')}}}}"):
+        for text in (f"\\boxed{{{code}}}", f"<answer>{code}</answer>", f"The answer is {code}.", f"#### {code}",
+                     f"```python\n{code}\n```"):
             assert not verify(text, "5")
             equal(code, code)
     assert not path.exists()
     source = "".join(Path(module.__file__).read_text() for module in (reward, answers, latex, expression))
-    assert not re.search(r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]", source.replace("re.compile", ""))
+    source = source.replace("re.compile", "")
+    assert not re.search(r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]", source)
 
 
 def test_no_more_is_read_than_the_caps_allow(monkeypatch):
@@ -386,7 +395,8 @@ def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer()
     assert len(extract_answer(boxes)) < 2 * answers.MAX_ANSWER
 
 
-@pytest.mark.parametrize("text", ["(" * 61 + "x" + ")" * 61, "x^{" * 61 + "1" + "}" * 61, "1+" * 700 + "1", "9^{9^{9^9}}", "171!", "x x 2"])
+@pytest.mark.parametrize("text", ["(" * 61 + "x" + ")" * 61, "x^{" * 61 + "1" + "}" * 61, "1+" * 700 + "1", "9^{9^{9^9}}",
+                                  "171!", "x x 2"])
 def test_beyond_the_caps_there_is_no_value(text):
     assert value(text) is None
 
