@@ -2,7 +2,9 @@ r"""The specification of reward.py by example: what is extracted, what is equal,
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -555,3 +557,30 @@ def test_labelled_outputs():
 def test_gsm8k_solutions_are_consistent():
     values = [consistency_reward(row["solution"]) for row in rows("problems/gsm8k_test.jsonl")]
     assert sum(values) > 0.8 * len(values)
+
+
+# ------------------------------------------------------------------------------------ python bench.py reward
+
+def test_the_bench_counts_false_positives_and_negatives_and_keeps_no_text(tmp_path, monkeypatch):
+    outputs = [("#### 5", "5", True), ("#### 5", "5", False), ("five", "5", True), ("#### 6", "5", False), ("?", "5", None)]
+    (tmp_path / "small.jsonl").write_text("".join(
+        json.dumps({"output": output, "gold": gold, "correct": correct, "dataset": "gsm8k"}) + "\n"
+        for output, gold, correct in outputs))
+    monkeypatch.setattr(bench_reward, "hostile", lambda: [(r"\boxed{5}", "5", True), (r"\boxed{5 or 6}", "5", False)])
+    result = bench_reward.reward(SimpleNamespace(data=tmp_path, vs="", rounds=1), None)
+    assert result["accuracy"] == {"small gsm8k completion": {"ours": {"n": 4, "accuracy": 0.5, "fp": 1, "fn": 1}}}
+    assert result["throughput"]["gsm8k"]["n"] == 4
+    assert result["hostile"]["ours"]["wrong_accepted"] == result["hostile"]["ours"]["right_refused"] == 0
+    assert "five" not in json.dumps(result)
+
+
+def test_the_bench_says_in_one_line_what_it_needs(tmp_path, monkeypatch):
+    args = SimpleNamespace(data="", vs="", rounds=1)
+    with pytest.raises(ValueError, match="reward needs --data FOLDER"):
+        bench_reward.reward(args, None)
+    (tmp_path / "bad.jsonl").write_text('{"output": "5", "gold": "5", "correct": true}\n{"output": "5"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 2"):
+        bench_reward.labelled(tmp_path)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match="pip install math-verify"):
+        bench_reward.verifiers("math-verify")
