@@ -82,8 +82,8 @@ class _Parser:
 
     def product(self):
         factors = [self.signed()]
-        while self.peek() in ("*", "/") or self.starts_factor():
-            sign = self.take() if self.peek() in ("*", "/") else "*"
+        while self.peek() in ("*", "/", ":") or self.starts_factor():
+            sign = self.take() if self.peek() in ("*", "/", ":") else "*"
             factors.append(self.signed() if sign == "*" else ("inverse", self.signed()))
         return ("product", *factors) if len(factors) > 1 else factors[0]
 
