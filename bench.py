@@ -7,6 +7,7 @@
     python bench.py memory --predict                    bytes a chip for 0.5B to 14B on 1, 8 and 20 chips (also under torchrun)
     torchrun --nproc-per-node 4 bench.py comm           bytes and seconds of each collective of a step; --predict: on 20 x 910B
     python bench.py logps --shape qwen2.5-0.5b          peak memory of the log-probs alone, beside the naive ones
+    python bench.py reward --data FOLDER --vs math-verify   the verifier on labelled completions and hostile inputs (bench_reward.py)
 
 Every comparison alternates between the two in one process and reports the ratio of each round. Weights are random and
 rewards drawn at random: random weights answer nothing, and a step without a gradient would measure nothing.
@@ -26,6 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threa
 import numpy as np
 import torch
 
+import bench_reward
 import dist
 import grpo
 import model as model_module
@@ -338,7 +340,7 @@ def comm(args, device):
     return bench_scale.predicted_comm(args) if args.predict else bench_scale.comm(args, device)
 
 
-WHAT = {"rollout": rollout, "train": train, "memory": memory, "comm": comm, "logps": logps}
+WHAT = {"rollout": rollout, "train": train, "memory": memory, "comm": comm, "logps": logps, "reward": bench_reward.reward}
 
 
 def main():
@@ -352,7 +354,8 @@ def main():
     parser.add_argument("--lengths", choices=["ragged", "equal"], default="ragged")
     parser.add_argument("--rows", type=int, default=0, help="completions in the cache at once; 0: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vs", choices=["", "hf", "trl"], default="")
+    parser.add_argument("--vs", choices=["", "hf", "trl", "math-verify"], default="")
+    parser.add_argument("--data", default="", help="reward: a folder of labelled *.jsonl")
     parser.add_argument("--hf", choices=["dynamic", "static", "continuous"], default="dynamic", help="their cache")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="decode without device graphs")
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
@@ -367,8 +370,8 @@ def main():
     parser.add_argument("--json", default="")
     try:
         args = parser.parse_args()
-        if args.vs not in ("", {"rollout": "hf", "train": "trl"}.get(args.what)):
-            raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: rollout --vs hf, train --vs trl")
+        if args.vs not in ("", {"rollout": "hf", "train": "trl", "reward": "math-verify"}.get(args.what)):
+            raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: rollout --vs hf, train --vs trl, reward --vs math-verify")
         if args.json and Path(args.json).exists():
             raise ValueError(f"--json {args.json} already exists: choose another file, results are never overwritten")
         device = dist.setup(args.device)

@@ -1,13 +1,22 @@
 r"""The specification of reward.py by example: what is extracted, what is equal, what must never be paid."""
 
 import json
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import answers
+import bench_reward
+import expression
+import latex
 import reward
+from expression import same_value, value
+from latex import clean
 from reward import consistency_reward, equal, extract_answer, format_reward, score, verify
 
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
@@ -48,6 +57,8 @@ DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
     (r"\boxed{255}. With the deposit: Final Answer: the final answer is $10,455$.", "$10,455$"),
     (r"\boxed{8} is right. Is it odd that the answer is 24?", "8"),
     (r"\boxed{1625} The final answer is obvious.", "1625"),
+    ("Final Answer: The area of $ABC$ is 12.", "12"),                   # a clause around the value
+    ("ANSWER: 5", "5"),
     # several answers in the final place are one list
     (r"$\boxed{3}$ or $\boxed{4}$", "3, 4"),
     ("#### 5\n#### 6", "5, 6"),
@@ -68,6 +79,27 @@ def test_no_final_answer(completion):
 
 
 @pytest.mark.parametrize("completion, answer", [
+    ("Ann has 12 tins and Bo has 5. 12 - 5 = 7. Ann has 7 more tins than Bo.", "7"),
+    ("6 * 4 = 24 and 24 / 3 is 8. So each child gets 8 sweets.", "8"),
+    ("There are 9 - 2 = 7 days left.", "7"),
+    ("2 + 3 = 5\n\nSo she has 5.", "5"),
+    ("The sum is 40 + 2.5 = $42.50. It costs $42.50.", "42.50"),
+])
+def test_a_text_without_a_mark_has_an_answer_as_a_worked_conclusion(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize("completion", [
+    "Ann has 7 more tins.", "5.", "7 = 7", "12 - 5 = 7. Ann has 7 more tins and Bo 5.", "12 - 5 = 7. Is it 7?",
+    "12 - 5 = 7. It is not 7.", "12 - 5 = 7. It is 7 or 8.", "12 - 5 = 7. Ann has 7 thousand.", "12 - 5 = 7. Ann has 7%.",
+    "12 - 5 = 7. She needs 7 more tins because", "12 - 5 = 7. Ann has 8.", "12 - 5 = 7. So $x \\le 7$.", "So it is <= 7.",
+    "12 - 5 = 70. Ann has 7.", "12 - 5 = 7.5. Ann has 7.", "1 = 1. 2 = 2. 3 = 3. It is 1 2 3.",
+])
+def test_a_sentence_that_is_no_worked_conclusion_is_no_answer(completion):
+    assert extract_answer(completion) is None
+
+
+@pytest.mark.parametrize("completion, answer", [
     ("The grooming costs 70 dollars.", "70"),
     ("In total she earns $1,234.50 a year", "$1,234.50"),
     ("so x = -3", "-3"),
@@ -83,7 +115,8 @@ def test_lenient_falls_back_to_the_last_number(completion, answer):
 # ------------------------------------------------------------------------------------ equality, form by form
 
 EQUAL = {
-    "numbers": [("704", "704"), ("704.0", "704"), ("+704", "704"), (".5", "0.5"), ("0.5", ".5"), ("05", "5"),
+    "numbers": [("1.5e-3", "0.0015"), ("2.5E3", "2500"), (r"{\bf 5}", "5"), (r"\textcolor{red}{5}", "5"), ('"5"', "5"),
+                ("704", "704"), ("704.0", "704"), ("+704", "704"), (".5", "0.5"), ("0.5", ".5"), ("05", "5"),
                 ("{704}", "704"), (r"\left(704\right)", "704"), ("704.", "704"), (r"\text{704}", "704"),
                 ("−3", "-3"), ("5.0", "5"), (r"3 \times 10^2", "300")],
     "thousands": [("1,041", "1041"), (r"1,\!041", "1041"), ("1{,}041", "1041"), (r"1\,041", "1041"),
@@ -95,14 +128,17 @@ EQUAL = {
                       ("3½", "3.5")],
     "percent": [("83", r"83\%"), (r"83\%", "83"), ("83 percent", r"83\%"), (r"83 \text{ percent}", r"83\%"),
                 (r"50\%", "0.5"), ("0.5", r"50\%"), ("5/8", "62.5%")],
-    "units": [("20 square units", r"20\text{ square units}"), (r"20\,\mathrm{cm}", "20"), ("10 cm^2", "10"),
+    "units": [(r"12\mathrm{~km}/\mathrm{h}", "12"), (r"3\mathrm{~m}\cdot\mathrm{s}^{-1}", "3"), ("the 4th day", "the 4th day"),
+              ("4th", "4"), ("20 square units", r"20\text{ square units}"), (r"20\,\mathrm{cm}", "20"), ("10 cm^2", "10"),
               (r"96 \mbox{ inches}^2", "96"), ("10 miles per hour", "10"),
               (r"\frac{41}{12} \text{ km}", "41/12"),
               ("10cm", "10"), ("18 dollars every day at the farmers' market", "18")],
     "currency": [(r"\$5.50", "5.5"), (r"5.50 \text{ dollars}", r"\$5.50"), (r"\text{\$5.50}", r"\$5.50"),
                  ("$18", "18"), ("€7", "7")],
     "degrees": [("270°", r"270^\circ"), (r"270^{\circ}", "270"), (r"270 \text{ degrees}", r"270^\circ")],
-    "names": [("x = 5", "5"), ("5", "k=5"), ("f(x) = x+1", "x + 1"), ("y=x+1", "f(x)=1+x"),
+    "names": [(r"\angle ABC = 40^\circ", "40"), (r"f^{-1}(x)=x-1", "x-1"), ("f(g(9)) = 2", "2"), ("AB:CD=2:3", "2:3"),
+              (r"\text{Area} = 9", "9"),
+               ("x = 5", "5"), ("5", "k=5"), ("f(x) = x+1", "x + 1"), ("y=x+1", "f(x)=1+x"),
               ("(p,q)=(3,2)", "(3,2)"),
               ("|AB|=1", "1"), (r"x \in [-2,7]", "[-2,7]"), ("x = 5+6 = 11", "11"), (r"x \approx 11", "11"),
               (r"2 + \frac{2}{3} = \frac{8}{3}", r"\frac83"),
@@ -113,19 +149,32 @@ EQUAL = {
               (r"\sqrt[3]{-8}", "-2"), (r"5\cdot 2^{2/3}", r"5\sqrt[3]{4}"), ("2√3", r"\sqrt{12}")],
     "constants": [("3π", r"3\pi"), (r"\pi \cdot 3", r"3 \pi"), (r"i(2-i)", "1+2i"), ("8i - 15", "-15+8i"),
                   (r"\text{e}", "e"), (r"\ln e^2", "2")],
-    "expressions": [("x^2-1", "(x-1)(x+1)"), ("77+341x+x^2", "x^2 + 341x + 77"),
+    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)"), (r"\sin^{-1} x", r"\arcsin x"),
+                    (r"2\arcsin\sqrt{a}", r"\arccos(1-2a)"),
+                    (r"\sum_{k=0}^{n} a_k b_{n-k}", r"\sum_{k=0}^{n} b_{n-k} a_k"), ("2^{4950}", "4^{2475}"),
+                    (r"\frac{n!}{2(n-2)!}", r"\binom n2"), ("\x0crac{1}{2}", "0.5"),
+                     ("x^2-1", "(x-1)(x+1)"), ("77+341x+x^2", "x^2 + 341x + 77"),
                     (r"x^\frac{1}{2}", r"\sqrt{x}"),
                     (r"\frac{1}{\cos x}", r"\sec x"), (r"2\cos a\sin b", r"2 \sin b \cos a"), ("x²", "x^2"),
                     ("x_1+x_2", "x_{2}+x_{1}"), (r"\binom{5}{2}", "10"), ("4!", "24"), (r"\log_2 8", "3"),
                     (r"\left\lceil \frac{7}{2} \right\rceil", "4"), ("|-3|", "3"),
                     (r"\sin^2 x + \cos^2 x", "1")],
-    "equations": [("x^2/16 + y^2/12 = 1/4", "x^2/4 + y^2/3 = 1"), ("-x-y=2", "x+y+2=0"),
+    "equations": [ ("x^2/16 + y^2/12 = 1/4", "x^2/4 + y^2/3 = 1"), ("-x-y=2", "x+y+2=0"),
                   ("y = 2x+1", "y=1+2x")],
-    "inequalities": [(r"5 \leq x", r"x \geq 5"), (r"x \ge 5", r"[5,\infty)"),
+    "inequalities": [("-x > -4", "x < 4"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"),
+                     (r"\mathbb{R} \setminus \{5, 2\}", r"(-\infty,2)\cup(2,5)\cup(5,\infty)"),
+                     (r"\{x \mid x \le 4\} - \{-1\}", r"(-\infty,-1)\cup(-1,4]"), (r"\mathbb{R}\setminus\{3\}", r"x \ne 3"),
+                     (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+                     (r"\text{all real numbers}", r"x \in \mathbb{R}"),
+                      (r"5 \leq x", r"x \geq 5"), (r"x \ge 5", r"[5,\infty)"),
                      (r"-2 \le x < 7", r"x \in [-2,7)"),
                      (r"0<f(x)<1", "(0,1)"), (r"x \ne 3", "x != 3"), (r"\{x \mid 2 < x < 3\}", "(2,3)")],
-    "tuples": [(r"\left(1,\ 2\right)", "(1, 2)"), ("(0.5, 2)", r"(\frac12, 2)"), ("(100, 101)", "(100,101)")],
-    "lists and sets": [("4, -4", "-4,4"), (r"-4 \text{ and } 4", "-4, 4"),
+    "tuples": [("x=4, y=7", "(4,7)"), ("a=1,b=2; a=3,b=4", "(1,2),(3,4)"), ("(1,2),(3,4),(1,2)", "(3,4),(1,2)"),
+               (r"(\pm 1, \pm 2)", "(1,2),(1,-2),(-1,2),(-1,-2)"), ("(1;2),(3;4)", "(1,2),(3,4)"),
+                (r"\left(1,\ 2\right)", "(1, 2)"), ("(0.5, 2)", r"(\frac12, 2)"), ("(100, 101)", "(100,101)")],
+    "lists and sets": [("Least: 2, Greatest: 9", "2, 9"), (r"x \in \{1,2\}", "1,2"), (r"\{\}", r"\emptyset"),
+                       (r"\text{no solution}", r"\varnothing"),
+                        ("4, -4", "-4,4"), (r"-4 \text{ and } 4", "-4, 4"),
                        ("5,-2,7", r"7, -2, \text{ and } 5"),
                        (r"\{1,2\}", "1, 2"), (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
                        ("x=1000, y=10", "10^3, 10"), ("(9, 3), (6, 3)", "(6,3),(9,3)"),
@@ -133,12 +182,20 @@ EQUAL = {
     "intervals": [("[0,1)", r"\left[0, 1\right)"),
                   (r"(5,\infty) \cup (-\infty,5)", r"(-\infty,5)\cup(5,\infty)"),
                   ("(-∞, 3)", r"(-\infty,3)"), (r"[0.5,+\infty)", r"[\frac12,\infty)")],
-    "matrices": [(r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    "matrices": [(r"(0.5, 3)", r"\begin{pmatrix} \frac12 \\ 3 \end{pmatrix}"),
+                  (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
                  (r"\begin{pmatrix} 0.5 \\ x+1 \\ \end{pmatrix}",
                  r"\begin{pmatrix} \frac12 \\ 1+x \end{pmatrix}")],
-    "words": [("August", r"\text{August}"), (r"\textbf{august}", "August"), ("(B)", r"\text{B}"),
+    "words": [(r"8:05 \text{ p.m.}", "20:05"), (r"9:40 \text{ a.m.}", "9:40 AM"),
+               ("August", r"\text{August}"), (r"\textbf{august}", "August"), ("(B)", r"\text{B}"),
               ("E", r"\text{(E)}"),
               (r"4:30 \text{ p.m.}", r"\text{4:30 p.m.}"), ("June 20", r"\text{June 20}")],
+    "angles and ratios": [(r"60^\circ", r"\frac{\pi}{3}"), ("3:1", "3"), ("4:6", r"\frac23"), ("(a:(b:c)):2", r"\frac{ac}{2b}"),
+                           (r"30^\circ", "30")],
+    "letters": [("f(z)=2z+1", "f(x)=2x+1"), (r"\frac{\pi}{4}+n\pi", r"\frac{\pi}{4}+k\pi"),
+                (r"2k\pi,\ k \in \mathbb{Z}", r"2n\pi"),
+                (r"f(x)=x^2 \text{ for all } x \in \mathbb{R}", "f(x)=x^2"),
+                (r"(3t,1-t) \text{ for some integer } t", "(3x,1-x)")],
 }
 
 
@@ -156,15 +213,22 @@ DIFFERENT = {
                 (r"5 \quad 6", "56"),
                 ("{5}{6}", "56"), ("31/2", "3½"), ("52", "5²"),
                 ("100000000000000000001", "100000000000000000000")],
-    "rounding": [("0.33", r"\frac13"), ("0.333", r"\frac13"), ("9.42", r"3\pi"), ("17.89", r"8\sqrt5")],
+    "rounding": [("1.41421356", r"\sqrt2"), ("3.1415926536", r"\pi"),
+                  ("0.33", r"\frac13"), ("0.333", r"\frac13"), ("9.42", r"3\pi"), ("17.89", r"8\sqrt5")],
     "percent": [("8300", r"83\%"), ("0.5%", "0.5"), ("500%", "5"), (r"830\%", r"83\%")],
     "currency": [("5.50 cents", r"\$5.50"), (r"\$550", r"\$5.50")],
-    "units": [("1.8 billion", "1.8"), ("5 or more", "5"), (r"5\text{ million}", "5"), ("not 5", "5")],
+    "units": [(r"5 \text{ is wrong}", "5"), (r"5 \text{ is not it}", "5"), ("5k", "5"),
+               ("1.8 billion", "1.8"), ("5 or more", "5"), (r"5\text{ million}", "5"), ("not 5", "5")],
     "bases": [("12_5", "12_6"), ("12_5", "12"), ("7", "12_5"), ("120_5", "12_5")],
-    "names": [("x=5", "y=5"), ("98765 = 5", "5"), ("x = 5 = 6", "5"), (r"5 \approx 7", "5"),
+    "names": [("x^2=25", "x=5"), ("x^2=25", "5"), ("3x+7>22", "x>5"),
+              ("f(x)=2x", "f(x)=3x"), ("f(z)=2z", "f(x)=2"),
+               ("x=5", "y=5"), ("98765 = 5", "5"), ("x = 5 = 6", "5"), (r"5 \approx 7", "5"),
               ("0", "a + 3z = 0"),
               (r"\cos(x)=\frac{42}{59}", r"\sin(x)=\frac{42}{59}"), ("x=3, y=4", "x=4, y=3")],
-    "expressions": [("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"), (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
+    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)+1"), ("2^{4950}", "1/8"), ("x^{100}", "x^{101}"), ("|x|", r"\sqrt{x}"),
+                    ("10^{-400}", "0"), ("10^{400}", "10^{401}"), (r"\infty-\infty", "0"), ("5!!", "15"),
+                    ("k", "n"), ("2k", "2n"),
+                     ("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"), (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
                     ("|x|", "x"), ("8+15i", "15+8i"), ("x_1", "x_2"), ("AB", "BC")],
     "inequalities": [("x > 704", "704"), (r"x \le 5", "x < 5"), ("x < 5", "x > 5"), (r"5 \ne 6", "5")],
     "tuples": [("(2,1)", "(1,2)"), ("1", "(1,2)"), ("(1)", "(1,2)"), ("(1,2,3)", "(1,2)"),
@@ -177,6 +241,8 @@ DIFFERENT = {
                  (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")],
     "words": [(r"\text{not August}", r"\text{August}"), ("B", "E"), ("A, B, C, D, E", "B"),
               ("1:00", "12:00")],
+    "angles and ratios": [(r"60\pi", r"60^\circ"), (r"61^\circ", r"\frac{\pi}{3}"), ("3:1", "1:3"), ("4:30", "2:15"),
+                          (r"8:05 \text{ a.m.}", "20:05")],
 }
 
 
@@ -184,6 +250,26 @@ DIFFERENT = {
 def test_different(a, b):
     assert not equal(a, b)
     assert not equal(b, a)
+
+
+@pytest.mark.parametrize("given, gold", [
+    ("x+y=5", "5"), ("ab=12", "12"), ("a+b+c=2k", "2k"),               # what is asked for stands left of the sign
+    ("-4x^2+4x-2", "y+1=-(2x-1)^2"), (r"\sqrt3\csc\theta", r"\rho\sin\theta=\sqrt3"),
+])
+def test_the_gold_answer_fixes_what_a_given_form_means_but_not_the_other_way_round(given, gold):
+    assert equal(given, gold)
+    assert not equal(gold, given)
+
+
+@pytest.mark.parametrize("given, gold", [("0", "x=y^2"), ("y", "y^2=x^2"), ("3", "x+y=3"), ("x", "y=x+1"), ("5", "0x=0")])
+def test_an_expression_that_does_not_solve_the_gold_equation_is_not_equal_to_it(given, gold):
+    assert not equal(given, gold)
+
+
+@pytest.mark.parametrize("given, gold", [("2x+1=11", "x=5"), ("x+7=12", "x=5"), ("2x=10", "5"), ("2x+1=11", "5"),
+                                         ("x+7>12", "x>5")])
+def test_an_equation_that_still_has_to_be_solved_is_not_its_solution(given, gold):
+    assert not equal(given, gold)
 
 
 # ------------------------------------------------------------------------------------ reward hacks
@@ -261,6 +347,71 @@ def test_hostile_text_is_never_an_error_and_never_right(completion):
     assert consistency_reward(completion) in (0.0, 1.0)
 
 
+def test_the_generated_hostile_inputs_pay_nothing_wrong_and_refuse_nothing_right():
+    cases = bench_reward.hostile()
+    assert sum(right for *_, right in cases) > 40 and len(cases) > 800 and max(len(text) for text, *_ in cases) >= MEGABYTE
+    assert [case for case in cases if verify(*case[:2]) != case[2]] == []
+
+
+def test_nothing_in_a_completion_is_executed(tmp_path):
+    """Were a completion evaluated anywhere, one of these would leave a file."""
+    path = tmp_path / "executed"
+    for code in (f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"$(touch {path})",
+                 f"`touch {path}`", f"[x for x in [open('{path}','w')]]", f"\\immediate\\write18{{touch {path}}}",
+                 f"{{{{open('{path}','w')}}}}"):
+        for text in (f"\\boxed{{{code}}}", f"<answer>{code}</answer>", f"The answer is {code}.", f"#### {code}",
+                     f"```python\n{code}\n```"):
+            assert not verify(text, "5")
+            equal(code, code)
+    assert not path.exists()
+    source = "".join(Path(module.__file__).read_text() for module in (reward, answers, latex, expression))
+    source = source.replace("re.compile", "")
+    assert not re.search(r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]", source)
+
+
+def test_no_more_is_read_than_the_caps_allow(monkeypatch):
+    """Bounded by construction: whatever the completion, this much text and this many forms are worked on."""
+    seen = {"clean": 0, "value": 0, "items": 0, "marks": 0}
+
+    def count(module, name, key, size):
+        original = getattr(module, name)
+
+        def counted(*args):
+            result = original(*args)
+            seen[key] = max(seen[key], size(args, result))
+            return result
+        monkeypatch.setattr(module, name, counted)
+    count(answers, "clean", "clean", lambda args, _: len(args[0]))
+    count(answers, "value", "value", lambda args, result: len(args[0]) if result else 0)
+    count(answers, "_same_items", "items", lambda args, result: max(map(len, args[:2])) if result else 0)
+    count(reward, "_announcements", "marks", lambda args, result: len(result))
+    for completion, gold, _ in bench_reward.hostile():
+        verify(completion, gold)
+    assert 0 < seen["clean"] <= answers.MAX_ANSWER
+    assert 0 < seen["value"] <= expression.MAX_TEXT
+    assert 0 < seen["items"] <= answers.MAX_ITEMS
+    assert len(reward._tail("x" * MEGABYTE)) == reward.TAIL
+
+
+def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer():
+    boxes = " ".join("\\boxed{" + "+".join(f"\\sqrt{{x+{i * 50 + j}}}" for j in range(30)) + "}" for i in range(39))
+    assert len(extract_answer(boxes)) < 2 * answers.MAX_ANSWER
+
+
+@pytest.mark.parametrize("text", ["(" * 61 + "x" + ")" * 61, "x^{" * 61 + "1" + "}" * 61, "1+" * 700 + "1", "9^{9^{9^9}}",
+                                  "171!", "x x 2"])
+def test_beyond_the_caps_there_is_no_value(text):
+    assert value(text) is None
+
+
+def test_the_exact_value_is_no_fixed_point_of_the_prime():
+    """A rational number is compared by its size too: the prime itself is not 0."""
+    for extra in (0, 5):
+        assert not equal(str(expression.PRIME + extra), str(extra))
+        assert not equal(f"x+{expression.PRIME + extra}", f"x+{extra}")
+        assert not same_value(value(f"{expression.PRIME}+{extra}"), value(str(extra)))
+
+
 def test_unicode_spellings_of_a_number_are_that_number():
     assert verify("\\boxed{9\u200b8765}", "98765")                      # zero-width space
     assert verify("\\boxed{\uff19\uff18\uff17\uff16\uff15}", "98765")   # full-width digits
@@ -294,7 +445,34 @@ def test_never_raises_and_returns_a_bool(completion, gold, lenient):
 @settings(max_examples=200, deadline=None)
 @given(MATHS)
 def test_equality_is_reflexive_unless_empty(text):
-    assert equal(text, text) == (reward._clean(text.strip()) != "")
+    assert equal(text, text) == (clean(text.strip()) != "")
+
+
+def test_a_verdict_is_a_bool_and_nothing_that_is_only_true_or_false():
+    for a, b in (("n", r"k, k \in \mathbb{Z}"), (r"x\pi", r"y\pi"), (r"n\pi", r"k\pi"), ("x=y", "x=5"), ("1,2", "(1,2)")):
+        assert type(equal(a, b)) is bool and type(verify(f"\\boxed{{{a}}}", b)) is bool
+
+
+@settings(max_examples=300, deadline=None)
+@given(MATHS, MATHS)
+def test_equality_of_plain_values_is_symmetric(a, b):
+    """Of all forms but those where the gold answer explains the given one: relations."""
+    if not re.search(r"[=<>≤≥≠∈≈]|\\\\(?:le|in)", a + b):
+        assert equal(a, b) == equal(b, a)
+
+
+TERMS = st.recursive(st.sampled_from(["x", "y", "2", "3", "7", "0.5", r"\pi", r"\sqrt{2}"]), lambda t: st.one_of(
+    st.builds("({}+{})".format, t, t), st.builds("({}-{})".format, t, t), st.builds("{}*{}".format, t, t),
+    st.builds(r"\frac{{{}}}{{{}}}".format, t, t), st.builds("({})^{{2}}".format, t)), max_leaves=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TERMS, TERMS, TERMS)
+def test_rearranged_expressions_are_equal_and_changed_ones_are_not(a, b, c):
+    left, right = f"({a}+{b})*({c})", f"{c}*({b})+({a})*({c})"
+    if value(clean(left)):
+        assert equal(left, right)
+        assert not equal(left, f"{right}+1")
 
 
 @settings(max_examples=200, deadline=None)
@@ -364,7 +542,7 @@ def rows(pattern):
     return [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("pattern, share", [("problems/gsm8k*.jsonl", 0.999), ("problems/math*.jsonl", 0.99)])
+@pytest.mark.parametrize("pattern, share", [("problems/gsm8k*.jsonl", 1.0), ("problems/math*.jsonl", 0.998)])
 def test_solutions_verify_against_their_own_answers(pattern, share):
     verified = [verify(row["solution"], row["answer"]) for row in rows(pattern)]
     assert sum(verified) >= share * len(verified)
@@ -373,10 +551,37 @@ def test_solutions_verify_against_their_own_answers(pattern, share):
 def test_labelled_outputs():
     labelled = [row for row in rows("verifier/*_dev.jsonl") if row["correct"] is not None]
     verdicts = [(verify(row["output"], row["gold"]), row["correct"]) for row in labelled]
-    assert verdicts.count((True, False)) <= 0.0005 * len(labelled)
-    assert verdicts.count((False, True)) <= 0.01 * len(labelled)
+    assert verdicts.count((True, False)) <= 0.0002 * len(labelled)
+    assert verdicts.count((False, True)) <= 0.003 * len(labelled)
 
 
 def test_gsm8k_solutions_are_consistent():
     values = [consistency_reward(row["solution"]) for row in rows("problems/gsm8k_test.jsonl")]
     assert sum(values) > 0.8 * len(values)
+
+
+# ------------------------------------------------------------------------------------ python bench.py reward
+
+def test_the_bench_counts_false_positives_and_negatives_and_keeps_no_text(tmp_path, monkeypatch):
+    outputs = [("#### 5", "5", True), ("#### 5", "5", False), ("five", "5", True), ("#### 6", "5", False), ("?", "5", None)]
+    (tmp_path / "small.jsonl").write_text("".join(
+        json.dumps({"output": output, "gold": gold, "correct": correct, "dataset": "gsm8k"}) + "\n"
+        for output, gold, correct in outputs))
+    monkeypatch.setattr(bench_reward, "hostile", lambda: [(r"\boxed{5}", "5", True), (r"\boxed{5 or 6}", "5", False)])
+    result = bench_reward.reward(SimpleNamespace(data=tmp_path, vs="", rounds=1), None)
+    assert result["accuracy"] == {"small gsm8k completion": {"ours": {"n": 4, "accuracy": 0.5, "fp": 1, "fn": 1}}}
+    assert result["throughput"]["gsm8k"]["n"] == 4
+    assert result["hostile"]["ours"]["wrong_accepted"] == result["hostile"]["ours"]["right_refused"] == 0
+    assert "five" not in json.dumps(result)
+
+
+def test_the_bench_says_in_one_line_what_it_needs(tmp_path, monkeypatch):
+    args = SimpleNamespace(data="", vs="", rounds=1)
+    with pytest.raises(ValueError, match="reward needs --data FOLDER"):
+        bench_reward.reward(args, None)
+    (tmp_path / "bad.jsonl").write_text('{"output": "5", "gold": "5", "correct": true}\n{"output": "5"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 2"):
+        bench_reward.labelled(tmp_path)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match="pip install math-verify"):
+        bench_reward.verifiers("math-verify")
