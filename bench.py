@@ -361,6 +361,7 @@ def main():
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--no-files", dest="files", action="store_false", help="memory: random weights, nothing is written")
+    parser.add_argument("--steps", type=int, default=2, help="memory: GRPO steps")
     parser.add_argument("--predict", action="store_true", help="memory, comm: the model's figures, nothing is run")
     parser.add_argument("--shard", type=int, default=0, help="memory, comm under torchrun: as of train.py")
     parser.add_argument("--variant", choices=["", "ours", "naive"], default="", help="logps: one of the two only")
@@ -382,10 +383,9 @@ def main():
         result = WHAT[args.what](args, device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    ranks = dist.world()
-    last = dist.rank() == 0
+    ranks, first = dist.world(), dist.rank() == 0
     dist.close()
-    if not last:
+    if not first:
         return
     if not args.variant:
         command = "python bench.py " + " ".join(sys.argv[1:])

@@ -43,19 +43,16 @@ def build(args, device, place, phases):
     """The model to be trained, from files as a run has them; the files' folder is gone afterwards."""
     if not args.files:
         return bench.random_model(args, device, place)
+    if dist.world() > 1:        # whoever wrote the files would have the peak of that
+        raise ValueError("memory on several ranks needs --no-files")
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(dist.broadcast_object(folder))
         model_module.SHARD_BYTES = 3 * 10 ** 8              # several files, as a large checkpoint has
-        if dist.rank() == 0:
-            bench.random_model(args, device).to("cpu", torch.bfloat16).save_pretrained(source, torch.bfloat16)
-        dist.barrier()
-        phases.done("write", shards=len(list(source.glob("*.safetensors"))))
-        model = Transformer.from_pretrained(source, place.home, shard=place)
-        dist.barrier()
-    return model
+        bench.random_model(args, device).to("cpu", torch.bfloat16).save_pretrained(folder, torch.bfloat16)
+        phases.done("write", shards=len(list(Path(folder).glob("*.safetensors"))))
+        return Transformer.from_pretrained(folder, place.home, shard=place)
 
 
-def steps(args, model, phases, count=2):
+def steps(args, model, phases, count):
     """`count` GRPO steps of this rank's share; the batch is that of one process on any number of ranks."""
     c = Config(group_size=args.group_size, prompts_per_step=args.prompts, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
     run, (prompts, lengths) = bench.make_run(model, c), bench.workload(args, model.config)
@@ -82,7 +79,7 @@ def load_of(args):
 
 
 def memory(args, device):
-    """Load, sample, train two steps (the second beside the optimizer's full state), save: time and peak of each; and how far
+    """Load, sample and train --steps steps, save: time and peak of each; and how far
     the predicted peak is off. A CPU process counts in full, so what Python and PyTorch take alone is added there."""
     phases, place = Phases(device), dist.Sharding(device, getattr(torch, args.dtype), args.shard)
     phases.done("start")
@@ -91,7 +88,7 @@ def memory(args, device):
     model.activation_checkpointing = True
     parameters = sum(p.numel() for p in model.parameters())
     phases.done("load", parameters=parameters)
-    steps(args, model, phases)
+    steps(args, model, phases, args.steps)
     with tempfile.TemporaryDirectory() as target:
         if args.files:
             model.save_pretrained(Path(target) / "out", write=dist.rank() == 0)
@@ -125,15 +122,14 @@ def predicted_memory(args):
 
 # --------------------------------------------------------------------------------------------------- communication
 
-FUNCTIONS = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor", "all_reduce")
-SAME = {"all_gather_into_tensor": "all_gather", "all_gather_single": "all_gather", "reduce_scatter_single": "reduce_scatter",
+KINDS = {"all_gather_into_tensor": "all_gather", "all_gather_single": "all_gather", "reduce_scatter_single": "reduce_scatter",
         "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}
 
 
 @contextmanager
 def counted(log):
     """While open, the collectives of this process are counted and waited for one by one: {kind: [calls, bytes, seconds]}."""
-    originals = {name: getattr(torch.distributed, name) for name in FUNCTIONS if hasattr(torch.distributed, name)}
+    originals = {name: getattr(torch.distributed, name) for name in KINDS if hasattr(torch.distributed, name)}
 
     def watched(name, function):
         def call(*tensors, **options):
@@ -142,7 +138,7 @@ def counted(log):
             work = function(*tensors, **options)
             if work is not None:
                 work.wait()
-            row = log.setdefault(SAME[name], [0, 0, 0.0])
+            row = log.setdefault(KINDS[name], [0, 0, 0.0])
             row[0], row[2] = row[0] + 1, row[2] + time.perf_counter() - begin
             row[1] += max(t.numel() * t.element_size() for t in given)      # of the full tensor
             return work
@@ -158,6 +154,8 @@ def counted(log):
 
 def comm(args, device):
     """One GRPO step: calls, bytes and seconds of each collective, beside the bytes that capacity.py predicts."""
+    if device.type != "cpu":
+        raise ValueError("comm waits for each collective, which on an accelerator measures nothing: --device cpu")
     if dist.world() == 1:
         raise ValueError("comm measures several processes: torchrun --nproc-per-node 4 bench.py comm, or comm --predict")
     place = dist.Sharding(device, getattr(torch, args.dtype), args.shard)

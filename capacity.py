@@ -4,14 +4,18 @@
     python bench.py comm --predict                   4B, 8B and 14B on 20 Ascend 910B, for each mesh
 
 A step has two phases whose memory is not needed at the same time: the rollout (a copy of the weights in the compute dtype, keys
-and values) and the training (gradients, gathered blocks, activations). Weights and Adam's moments stay through both. `bench.py
-memory` and `bench.py comm` measure what is predicted here.
+and values) and the training (gradients, gathered blocks, activations). Weights and Adam's moments stay through both. Not counted: a frozen reference
+(--beta) and the lagging weights (--sync-every), each a copy in the compute dtype over `shard` ranks. `bench.py memory` and
+`bench.py comm` measure what is predicted here.
 """
 from dataclasses import dataclass
+
+import torch
 
 from decode import bytes_per_token
 from model import LOGIT_CHUNK
 
+DTYPE = {2: torch.bfloat16, 4: torch.float32}
 MASTER = 4          # bytes of a float32 weight, as of each of Adam's two moments, and of a gradient
 GB, MB = 10 ** 9, 2 ** 20
 
@@ -28,9 +32,9 @@ class Load:
     mean_tokens: float = 0.0    # of a completion; 0: half of new_tokens
     checkpointing: bool = True
 
-    def trained(self):
-        """Tokens of a step that go through the model in training: a group's prompt once."""
-        return self.prompts * (self.prompt_tokens + self.group_size * (self.mean_tokens or self.new_tokens / 2))
+    def trained(self, world):
+        """Tokens that go through the model in training, on the rank that has most prompts: a group's prompt once."""
+        return -(-self.prompts // world) * (self.prompt_tokens + self.group_size * (self.mean_tokens or self.new_tokens / 2))
 
 
 def counts(c):
@@ -68,10 +72,10 @@ def memory(c, load, world, shard, size, whole=False, copies_on_cpu=False):
                                      - (head if whole and not c.tie_word_embeddings else 0))
     rows = min(load.rows, -(-load.prompts // world) * load.group_size)
     prompts = min(-(-load.prompts // world), 2 * -(-rows // load.group_size))
-    part["kv_cache"] = bytes_per_token(c, _Size(size)) * (rows * load.new_tokens + prompts * load.prompt_tokens)
+    part["kv_cache"] = bytes_per_token(c, DTYPE[size]) * (rows * load.new_tokens + prompts * load.prompt_tokens)
     part["sampling"] = 4 * 3 * rows * c.vocab_size
     part["gradients"] = MASTER * everything / shard
-    tokens = min(load.micro_batch_tokens, load.trained() / world)
+    tokens = min(load.micro_batch_tokens, load.trained(world))
     part["activations"] = activations(c, tokens, size, load.checkpointing)
     part["logits"] = 3 * 4 * min(LOGIT_CHUNK, tokens * c.vocab_size)
     if not whole:       # lm_head's gradient in float32, then in the compute dtype; at the end all of the root for the reduction
@@ -83,11 +87,6 @@ def memory(c, load, world, shard, size, whole=False, copies_on_cpu=False):
     rollout = part["inference_copy"] + part["kv_cache"] + part["sampling"]
     training = part["gradients"] + part["activations"] + part["logits"] + part["gathered"]
     return {**part, "rollout_phase": stays + rollout, "training_phase": stays + training, "peak": stays + max(rollout, training)}
-
-
-@dataclass
-class _Size:
-    itemsize: int
 
 
 # ------------------------------------------------------------------------------------------------------ communication
@@ -106,7 +105,7 @@ def bus(n, crosses):
     return (min(inside, BETWEEN * ASSUMED["network_efficiency"]) if crosses else inside) * GB
 
 
-def traffic(c, world, shard, micro_batches, size, whole=False):
+def traffic(c, world, shard, micro_batches, size):
     """[(collective, phase, times a step, bytes of the full tensor, ranks)] of one step with one update."""
     everything, block, root = counts(c)
     blocks, reduced = everything - root, MASTER * everything
@@ -135,16 +134,19 @@ def compute_seconds(c, load, world, size):
     rows = min(load.rows, -(-load.prompts // world) * load.group_size)
     waves = -(-(load.prompts * load.group_size) // (world * rows))
     mean = load.mean_tokens or load.new_tokens / 2
-    read = size * everything + bytes_per_token(c, _Size(size)) * (rows * mean / 2 + rows / load.group_size * load.prompt_tokens)
+    read = size * everything + bytes_per_token(c, DTYPE[size]) * (rows * mean / 2 + rows / load.group_size * load.prompt_tokens)
     token = max(read / (CHIP["bandwidth"] * ASSUMED["decode_bandwidth_share"]),
                 2 * everything * rows / (CHIP["flops"] * ASSUMED["training_utilisation"]))
-    flops = (8 if load.checkpointing else 6) * everything * load.trained() / world
+    flops = (8 if load.checkpointing else 6) * everything * load.trained(world)
     return waves * load.new_tokens * token, flops / (CHIP["flops"] * ASSUMED["training_utilisation"])
 
 
 def step(c, load, world, shard, size=2):
-    """What a step costs on world chips in groups of `shard`: seconds of compute and of communication that nothing hides."""
-    micro_batches = max(1, -(-round(load.trained() / world) // load.micro_batch_tokens))
+    """What a step of GRPO, one pass, costs on world chips in groups of `shard`: seconds of compute and of communication.
+
+    Nothing hides the communication here, though FSDP2 gathers a block while another computes: "share" is an upper bound for that.
+    Latency, evaluation, a reference model and off-policy passes are left out."""
+    micro_batches = max(1, -(-round(load.trained(world)) // load.micro_batch_tokens))
     crossing = crosses_nodes(world, shard)
     rows = traffic(c, world, shard, micro_batches, size)
     spent = [seconds(row, crossing[row[0] == "all_reduce"]) for row in rows]

@@ -12,7 +12,9 @@ go on from them. Several nodes need a folder that all of them see. (Its index is
 import fcntl
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dist import barrier, broadcast_object, choose_threads, first_line, gather_objects, rank
+from dist import Agreed, barrier, broadcast_object, choose_threads, first_line, gather_objects, rank
 
 # ------------------------------------------------------------------------------------------------------ run folder
 
@@ -38,7 +40,7 @@ def open_run(c, restarted):
         stored = json.loads((folder / "config.json").read_text())
         if stored == {**asdict(c), "threads": stored.get("threads")}:
             c = replace(c, resume=True, threads=stored["threads"])
-    if not c.resume and folder.exists() and any(folder.iterdir()):
+    if not c.resume and folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
         hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
         raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
     if c.resume:
@@ -59,7 +61,7 @@ def agree_on_run(c):
             outcome = (None, str(error))
     folder, settings = broadcast_object(outcome)
     if folder is None:
-        raise ValueError(settings)
+        raise Agreed(settings)
     return type(c)(**settings), folder
 
 
@@ -94,7 +96,7 @@ def claim(c, folder):
             problem = str(error)
     problem = broadcast_object(problem)
     if problem:
-        raise ValueError(problem)
+        raise Agreed(problem)
 
 
 def write_whole(file, text):
@@ -108,7 +110,8 @@ def write_whole(file, text):
 
 def checkpoints(folder):
     """The whole checkpoints of a folder, oldest first."""
-    return sorted(Path(folder).glob("step-*"))
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
@@ -119,6 +122,9 @@ def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
     try:
         together(lambda: prepare(folder, part))
+        blind = [i for i, sees in enumerate(gather_objects(part.is_dir())) if not sees]
+        if blind:
+            raise OSError(f"ranks {blind} do not see {folder}: give an --out that all nodes share")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # of dcp: that there is one process only
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
@@ -127,9 +133,10 @@ def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
         barrier()
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)     # on a full disk, room for others
-        whole, free = checkpoints(folder), shutil.disk_usage(folder).free // 2 ** 20
-        raise ValueError(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
-                         + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
+        whole, there = checkpoints(folder), next(path for path in Path(folder).absolute().parents if path.exists())
+        free = shutil.disk_usage(there).free // 2 ** 20
+        raise Agreed(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
+                     + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
 
 
 def together(act):
@@ -138,8 +145,8 @@ def together(act):
     if rank() == 0:
         try:
             act()
-        except OSError as error:
-            problem = str(error)
+        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
+            problem = first_line(error)
     problem = broadcast_object(problem)
     if problem:
         raise OSError(problem)
@@ -147,7 +154,7 @@ def together(act):
 
 def prepare(folder, part):
     for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
-        shutil.rmtree(left_over)
+        shutil.rmtree(left_over, ignore_errors=True)
     part.mkdir(parents=True)
 
 
@@ -159,11 +166,14 @@ def complete(folder, part, final, state, extra, keep):
     for path in (*part.iterdir(), part):
         sync(path)
     os.replace(part, final)
-    sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        gone = Path(folder) / f".part-{old.name}"       # half of it must not look whole
-        os.replace(old, gone)
-        shutil.rmtree(gone)
+    try:
+        sync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            gone = Path(folder) / f".part-{old.name}"       # half of it must not look whole
+            os.replace(old, gone)
+            shutil.rmtree(gone)
+    except OSError as error:        # the new one is whole all the same
+        print(f"warning: {folder}: {error}", file=sys.stderr)
 
 
 def sync(path):
@@ -194,8 +204,9 @@ def load_checkpoint(path, tensors):
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
     except (ValueError, dcp.CheckpointException) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({reason(error)}); "
-                         "remove that folder to resume from the one before") from None
+        older = [x for x in checkpoints(path.parent) if x != path]
+        raise Agreed(f"checkpoint {path} cannot be read ({reason(error)}); remove that folder to resume from " + (
+            older[-1].name if older else "the start: there is no other")) from None
     return state, extra
 
 

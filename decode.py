@@ -147,9 +147,11 @@ def gathered(module):
     """While open, the module's own weights are whole and in the compute dtype (FSDP2 brings them from all ranks)."""
     if isinstance(module, FSDPModule):
         module.unshard()
-    yield
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    try:
+        yield
+    finally:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def keep(weight, lent):

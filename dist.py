@@ -26,7 +26,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
@@ -50,7 +50,8 @@ def setup(device_name="", timeout=1800):
         torch.accelerator.set_device_index(local_rank)
     if "RANK" in os.environ and not dist.is_initialized():
         try:
-            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout), **meeting_point(timeout))
+            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout),
+                                    **meeting_point(min(timeout, 600)))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: {first_line(error)}") from None
     return device
@@ -68,8 +69,9 @@ def meeting_point(timeout):
                           timeout=datetime.timedelta(seconds=timeout))
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank > 0:
-        store.set(f"greeting/{rank}", name)
-        name = store.get(f"answer/{name}").decode()         # waits
+        greeting = name
+        store.set(f"greeting/{rank}", greeting)
+        name = store.get(f"answer/{greeting}").decode()         # waits
         store.set(f"{name}/{rank}", "confirmed")
     missing = set(range(1, world)) if rank == 0 else set()
     while missing:
@@ -114,10 +116,10 @@ class Sharding:
     """Where the weights of a model lie; call it on a model (on the meta device, before it is filled).
 
     dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload: the parts, their
-    gradients and the optimizer's state stay in the memory of the host. ValueError when shard does not divide the world, or
-    there is nothing to offload from."""
+    gradients and the optimizer's state stay in the memory of the host. timeout: seconds of a collective of the mesh.
+    ValueError when shard does not divide the world, or there is nothing to offload from."""
 
-    def __init__(self, device, dtype, shard=0, offload=False):
+    def __init__(self, device, dtype, shard=0, offload=False, timeout=1800):
         self.device, self.dtype, self.offload = device, dtype, offload
         shard = shard or world()
         if world() % shard:
@@ -129,8 +131,12 @@ class Sharding:
             return
         if not dist.is_initialized():
             dist.init_process_group(backends(device.type), store=dist.HashStore(), rank=0, world_size=1)
-        shape, names = ((world(),), ("shard",)) if shard == world() else ((world() // shard, shard), ("copies", "shard"))
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        if shard == world():
+            self.mesh = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+            return
+        ranks = torch.arange(world()).view(-1, shard)
+        groups = [own_group(rows, timeout) for rows in (ranks.T.tolist(), ranks.tolist())]
+        self.mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("copies", "shard"))
 
     def __call__(self, model):
         model.computes_on = self.device, self.dtype
@@ -150,6 +156,13 @@ class Sharding:
     def home(self):
         """Of the parts."""
         return torch.device("cpu") if self.offload else self.device
+
+
+def own_group(rows, timeout):
+    """This rank's process group among those of the rows (lists of ranks). Every rank makes all of them, in this order; a mesh
+    would make them as well, but with a timeout of its own."""
+    groups = [dist.new_group(row, timeout=datetime.timedelta(seconds=timeout)) for row in rows]
+    return next(group for row, group in zip(rows, groups) if rank() in row)
 
 
 def sharded(model):
@@ -224,8 +237,13 @@ class Watchdog(threading.Thread):
         self.limit, self.stopped = limit, threading.Event()
         self.enter("start")
 
-    def enter(self, phase):
-        self.phase, self.since, self.told = phase, time.monotonic(), 0.0
+    def enter(self, phase, detail=""):
+        self.base, self.detail = phase, detail
+        self.since, self.told = time.monotonic(), 0.0
+
+    @property
+    def phase(self):
+        return self.base + (f", {self.detail}" if self.detail else "")
 
     def run(self):
         while not self.stopped.wait(min(self.limit / 4, 10.0)):
@@ -253,19 +271,26 @@ def phase(name):
         _watchdog.enter(name)
 
 
+def detail(text):
+    """A part of the present phase."""
+    if _watchdog:
+        _watchdog.enter(_watchdog.base, text)
+
+
 @contextmanager
 def waiting(what):
-    """A collective of the present phase: the rank that is late is the one that is not waiting."""
-    if not _watchdog:
-        yield
-        return
-    before = _watchdog.phase
-    _watchdog.enter(f"{before}, waiting for the others in {what}")
+    """A collective outside of the model: a rank that is late is one that is not waiting. (Those inside are in "training".)"""
+    before = _watchdog.detail if _watchdog else ""
+    detail(f"waiting for the others in {what}")
     yield
-    _watchdog.enter(before)
+    detail(before)
 
 
-LOST = re.compile(r"closed by peer|reset by peer|[Tt]imed? ?out|NCCL|HCCL|gloo|store->|TCPStore|Broken pipe")
+class Agreed(ValueError):
+    """An error that every rank raises: one of them says it."""
+
+
+LOST = re.compile(r"closed by peer|reset by peer|[Tt]imed? ?out|Broken pipe|remote process exited")
 
 
 def lost_contact(error):
@@ -274,6 +299,16 @@ def lost_contact(error):
         return None
     where = _watchdog.phase if _watchdog else "a collective"
     return f"rank {rank()} lost another rank in {where!r} ({first_line(error)[:200]}): its own message says why"
+
+
+def fail(error):
+    """End the program with one line. One of several ranks ends at once: leaving the group would wait for the others, who may
+    wait for this one; torchrun ends them."""
+    if world() == 1:
+        sys.exit(f"error: {error}")
+    if rank() == 0 or not isinstance(error, Agreed):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def first_line(error):

@@ -552,7 +552,10 @@ def write_shards(path, tensors, dtype):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: whole(tensors[name]).detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(shard, path / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, path / file, metadata={"format": "pt"})
+        except Exception as error:      # SafetensorError, which derives from Exception alone
+            raise OSError(f"{path / file} could not be written ({error})") from None
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(t.numel() * dtype.itemsize for t in tensors.values())

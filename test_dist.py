@@ -303,7 +303,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(damage, message, tmp_pat
     damage(tmp_path / "step-000003")
     with pytest.raises(ValueError, match="step-000003 cannot be read") as stop:
         checkpoint.load_checkpoint(tmp_path / "step-000003", {"model.a": torch.zeros(6)})
-    assert message in str(stop.value) and "\n" not in str(stop.value) and "from the one before" in str(stop.value)
+    assert message in str(stop.value) and "\n" not in str(stop.value) and "the start: there is no other" in str(stop.value)
 
 
 def test_checkpoints_come_back_as_they_were_and_the_newest_stay(tmp_path):
@@ -316,6 +316,21 @@ def test_checkpoints_come_back_as_they_were_and_the_newest_stay(tmp_path):
     assert (into["a"] == 2).all() and into["s"] == 3 and state["cursor"] == 2 and state["step"] == 2 and extra == {"buffer": [2]}
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load_checkpoint(tmp_path / "step-000002", {"another": torch.zeros(1)})
+
+
+def test_only_numbered_folders_are_checkpoints_and_they_go_by_their_number(tmp_path):
+    for name in ("step-1000000", "step-999999", "step-000020.bad", "step-", ".part-000021"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_a_disk_that_fills_up_with_the_replay_buffer_is_no_whole_checkpoint(tmp_path, monkeypatch):
+    """torch.save raises a RuntimeError then, after all ranks have written their parts."""
+    checkpoint.save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {})
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("unexpected pos 576 vs 534")))
+    with pytest.raises(ValueError, match=r"step 2 not written \(unexpected pos .* MB are free there\); step-000001 is whole"):
+        checkpoint.save_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_the_watchdog_names_rank_and_phase(capfd, monkeypatch):

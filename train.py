@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ def start(c, folder, device):
         claim(c, folder)
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    place = dist.Sharding(device, dtype, c.shard, c.offload)
+    place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
     model, tokenizer = Transformer.from_pretrained(source, place.home, shard=place), data.load_tokenizer(source)
     train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
     held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
@@ -241,6 +242,8 @@ def restore(run):
             lines = list(open(file, encoding="utf-8")) if file.exists() else []
             whole = [x for x in lines if x.endswith("\n")]                         # a crash may cut the last line
             kept = [x for x in whole if found and json.loads(x)["step"] <= run.step]
+            if whole and not found:         # from the beginning again: what was there stays to be read
+                os.replace(file, file.with_name(file.name + ".old"))
             write_whole(file, "".join(kept))
 
 
@@ -307,16 +310,20 @@ def main(argv=None):
         looping.append(True)
         signal.signal(signal.SIGTERM, on_interrupt)     # what schedulers and torchrun send; before, there is nothing to save
         done = loop(run, interrupted)
+        looping.clear()
         if done:
             finish(run)
     except KeyboardInterrupt:
         done = False
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not dist.lost_contact(error):
+        dist.fail(error)
+    except Exception as error:
+        if dist.world() == 1:
             raise
-        sys.exit(f"error: {dist.lost_contact(error)}")
+        lost = dist.lost_contact(error)
+        if not lost:        # of this rank, and before it ends: its others would wait for it
+            traceback.print_exc()
+        dist.fail(lost or f"rank {dist.rank()}: {dist.first_line(error)}")
     finally:
         run = None
         dist.close()

@@ -142,9 +142,11 @@ def score(model, batch, config, rows=None):
     rows = batch["active"].nonzero()[:, 0].tolist() if rows is None else rows
     out = torch.zeros(2, *batch["mask"].shape, device=batch["mask"].device)
     for some, part in parts_of(batch, rows, config):
+        dist.detail("scoring")
         both = torch.stack(forward(model, part, some, config))
         out[:, some, :both.shape[2]] = both * part["mask"]
     dist.reshard(model)
+    dist.detail("")
     return out
 
 
@@ -166,6 +168,7 @@ def update(run, batch, halves, config):
                 first = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
             parts = parts_of(batch, half, config)
             for i, (rows, micro) in enumerate(parts):
+                dist.detail(f"micro-batch {i + 1} of {len(parts)}")
                 dist.reduce_over_copies(run.model, now=i == len(parts) - 1)
                 sums = backward(run, batch, rows, micro, config, normalizer)
                 deviation = max(deviation, sums.pop("ratio_max_dev"))

@@ -1,6 +1,7 @@
 """kill -9 of a random rank at random moments, again and again: the run ends with the weights of an undisturbed one.
 
     python results/dist/kill.py --kills 20 --json results/dist/kill.json
+    python results/dist/kill.py --kills 6 --agents 2 --json results/dist/kill-2-agents.json      two torchruns, as on two nodes
 
 torchrun restarts the ranks (--max-restarts) and train.py goes on from its newest checkpoint by itself. Every second kill waits
 until a checkpoint is being written. Compared are all tensors of the last checkpoint, bit for bit, the replay buffer, and the log.
@@ -23,16 +24,34 @@ from ranks import HERE, make_start
 
 
 def command(args, folder, out):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "--max-restarts", "1000",
+    together = ["--standalone"] if args.agents == 1 else ["--nnodes", str(args.agents), "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                                                          "127.0.0.1:29577", "--rdzv-id", out.name]
+    return [sys.executable, "-m", "torch.distributed.run", *together, "--nproc-per-node", str(args.ranks), "--max-restarts", "1000",
             "--monitor-interval", "0.1", str(HERE / "train.py"), "--algo", "offpolicy", "--model", str(folder / "model"), "--data",
             str(folder / "problems.jsonl"), "--out", str(out), "--steps", str(args.steps), *(
                 "--prompts-per-step 5 --group-size 4 --max-new-tokens 8 --eval-every 1000 --eval-problems 4 --eval-samples 1 "
                 "--save-every 2 --lr 1e-3 --device cpu --threads 1 --watchdog 0").split()]
 
 
-def ranks_of(parent):
+class Run:
+    """The torchruns of one run, as one process."""
+
+    def __init__(self, args, command, errors):
+        self.agents = [subprocess.Popen(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=errors, stderr=errors)
+                       for _ in range(args.agents)]
+
+    def poll(self):
+        codes = [agent.poll() for agent in self.agents]
+        return None if None in codes else max(codes)
+
+    def wait(self):
+        return max(agent.wait() for agent in self.agents)
+
+
+def ranks_of(run):
     """Process ids of the ranks that torchrun has started."""
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+    parents = ",".join(str(agent.pid) for agent in run.agents)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", parents], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in children.splitlines() if "train.py" in line]
 
 
@@ -45,7 +64,7 @@ def kill_one(run, out, rng, while_saving, number):
             break
         time.sleep(0.02)
     time.sleep(0 if while_saving else rng.random())
-    ranks = ranks_of(run.pid)
+    ranks = ranks_of(run)
     victim = rng.choice(ranks) if ranks else None
     while while_saving and run.poll() is None and time.time() - begin < 120 and not list((out / "checkpoints").glob(".part-*")):
         time.sleep(0.0002)
@@ -81,19 +100,21 @@ def lines_of(out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="of each torchrun")
+    parser.add_argument("--agents", type=int, default=1, help="torchruns")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", required=True)
     args, kills = parser.parse_args(), []
-    env, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(args.seed)
+    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_start(folder)
         calm, wild = folder / "calm", folder / "wild"
-        subprocess.run(command(args, folder, calm), cwd=HERE, env=env, check=True, capture_output=True)
         with open(args.json + ".err", "w") as errors:
-            run = subprocess.Popen(command(args, folder, wild), cwd=HERE, env=env, stdout=errors, stderr=errors)
+            if Run(args, command(args, folder, calm), errors).wait():
+                sys.exit("error: the undisturbed run did not end well")
+            run = Run(args, command(args, folder, wild), errors)
             while len(kills) < args.kills and run.poll() is None:
                 done = kill_one(run, wild, rng, len(kills) % 2 == 1, len(kills) + 1)
                 if done:
