@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,8 +120,9 @@ def gradient(model, rollout, rewards, config, count):
 def gradients_are_those_of_one_process(folder):
     """Groups of equal rewards only on some ranks, fewer prompts than ranks, any budget, every mesh, tied or not; float32."""
     alone = {}
-    cases = list(itertools.product((7, 2), ((), (0, 1, 2), range(7)), (20, 60, 8192), (True, False)))
-    for prompts, equal_groups, budget, tied in cases:
+    cases = itertools.product((7, 2), ((), (0, 1, 2), range(7)), (20, 60, 8192))
+    for i, (prompts, equal_groups, budget) in enumerate(cases):
+        tied = i % 2 == 0
         config = Config(group_size=4, prompts_per_step=prompts, micro_batch_tokens=budget, temperature=0.7)
         model = PLAIN(Transformer(ModelConfig(**SHAPE, tie_word_embeddings=tied)).init_weights(3))
         batch = whole_batch(prompts, 4, [g for g in equal_groups if g < prompts], seed=prompts + budget)
@@ -135,7 +137,7 @@ def gradients_are_those_of_one_process(folder):
                 torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
             assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
     assert sum(bool(expected) for *_, (_, expected) in alone.values()) == len(alone) / 2      # the others have no signal anywhere
-    close_to_bfloat16(*alone[7, (), 60, True])
+    close_to_bfloat16(*alone[7, (), 8192, True])
 
 
 def close_to_bfloat16(model, batch, config, result):
@@ -246,20 +248,18 @@ def limited():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [0, 2])
-def test_a_full_disk_is_one_line_and_loses_nothing(start, tmp_path, nproc):
-    out = tmp_path / "run"
-    run_train("--model", start, "--out", out, *fast(start), "--steps", "2", nproc=nproc)
-    before = stored(out, 2)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
-    done = subprocess.run([sys.executable, *launcher, str(HERE / "train.py"), "--resume", "--out", str(out), "--steps", "4"],
-                          capture_output=True, text=True, preexec_fn=limited, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path):
+    """Two ranks, one line; the checkpoint before it stays, and the run can go on once there is room."""
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    before = stored(out, 4)
+    done = launch(str(HERE / "train.py"), "--resume", "--out", out, "--steps", "6", nproc=2, preexec_fn=limited)
     lines = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert done.returncode and "checkpoint of step 4 not written" in lines[0] and "step-000002 is whole" in lines[0], done.stderr[-2000:]
+    assert done.returncode and len(lines) == 1, done.stderr[-2000:]
+    assert "checkpoint of step 6 not written" in lines[0] and "step-000004 is whole" in lines[0]
     assert 'train.py", line' not in done.stderr and not list((out / "checkpoints").glob(".part-*"))
-    assert equal(stored(out, 2), before)
-    run_train("--resume", "--out", out, "--steps", "4", nproc=nproc)
-    assert log_of(out)[-1]["step"] == 4
+    assert equal(stored(out, 4), before)
+    run_train("--resume", "--out", out, "--steps", "6")
+    assert log_of(out)[-1]["step"] == 6
 
 
 def test_two_runs_in_one_folder_are_one_line(whole, tmp_path):

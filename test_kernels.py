@@ -578,7 +578,8 @@ def test_shared_prompts_change_neither_log_probs_nor_gradients(batch, temperatur
 
 
 def test_only_what_is_needed_goes_through_the_model(monkeypatch):
-    """Two groups of four with 5 prompt and 3 completion tokens: 2 x 5, and 2 of each completion; 8 x 7 unshared."""
+    """Two groups of four with 5 prompt and 3 completion tokens: 2 x 5, and 2 of each completion; 8 x 7 unshared. Where
+    nothing is needed one token goes, times zero: with weights sharded over ranks the others wait for it."""
     sizes, whole = [], MODEL.hidden_states
     monkeypatch.setattr(MODEL, "hidden_states", lambda tokens, *rest: sizes.append(len(tokens)) or whole(tokens, *rest))
     mask = torch.zeros(8, 12)
@@ -587,4 +588,4 @@ def test_only_what_is_needed_goes_through_the_model(monkeypatch):
     MODEL.token_logps(tokens, mask, prompts=[0] * 4 + [1] * 4)
     MODEL.token_logps(tokens, mask)
     MODEL.token_logps(tokens, mask * 0)
-    assert sizes == [2 * 5 + 8 * 2, 8 * 7]
+    assert sizes == [2 * 5 + 8 * 2, 8 * 7, 1]
