@@ -85,6 +85,8 @@ def memory(c, load, world, shard, size, whole=False, copies_on_cpu=False):
         part["gathered"] = 0
     stays = part["weights"] + part["moments"]
     rollout = part["inference_copy"] + part["kv_cache"] + part["sampling"]
+    if not whole:       # the outermost weights come first: as they arrive, put together, and copied
+        rollout = max(rollout, size * (3 * root + (head if tied_twice else 0)))
     training = part["gradients"] + part["activations"] + part["logits"] + part["gathered"]
     return {**part, "rollout_phase": stays + rollout, "training_phase": stays + training, "peak": stays + max(rollout, training)}
 

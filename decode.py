@@ -40,10 +40,12 @@ class Linear:
         if weights[0].device.type != "cpu" and not lent:
             self.weight = stack_in_place(weights)
             return
-        self.weight = torch.cat(weights) if len(weights) > 1 or lent else weights[0].detach()
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         if self.weight.device.type == "cpu" and has_onednn(self.weight.dtype):
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
             self.weight = None
+        elif lent and len(weights) == 1:
+            self.weight = self.weight.clone()
 
     def __call__(self, x, then="none", other=None):
         if self.blocked is not None and other is None:
@@ -168,16 +170,15 @@ class InferenceModel:
     @torch.no_grad()
     def __init__(self, model, rows):
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
-        self.layers = []
-        for block in model.model.layers:
-            with gathered(block):
-                self.layers.append(Layer(block, rows))
-        lent = isinstance(model, FSDPModule)
-        with gathered(model):       # what no block holds
+        self.layers, lent = [], isinstance(model, FSDPModule)
+        with gathered(model):       # what no block holds, and first: it is the largest and exists several times meanwhile
             self.embedding, self.norm = (keep(m.weight, lent) for m in (model.model.embed_tokens, model.model.norm))
             self.lm_head = Linear([model.lm_head], rows, lent)
         if lent and model.config.tie_word_embeddings and self.device.type != "cpu":
             self.lm_head.weight = self.embedding        # one copy of the two
+        for block in model.model.layers:
+            with gathered(block):
+                self.layers.append(Layer(block, rows))
         self.frequencies = inverse_frequencies(self.config, self.device)
 
     def _layer(self, i, x, rope, attend):
