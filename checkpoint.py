@@ -52,17 +52,21 @@ def open_run(c, restarted):
 def agree_on_run(c):
     """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
     restarted = any(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))     # of any node's torchrun
-    outcome = None
+    return together(lambda: open_run(c, restarted))
+
+
+def together(act):
+    """Rank 0 acts; every rank gets its result, or the error that it met."""
+    result = problem = None
     if rank() == 0:
         try:
-            c, folder = open_run(c, restarted)
-            outcome = (folder, asdict(c))
-        except (ValueError, OSError) as error:
-            outcome = (None, str(error))
-    folder, settings = broadcast_object(outcome)
-    if folder is None:
-        raise Agreed(settings)
-    return type(c)(**settings), folder
+            result = act()
+        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
+            problem = first_line(error)
+    result, problem = broadcast_object((result, problem))
+    if problem:
+        raise Agreed(problem)
+    return result
 
 
 def lock(folder):
@@ -86,23 +90,17 @@ def release():
 
 def claim(c, folder):
     """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
-    problem = None
-    if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock(folder)
-            write_whole(folder / "config.json", json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem:
-        raise Agreed(problem)
+    def write():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        write_whole(folder / "config.json", json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+    together(write)
 
 
 def write_whole(file, text):
     """Never half a file."""
     part = file.with_name("." + file.name)
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
@@ -137,19 +135,6 @@ def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
         free = shutil.disk_usage(there).free // 2 ** 20
         raise Agreed(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
                      + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
-
-
-def together(act):
-    """Rank 0 acts; what it raises, all raise."""
-    problem = None
-    if rank() == 0:
-        try:
-            act()
-        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
-            problem = first_line(error)
-    problem = broadcast_object(problem)
-    if problem:
-        raise OSError(problem)
 
 
 def prepare(folder, part):
