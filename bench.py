@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")    # before torch: waiting threads soon sleep (LOG.md)
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: waiting threads soon sleep (LOG.md)
 import numpy as np
 import torch
 

@@ -4,9 +4,9 @@
     Cache                       a prompt's keys and values once for its whole group, and each row's own behind them
     capture                     a decode step as a device graph (CUDA, and NPU behind the same name)
 
-A row's new token attends to its prompt and to what it has drawn itself. The two parts are computed apart (Hydragen, arXiv
-2402.05099) and merged by their log-sum-exps, as in flash-decoding: all queries of a group read the prompt's keys together,
-and query heads that share a key head (2305.13245) are folded into the query dimension, so neither is ever repeated.
+A row's new token attends to its prompt and to what it has drawn itself; all queries of a group read the prompt's keys together
+(Hydragen, arXiv 2402.05099). Plain PyTorch takes one softmax over both (kernels.shared_attention); devices' attention kernels
+compute the two parts apart, which are then merged by their log-sum-exps, as in flash-decoding.
 """
 from contextlib import contextmanager
 
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate, swiglu,
-                     use_flash)
+from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate,
+                     shared_attention, swiglu, use_flash)
 from model import inverse_frequencies
 
 PREFILL_TOKENS = 8192       # prompt tokens that go through the model at once; a longer prompt goes alone
+CPU_BLOCK, CPU_BLOCKS = 16, 8       # slots of a block of a row's own keys, at least; blocks of a row, at most
 
 
 # --------------------------------------------------------------------------------------------------------- weights
@@ -107,34 +108,102 @@ class Layer:
 # ----------------------------------------------------------------------------------------------------------- cache
 
 class Cache:
-    """Keys and values, (layers, rows, Hkv, slots, D) each: of prompts, stored once, and each row's own tokens.
+    """Keys and values of all layers: of prompts, stored once, and each row's own tokens.
 
-    A row's own slot s holds its s-th drawn token. prompt_lengths (prompts,) says how much of a prompt is there."""
+    prompt_k, prompt_v (layers, prompts, Hkv, slots, D); prompt_lengths (prompts,): how much of a prompt is there. k, v (layers,
+    blocks, rows, Hkv, slots, D): slot s of block b holds a row's drawn token b x slots + s. On accelerators there is one block;
+    on the CPU several, because it reads a few whole blocks two to three times as fast as the beginnings of long rows.
+    memory: k and v of a cache that nobody reads any more, taken over where they fit: new pages of the system cost time."""
 
-    def __init__(self, config, prompts, prompt_slots, rows, own_slots, device, dtype):
+    def __init__(self, config, prompts, prompt_slots, rows, own_slots, device, dtype, memory=None):
         self.flash = use_flash(device, dtype)
         by_slot = self.flash or device.type == "npu"        # in memory (rows, slots, Hkv, D): what their kernels read
+        blocks, self.block = own_blocks(own_slots, device)
 
-        def new(rows, slots):
-            shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+        def new(*rows, slots):
+            shape = (config.num_hidden_layers, *rows, config.num_key_value_heads, slots, config.head_dim)
             if by_slot:
-                return torch.zeros([shape[i] for i in (0, 1, 3, 2, 4)], device=device, dtype=dtype).transpose(2, 3)
+                return torch.zeros((*shape[:-3], *shape[-2:-4:-1], shape[-1]), device=device, dtype=dtype).transpose(-2, -3)
             if device.type == "cpu":        # numpy's zeros take no memory before they are written
                 return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
             return torch.zeros(shape, device=device, dtype=dtype)
-        self.prompt_k, self.prompt_v = new(prompts, prompt_slots), new(prompts, prompt_slots)
-        self.k, self.v = new(rows, own_slots), new(rows, own_slots)
+        self.prompt_k, self.prompt_v = (new(prompts, slots=prompt_slots) for _ in range(2))
+        shape = (config.num_hidden_layers, blocks, rows, config.num_key_value_heads, self.block, config.head_dim)
+        fits = memory and memory[0].shape == shape and memory[0].dtype == dtype
+        self.k, self.v = memory if fits else (new(blocks, rows, slots=self.block) for _ in range(2))
         self.prompt_lengths = torch.ones(prompts, dtype=torch.int64, device=device)
+
+    def own(self, layer, rows, used):
+        """Of the first rows, [(k, v), ...] (rows, Hkv, slots, D) each: whole blocks until `used` slots are among them."""
+        k, v = self.k[layer], self.v[layer]
+        if len(k) == 1:
+            return [(k[0, :rows, :, :used], v[0, :rows, :, :used])]
+        return [(k[b, :rows], v[b, :rows]) for b in range(-(-used // self.block))]
+
+    def own_slots(self, used):
+        """How many slots the pairs of `own` have together."""
+        return used if self.k.shape[1] == 1 else -(-used // self.block) * self.block
+
+    def write(self, layer, k, v, at):
+        """The new token's keys and values (rows, Hkv, D) of all rows into their own slots. at: see slots_of."""
+        for x, new in ((self.k[layer], k), (self.v[layer], v)):     # neighbouring indices: on Ascend others go to its CPU
+            x.transpose(-2, -3)[at] = new
+
+    def slots_of(self, own, same=None):
+        """The index at which rows write, whose slots are own (R,), or all the slot `same`, a number."""
+        if same is not None:
+            return same // self.block, slice(len(own)), same % self.block
+        return own // self.block, torch.arange(len(own), device=own.device), own % self.block
 
     def move_rows(self, source, target, used):
         """Own keys and values of rows `source` to rows `target` (index tensors), their first `used` slots."""
         for x in (self.k, self.v):
-            x[:, target, :, :used] = x[:, source, :, :used]
+            for b in range(-(-used // self.block)):
+                slots = min(self.block, used - b * self.block)
+                x[:, b, target, :, :slots] = x[:, b, source, :, :slots]
 
     def move_prompts(self, source, target):
         for x in (self.prompt_k, self.prompt_v):
             x[:, target] = x[:, source]
         self.prompt_lengths[target] = self.prompt_lengths[source]
+
+
+def own_blocks(slots, device):
+    """(blocks, slots of each) for rows of so many own tokens."""
+    if device.type != "cpu":
+        return 1, slots
+    size = max(CPU_BLOCK, -(-slots // CPU_BLOCKS))
+    blocks = -(-slots // size)
+    return blocks, -(-slots // blocks)
+
+
+class Groups:
+    """Which prompt of the cache each row reads, and a grid (prompts, columns) that brings the rows of a prompt together.
+
+    place (R,): the prompt. together (prompts x Hkv x columns,): which row x Hkv + key head stands in the grid's cell (prompt,
+    key head, column), row 0 where no row does. back (R x Hkv,): the cell of each row's key head, some cell where there is none."""
+
+    def __init__(self, places, kv_heads, prompts=None, columns=None, device="cpu"):
+        """places: of each row its prompt, or None: what it reads does not matter. prompts, columns: at least as many."""
+        place = np.array([-1 if p is None else p for p in places], np.int64)
+        order = np.argsort(place, kind="stable")
+        order = order[place[order] >= 0]
+        begins = np.searchsorted(place[order], place[order])        # where its prompt's rows begin: the column is what lies between
+        column = np.zeros_like(place)
+        column[order] = np.arange(len(order)) - begins
+        self.prompts = prompts or max(place.max(initial=-1) + 1, 1)
+        columns, heads = columns or column.max(initial=0) + 1, np.arange(kv_heads)
+        grid = np.zeros((self.prompts, columns), np.int64)
+        grid[place[order], column[order]] = order
+        together = grid[:, None] * kv_heads + heads[:, None]
+        back = (place.clip(0)[:, None] * kv_heads + heads) * columns + column[:, None]
+        self.place, self.together, self.back = (torch.from_numpy(np.ascontiguousarray(x).reshape(-1)).to(device)
+                                                for x in (place.clip(0), together, back))
+
+    def copy_(self, other):
+        """The same arrangement at the same addresses, for graphs that read them."""
+        for name in ("place", "together", "back"):
+            getattr(self, name).copy_(getattr(other, name))
 
 
 def bytes_per_token(config, dtype):
@@ -231,46 +300,36 @@ class InferenceModel:
             return attention(q, k, v, sequences).reshape(len(tokens), -1)
         return self._logits(self._forward(tokens, positions, attend)[lengths_.cumsum(0) - 1])
 
-    def decode(self, tokens, places, own, cells, grid, cache, used, same=None, host=None):
+    def decode(self, tokens, own, groups, cache, used, same=None, host=None):
         """One token a row: written to the row's own slot, then the logits (R, V) of the next.
 
-        tokens (R,); places (R,): which prompt of the cache; own (R,): tokens that the row has drawn before this one, so its
-        slot. cells (R,): the row's place in a grid = (prompts, columns) that brings the rows of a prompt together (prompts x
-        columns: nowhere). Only the first prompts and `used` own slots are looked at. same: the slot, as a number, where all
-        rows that matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
-        c, R, (prompts, columns) = self.config, len(tokens), grid
-        kv, D = c.num_key_value_heads, c.head_dim
-        share = c.num_attention_heads // kv
-        lengths, seen = cache.prompt_lengths[:prompts], own + 1
-        masked = host is None and not cache.flash
-        prompt_mask = length_mask(lengths, cache.prompt_k.shape[3]) if masked else None
-        own_mask = length_mask(seen, used) if masked and same is None else None
-        slots = used if masked else cache.k.shape[3]
-        rows = torch.arange(R, device=tokens.device)
-        written = (slice(R), same) if same is not None else (rows, own)
-        together, back = self._grid(rows, cells, prompts, columns)
+        tokens (R,); own (R,): tokens that the row has drawn before this one, so its slot. groups: the prompts they read. Only
+        the first groups.prompts prompts and `used` own slots are looked at. same: the slot, as a number, where all rows that
+        matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
+        c, R, P = self.config, len(tokens), groups.prompts
+        place, back = groups.place[:R], groups.back[:R * c.num_key_value_heads]
+        lengths, seen, at = cache.prompt_lengths[:P], own + 1, cache.slots_of(own, same)
+        if host is None and not cache.flash:
+            mask = torch.cat((length_mask(cache.prompt_lengths[place], cache.prompt_k.shape[3]),
+                              length_mask(seen, cache.own_slots(used))), -1)
 
         def attend(i, q, k, v):
-            for x, new in ((cache.k, k), (cache.v, v)):     # neighbouring indices: on Ascend others go to its CPU
-                x[i].transpose(1, 2)[written] = new
-            q = q.reshape(R * kv, share, D)
-            of_prompt = partial_attention(q.index_select(0, together).view(prompts, kv, columns * share, D),
-                                          cache.prompt_k[i, :prompts], cache.prompt_v[i, :prompts], lengths, prompt_mask,
-                                          host and host[0], cache.flash)
-            of_own = partial_attention(q.view(R, kv, share, D), cache.k[i, :R, :, :slots], cache.v[i, :R, :, :slots], seen,
-                                       own_mask, host and host[1], cache.flash)
-            of_prompt = [x.reshape(prompts * kv * columns, share, -1).index_select(0, back).view(R, kv, share, -1)
-                         for x in of_prompt]
-            return merge(of_prompt, of_own).reshape(R, kv * share * D)
-        return self._logits(self._forward(tokens, cache.prompt_lengths[places] + own, attend))
+            cache.write(i, k, v, at)
+            prompt = cache.prompt_k[i, :P], cache.prompt_v[i, :P]
+            if host is None and not cache.flash:
+                return shared_attention(q, *prompt, cache.own(i, R, used), mask, groups.together, back).reshape(R, -1)
+            return self._by_kernels(q, prompt, cache.own(i, R, cache.block)[0], (lengths, seen), host or (None, None),
+                                    groups.together, back)
+        return self._logits(self._forward(tokens, cache.prompt_lengths[place] + own, attend))
 
-    def _grid(self, rows, cells, prompts, columns):
-        """Indices that bring (row, key head) into the order (prompt, key head, column), and back; an empty cell reads row 0."""
-        heads = torch.arange(self.config.num_key_value_heads, device=rows.device)
-        who = rows.new_zeros(prompts * columns + 1).index_copy_(0, cells, rows)[:-1].view(prompts, 1, columns)
-        cells = cells.clamp_max(prompts * columns - 1)[:, None]
-        back = (cells // columns * len(heads) + heads) * columns + cells % columns
-        return (who * len(heads) + heads[:, None]).flatten(), back.flatten()
+    def _by_kernels(self, q, prompt, own, lengths, host, together, back):
+        """Attention over the prompts' keys and over each row's own, apart, and merged."""
+        (R, _, D), (P, kv, *_) = q.shape, prompt[0].shape
+        q = q.reshape(R * kv, -1, D)
+        grid, q, share = q.index_select(0, together).view(P, kv, -1, D), q.view(R, kv, -1, D), q.shape[1]
+        of_prompt = [x.reshape(-1, share, x.shape[-1]).index_select(0, back).view(R, kv, share, -1)
+                     for x in partial_attention(grid, *prompt, lengths[0], host[0])]
+        return merge(of_prompt, partial_attention(q, *own, lengths[1], host[1])).reshape(R, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs

@@ -2,7 +2,8 @@
 
     rms_norm, swiglu, rope_tables and rotate
     attention               causal, over packed tokens: training and prefill
-    partial_attention       over a part of the keys, with log-sum-exps, so that parts can be merged: decode
+    shared_attention        of single tokens over a prompt's keys, stored once for its group, and each row's own: decode
+    partial_attention       over a part of the keys, with log-sum-exps, so that parts can be merged: decode, by kernels
 
 CUDA: varlen_attn of PyTorch, in half precision. Ascend NPUs: the fused operators of torch_npu, which need no import by name.
 Everything else is what the kernels are tested against.
@@ -27,8 +28,9 @@ def rms_norm(x, weight, eps):
     if x.device.type == "cpu" and (torch.is_grad_enabled() or x.dtype != torch.float32):
         y = x.float()
         return weight * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    if x.device.type == "cpu":      # no gradient: fewer temporaries
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if x.device.type == "cpu":      # no gradient: fewer temporaries, fewer operations
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(_number(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (x * scale).mul_(weight)
     if weight.ndim > 1:     # the kernels take one weight for all heads
         return rms_norm(x, _ones(x.shape[-1], x.dtype, x.device), eps) * weight
@@ -59,7 +61,8 @@ def rotate(x, cos, sin):
     (a, b) -> (a cos - b sin, b cos + a sin): the minus is in the table, except for Ascend's kernel, which brings its own."""
     if x.device.type == "npu":
         return torch.ops.npu.npu_rotary_mul(x[None], cos[None], sin[None])[0]      # older versions know 4-D only
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    other = x.roll(x.shape[-1] // 2, -1)
+    return x * cos + other * sin if torch.is_grad_enabled() else (x * cos).addcmul_(other, sin)
 
 
 # ------------------------------------------------------------------ attention over packed tokens (training and prefill)
@@ -154,42 +157,65 @@ def _hidden_keys(device):
 
 
 @lru_cache
+def _number(value):
+    with torch.inference_mode(False):
+        return torch.tensor(value)
+
+
+@lru_cache
 def _ones(shape, dtype, device):
     with torch.inference_mode(False):
         return torch.ones(shape, dtype=dtype, device=device)
 
 
-# ------------------------------------------------------------------------- attention over a part of the keys (sampling)
+# -------------------------------------------------------------------- attention of one new token a row (sampling)
 
-def partial_attention(q, k, v, lengths, mask, host_lengths=None, flash=False):
-    """Attention of q (B, Hkv, M, D) over the first lengths (B,) keys of k, v (B, Hkv, S, D): no order among the M queries.
+def shared_attention(q, prompt_k, prompt_v, own, mask, together, back):
+    """Attention of R single tokens, each over the keys of its prompt and its own: one softmax over both.
 
-    mask: lengths as 0 and -inf, (B, 1, 1, S), added to the scores; None: all S. host_lengths: the same as a list, which selects Ascend's
-    kernel. Returns the outputs (B, Hkv, M, D) and their log-sum-exps (B, Hkv, M, 1) float32."""
-    if flash:
-        return flash_attention(q, k, v, lengths)
-    if host_lengths is not None:
-        out, lse = torch.ops.npu.npu_fused_infer_attention_score(
-            q.transpose(1, 2).contiguous(), k.transpose(1, 2), v.transpose(1, 2), num_heads=k.shape[1], input_layout="BSND",
-            scale=q.shape[-1] ** -0.5, actual_seq_lengths_kv=host_lengths, softmax_lse_flag=True)
-        return out.transpose(1, 2), lse
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).float()
-    if mask is not None:
-        scores += mask
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = torch.matmul(weights.to(v.dtype), v)
-    return out.div_(total.to(out.dtype)), total.log_().add_(top)
+    A prompt's keys (P, Hkv, S, D) are stored once; all queries of its rows read them together, and query heads that share a key
+    head (2305.13245) are folded into the query dimension, so neither is ever repeated. own: the rows' own keys and values, a
+    list of pairs (R, Hkv, s, D). mask (R, 1, S + sum of s): 0, and -inf on slots that hold nothing. together: which (row,
+    key head) stands in each cell of the grid (P, Hkv, columns); back: the cell of each (row, key head). q (R, H, D) -> the same."""
+    (R, H, D), (P, kv, S, _) = q.shape, prompt_k.shape
+    share = H // kv
+    q = q.reshape(R * kv, share, D)
+    grid, q = q.index_select(0, together).view(P, kv, -1, D), q.view(R, kv, share, D)
+    scores = torch.matmul(grid, prompt_k.transpose(-1, -2)).view(-1, share, S).index_select(0, back).view(R, kv, share, S)
+    scores = torch.cat([scores, *(torch.matmul(q, k.transpose(-1, -2)) for k, _ in own)], -1)
+    weights = torch.add(mask[:, None], scores, alpha=D ** -0.5).softmax(-1).to(q.dtype)      # in float32
+    grid = weights[..., :S].reshape(R * kv, share, S).index_select(0, together).view(P, kv, -1, S)
+    out = torch.matmul(grid, prompt_v).view(-1, share, D).index_select(0, back).view(R * kv, share, D)
+    for _, v in own:
+        part = weights[..., S:S + v.shape[2]]
+        S += v.shape[2]
+        out += torch.matmul(part, v).view(R * kv, share, D)
+    return out.view(R, H, D)
 
+
+def length_mask(lengths, slots):
+    """(B,) lengths -> additive (B, 1, slots) float32: 0 on the first `length` slots, -inf behind them."""
+    behind = torch.arange(slots, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(behind.shape, device=lengths.device).masked_fill_(behind, float("-inf"))[:, None]
+
+
+# ------------------------------------------------------------------- the same by devices' kernels, a part of the keys each
 
 def use_flash(device, dtype):
     """PyTorch's variable-length flash attention (2.12 and later), which reads no more keys than there are."""
     return device.type == "cuda" and dtype != torch.float32 and "seqused_k" in VARLEN
 
 
-def flash_attention(q, k, v, lengths):
-    """partial_attention by varlen_attn: k, v are (B, S, Hkv, D) in memory, and each row is a sequence of M queries."""
+def partial_attention(q, k, v, lengths, host_lengths=None):
+    """Attention of q (B, Hkv, M, D) over the first lengths (B,) keys of k, v (B, Hkv, S, D): no order among the M queries.
+
+    host_lengths: the same as a list, for Ascend's kernel; None: flash attention, each row a sequence of M queries. k and v are
+    (B, S, Hkv, D) in memory. Returns the outputs (B, Hkv, M, D) and their log-sum-exps (B, Hkv, M, 1) float32."""
+    if host_lengths is not None:
+        out, lse = torch.ops.npu.npu_fused_infer_attention_score(
+            q.transpose(1, 2).contiguous(), k.transpose(1, 2), v.transpose(1, 2), num_heads=k.shape[1], input_layout="BSND",
+            scale=q.shape[-1] ** -0.5, actual_seq_lengths_kv=host_lengths, softmax_lse_flag=True)
+        return out.transpose(1, 2), lse
     (B, H, M, D), S = q.shape, k.shape[2]
     starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
     out, lse = varlen_attn(q.transpose(1, 2).reshape(B * M, H, D), k.transpose(1, 2).reshape(B * S, H, D),
@@ -202,9 +228,3 @@ def merge(one, two):
     """Two partial attentions of the same queries over disjoint keys as one: weights exp(lse), normalized."""
     weight = torch.sigmoid(one[1] - two[1]).to(one[0].dtype)
     return torch.lerp(two[0], one[0], weight)
-
-
-def length_mask(lengths, slots):
-    """(B,) lengths -> additive (B, 1, 1, slots) float32: 0 on the first `length` slots, -inf behind them."""
-    behind = torch.arange(slots, device=lengths.device) >= lengths[:, None]
-    return torch.zeros(behind.shape, device=lengths.device).masked_fill_(behind, float("-inf"))[:, None, None]

@@ -20,18 +20,20 @@ evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 import ctypes
 import os
 import sys
-from collections import Counter, deque
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from decode import Cache, InferenceModel, bytes_per_token, capture
+from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
 
-LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
+LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
+KEEP_BYTES = 2 ** 30        # of a cache that is kept from rollout to rollout on the CPU, at most
 LITTLE_WORK = 10 ** 8       # FLOP of a step below which CPU threads cost more than they bring
 
 
@@ -75,7 +77,7 @@ class Sampler:
         if self.graph and model.device.type == "cpu":
             raise ValueError("device graphs need an accelerator: leave graph out on the CPU")
         self.eos_ids = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=model.device)
-        self.weights = None
+        self.weights = self.kept = None         # kept: the memory of the last own keys and values, on the CPU
 
     @contextmanager
     def loaded(self):
@@ -120,16 +122,20 @@ class Sampler:
                     torch.set_num_threads(threads)
         finally:
             torch.set_num_threads(threads)
+        small = batch.cache.k.device.type == "cpu" and 2 * batch.cache.k.nbytes <= KEEP_BYTES
+        self.kept = (batch.cache.k, batch.cache.v) if small else None
         return batch.rollout(self.version)
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
         model, N = self.model, len(lengths)
         of_token = bytes_per_token(model.config, model.dtype)
-        own, prompt, budget = new_tokens * of_token, max(lengths) * of_token, self.kv_bytes
+        blocks, slots = own_blocks(new_tokens, model.device)
+        own, prompt, budget = blocks * slots * of_token, max(lengths) * of_token, self.kv_bytes
         if not budget:      # what is free, and room for each row's logits in float32, a few times over
             own += 16 * model.config.vocab_size
-            budget = int(KV_SHARE * free_bytes(model.device))
+            kept = 2 * self.kept[0].nbytes if self.kept else 0
+            budget = int(KV_SHARE * (free_bytes(model.device) + kept))
         rows = min(max(1, self.max_rows), N * group_size)
         while rows > 1 and rows * own + min(N, 2 * -(-rows // group_size)) * prompt > budget:
             rows -= 1
@@ -144,9 +150,8 @@ class InFlight:
     """The completions of one call. Slot k of the cache draws completion holder[k]; None: its last one has finished.
 
     Device tensors (slots,): token, the last one drawn; drawn, how many so far; limit; alive; row, where its tokens are
-    written down (B, one row too many, when it is not alive); place, its prompt in the cache; cell, see
-    InferenceModel.decode. The host knows `started`, the step at which a slot was filled, and so how much a slot has drawn if
-    it is alive; which have stopped it learns in refill only."""
+    written down (B, one row too many, when it is not alive). The host knows `started`, the step at which a slot was filled,
+    and so how much a slot has drawn if it is alive; which have stopped it learns in refill only."""
 
     def __init__(self, sampler, prompts, G, limits, uniforms, sampling):
         model = sampler.model
@@ -159,7 +164,7 @@ class InFlight:
         lengths = [len(p) for p in prompts]
         self.model, self.parameters = sampler.weights, parameters(model)
         self.slots, self.places = sampler.room(lengths, G, self.T)
-        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype)
+        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, sampler.kept)
 
         # long prompts first, so that prompts in the cache together have like lengths
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
@@ -167,10 +172,12 @@ class InFlight:
         self.holder, self.started, self.time, self.oldest = [], [], 0, 0
         self.place_of, self.logits_of, self.place_lengths = {}, {}, [1] * self.places       # the first two by prompt
         self.graphs, self.pool = {}, None
-        self.grid, self.uniform, self.changed = (1, 1), False, False       # see arrange
+        self.uniform, self.changed = False, False       # see arrange
+        self.kv_heads = model.config.num_key_value_heads
+        self.groups = Groups([None] * self.slots, self.kv_heads, self.places, G, self.device)
 
         def new(rows, value, dtype=torch.int64): return torch.full(rows, value, dtype=dtype, device=self.device)
-        self.token, self.drawn, self.limit, self.place, self.cell = (new((self.slots,), n) for n in (0, 1, 1, 0, 0))
+        self.token, self.drawn, self.limit = (new((self.slots,), n) for n in (0, 1, 1))
         self.row, self.alive = new((self.slots,), self.B), new((self.slots,), False, torch.bool)
         self.tokens, self.logps = new((self.B + 1, self.T), 0), new((self.B + 1, self.T), 0.0, torch.float32)
         self.lengths, self.finished = new((self.B + 1,), 0), new((self.B + 1,), False, torch.bool)
@@ -211,8 +218,8 @@ class InFlight:
         if self.ascend:
             own = [1 if row is None else min(self.time - t, self.T) for row, t in zip(self.holder, self.started)]
             host = self.place_lengths, own + [1] * (rows - len(own))
-        logits = self.model.decode(self.token[:rows], self.place[:rows], self.drawn[:rows] - 1, self.cell[:rows], self.grid,
-                                   self.cache, used, used - 1 if self.uniform else None, host)
+        logits = self.model.decode(self.token[:rows], self.drawn[:rows] - 1, self.groups, self.cache, used,
+                                   used - 1 if self.uniform else None, host)
         self.draw(slice(rows), logits)
 
     def draw(self, slots, logits):
@@ -312,25 +319,18 @@ class InFlight:
             self.place_of.update(moves)
 
     def arrange(self):
-        """Which prompt each slot reads, and where it stands in the grid that brings the slots of a prompt together."""
+        """Which prompt each slot reads, and how much of it there is."""
         places = [None if row is None else self.place_of[row // self.G] for row in self.holder]
-        columns, cells = Counter(), []
-        for place in places:
-            cells.append((place, columns[place]))
-            columns[place] += 1
-        del columns[None]
-        height, width = self.places, self.G
-        if not self.static:
-            height, width = max(columns, default=0) + 1, max(columns.values(), default=1)
+        if self.static:
+            places += [None] * (self.slots - len(places))
+            self.groups.copy_(Groups(places, self.kv_heads, self.places, self.G, self.device))
+        else:
+            self.groups = Groups(places, self.kv_heads)
         running = {place: len(self.prompts[row // self.G]) for row, place in zip(self.holder, places) if row is not None}
         self.place_lengths = [running.get(i, 1) for i in range(self.places)]       # of a prompt that nobody reads: 1
         self.cache.prompt_lengths.copy_(self.tensor(self.place_lengths))
-        cells = [height * width if place is None else place * width + column for place, column in cells]
-        self.place[:len(places)] = self.tensor([place or 0 for place in places])
-        self.cell.fill_(height * width)         # nowhere
-        self.cell[:len(cells)] = self.tensor(cells)
         started = [t for row, t in zip(self.holder, self.started) if row is not None]
-        self.grid, self.oldest, self.changed = (height, width), min(started, default=self.time), False
+        self.oldest, self.changed = min(started, default=self.time), False
         self.uniform = not self.static and self.oldest == max(started, default=self.time)     # all have drawn as much
 
     def tensor(self, values):
@@ -344,7 +344,7 @@ class InFlight:
         lengths, finished = self.lengths[:-1] + prompt_lengths, self.finished[:-1].clone()
         T, longest = int(lengths.max()), max(len(p) for p in self.prompts)
         tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in self.prompts], device=self.device)
-        tokens = torch.nn.functional.pad(tokens.repeat_interleave(self.G, 0), (0, max(0, T - longest)))[:, :T]
+        tokens = F.pad(tokens.repeat_interleave(self.G, 0), (0, max(0, T - longest)))[:, :T]
         behind = torch.arange(T, device=self.device) - prompt_lengths[:, None]        # index into the completion
         drawn = (behind >= 0) & (behind < self.lengths[:-1, None])
         at = behind.clamp(0, self.T - 1)
@@ -424,24 +424,21 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0):
 
     The vocabulary is cut into parts of equal size; u[:, 0] chooses the part by the parts' masses, u[:, 1] the id in it: one
     pass over V, and no sum of V small numbers. Temperature 0 takes the largest logit, and its log-probability at 1."""
-    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    if temperature not in (0, 1):
+        logits = logits.float() / temperature
     if top_k > 0 or top_p < 1:
-        logits = truncate(logits, top_k, top_p)
-    top, best = logits.max(-1, keepdim=True)
-    mass = (logits - top).exp_()
+        logits = truncate(logits.float(), top_k, top_p)
+    mass = logits.softmax(-1, dtype=torch.float32)
     B, V = mass.shape
     size = next((n for n in (128, 64, 32, 16, 8) if n * n <= 2 * V and V % n == 0), 32)
-    if V % size:
-        mass = torch.nn.functional.pad(mass, (0, -V % size))
-    mass = mass.view(B, -1, size)
-    parts = mass.sum(-1).cumsum(-1)
+    parts = (F.pad(mass, (0, -V % size)) if V % size else mass).view(B, -1, size)
+    sums = parts.sum(-1).cumsum(-1)
     if temperature == 0:
-        ids = best[:, 0]
+        ids = logits.argmax(-1)         # not of mass, where the best two may be equal
     else:
-        rows = torch.arange(B, device=logits.device)
-        part = first_above(parts, u[:, :1])
-        ids = part * size + first_above(mass[rows, part].cumsum(-1), u[:, 1:])
-    return ids, (logits.gather(-1, ids[:, None]) - top - parts[:, -1:].log())[:, 0]
+        part = first_above(sums, u[:, :1])
+        ids = part * size + first_above(parts[torch.arange(B, device=mass.device), part].cumsum(-1), u[:, 1:])
+    return ids, mass.gather(-1, ids[:, None])[:, 0].log()
 
 
 def first_above(cumulative, u):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import kernels
 import model as model_file
-from kernels import (Sequences, attention, flash_attention, length_mask, merge, partial_attention, rms_norm, rope_tables,
+from decode import Groups
+from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, shared_attention,
                      rotate, swiglu)
 from model import ModelConfig, Transformer, pack
 
@@ -259,6 +260,12 @@ def exact_part(q, k, v, lengths):
     return torch.stack(out), torch.stack(lse)
 
 
+def plain_part(q, k, v, lengths):
+    """What partial_attention is to compute."""
+    out, lse = exact_part(q, k, v, lengths)
+    return out.to(q.dtype), lse.float()
+
+
 def part_inputs(lengths, slots, heads=2, queries=3, dtype=torch.float32, seed=0):
     """q, k, v where everything behind the lengths is large: stale, but finite, as it is in a cache."""
     B = len(lengths)
@@ -280,10 +287,7 @@ def test_two_parts_merged_are_attention_over_all_keys(lengths, spare, queries, s
     for i, n in enumerate(lengths):
         q, k, v = part_inputs(n, max(n) + spare, queries=queries, seed=seed + 10 * i)
         q = normal(*q.shape, seed=seed) if i else q
-        part = partial_attention(q, k, v, torch.tensor(n), length_mask(torch.tensor(n), k.shape[2]))
-        for got, want in zip(part, exact_part(q, k, v, n)):
-            torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
-        parts.append((part, k, v))
+        parts.append((plain_part(q, k, v, n), k, v))
     (one, k1, v1), (two, k2, v2) = parts
     for row, (n, m) in enumerate(zip(*lengths)):
         k, v = (torch.cat((a[row, :, :n], b[row, :, :m]), 1)[None] for a, b in ((k1, k2), (v1, v2)))
@@ -302,32 +306,14 @@ def test_merge_weighs_parts_by_their_mass():
 
 def test_length_mask_by_hand():
     inf = math.inf
-    assert length_mask(torch.tensor([1, 3, 4]), 3)[:, 0, 0].tolist() == [[0, -inf, -inf], [0, 0, 0], [0, 0, 0]]
+    assert length_mask(torch.tensor([1, 3, 4]), 3)[:, 0].tolist() == [[0, -inf, -inf], [0, 0, 0], [0, 0, 0]]
 
 
-def test_without_a_mask_all_keys_are_seen():
-    q, k, v = part_inputs([5, 5], 5)
-    for got, want in zip(partial_attention(q, k, v, torch.tensor([5, 5]), None), exact_part(q, k, v, [5, 5])):
-        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
-
-
-def test_parts_leave_their_inputs_alone():
-    q, k, v = part_inputs([2, 5], 5)
-    mask, before = length_mask(torch.tensor([2, 5]), 5), [x.clone() for x in (q, k, v)]
-    partial_attention(q, k, v, torch.tensor([2, 5]), mask)
-    assert all(torch.equal(a, b) for a, b in zip((q, k, v, mask), (*before, length_mask(torch.tensor([2, 5]), 5))))
-
-
-def test_parts_in_bfloat16_have_its_precision_and_exact_sums():
-    """8 bits of mantissa: 2^-8 of a value near 1, a few times. The log-sum-exp is float32."""
-    (q, k, v), lengths = part_inputs([3, 30], 32, dtype=torch.bfloat16), torch.tensor([3, 30])
-    got, want = partial_attention(q, k, v, lengths, length_mask(lengths, 32)), exact_part(q, k, v, [3, 30])
-    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
-    torch.testing.assert_close(got[0].double(), want[0], atol=0.03, rtol=0)
-    torch.testing.assert_close(got[1].double(), want[1], atol=0.03, rtol=0)
-    both = merge(got, got)
+def test_merged_bfloat16_stays_bfloat16():
+    part = plain_part(*part_inputs([3, 30], 32, dtype=torch.bfloat16), [3, 30])
+    both = merge(part, part)
     assert both.dtype == torch.bfloat16
-    torch.testing.assert_close(both, got[0], atol=0.01, rtol=0.01)
+    torch.testing.assert_close(both, part[0], atol=0.01, rtol=0.01)
 
 
 @needs_varlen
@@ -338,10 +324,9 @@ def test_flash_attention_is_partial_attention(lengths, spare, queries):
     (q, k, v), n = part_inputs(lengths, max(lengths) + spare, queries=queries), torch.tensor(lengths)
     with pytest.MonkeyPatch.context() as patch:
         calls = replace_varlen(patch)
-        got = partial_attention(q, k, v, n, None, flash=True)
+        got = partial_attention(q, k, v, n)
     assert len(calls) == 1 and (calls[0]["key"].data_ptr(), calls[0]["value"].data_ptr()) == (k.data_ptr(), v.data_ptr())
-    want = partial_attention(q, k, v, n, length_mask(n, k.shape[2]))
-    for a, b in zip(got, want):
+    for a, b in zip(got, plain_part(q, k, v, lengths)):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -363,9 +348,80 @@ def test_host_lengths_select_ascends_kernel(monkeypatch):
         return out.transpose(1, 2).float(), lse.float()
     monkeypatch.setattr(torch.ops.npu, "npu_fused_infer_attention_score", score, raising=False)
     (q, k, v), n = part_inputs([3, 7, 1], 8), torch.tensor([3, 7, 1])
-    want = partial_attention(q, k, v, n, length_mask(n, 8))
-    for a, b in zip(partial_attention(q, k, v, n, None, host_lengths=[3, 7, 1]), want):
+    for a, b in zip(partial_attention(q, k, v, n, host_lengths=[3, 7, 1]), plain_part(q, k, v, [3, 7, 1])):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ one new token a row
+
+@st.composite
+def rows_of_prompts(draw):
+    """The prompt of each row, lengths of prompts and of rows, sizes of the blocks of own keys, whether the grid is larger."""
+    P, R = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    places, sizes = draw(st.lists(st.integers(0, P - 1), min_size=R, max_size=R)), draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    own = draw(st.lists(st.integers(1, sum(sizes)), min_size=R, max_size=R))
+    return places, draw(st.lists(st.integers(1, 6), min_size=P, max_size=P)), own, sizes, draw(st.sampled_from([None, R + 1]))
+
+
+def shared_inputs(prompts, own, sizes, heads, share, dtype=torch.float32, seed=0):
+    """q, keys and values of prompts and of rows, in blocks; everything behind the lengths is large."""
+    slots = max(prompts) + 1
+    prompt_k, prompt_v = (normal(len(prompts), heads, slots, 4, seed=seed + i, dtype=dtype) for i in (1, 2))
+    k, v = (normal(len(own), heads, sum(sizes), 4, seed=seed + i, dtype=dtype) for i in (3, 4))
+    for keys, values, lengths in ((prompt_k, prompt_v, prompts), (k, v, own)):
+        for row, n in enumerate(lengths):
+            keys[row, :, n:], values[row, :, n:] = 40.0, 1000.0
+    q = normal(len(own), heads * share, 4, seed=seed, dtype=dtype)
+    return q, prompt_k, prompt_v, list(zip(k.split(sizes, 2), v.split(sizes, 2)))
+
+
+def shared(q, prompt_k, prompt_v, own, places, prompts, lengths, columns=None):
+    groups = Groups(places, prompt_k.shape[1], len(prompts), columns)
+    mask = torch.cat((length_mask(torch.tensor(prompts)[places], prompt_k.shape[2]),
+                      length_mask(torch.tensor(lengths), sum(k.shape[2] for k, _ in own))), -1)
+    return shared_attention(q, prompt_k, prompt_v, own, mask, groups.together, groups.back)
+
+
+def exact_shared(q, prompt_k, prompt_v, own, places, prompts, lengths):
+    """Row by row: one softmax over the prompt's keys and the row's own, in float64."""
+    out = []
+    for row, place in enumerate(places):
+        k, v = (torch.cat((p[place, :, :prompts[place]], torch.cat(o, 2)[row, :, :lengths[row]]), 1).double()
+                for p, o in zip((prompt_k, prompt_v), zip(*own)))
+        query = q[row].double().view(len(k), -1, 4)
+        out.append(((query @ k.mT / 2).softmax(-1) @ v).view(-1, 4))
+    return torch.stack(out)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows_of_prompts(), st.integers(1, 2), st.integers(1, 3), st.integers(0, 99))
+def test_shared_attention_is_a_softmax_over_the_prompt_and_the_own_keys_of_each_row(rows, heads, share, seed):
+    """Rows of a prompt in any order and number, prompts that nobody reads, own keys in any blocks."""
+    places, prompts, own, sizes, columns = rows
+    inputs = shared_inputs(prompts, own, sizes, heads, share, seed=seed)
+    copies = [x.clone() for x in inputs[:3]]
+    got = shared(*inputs, places, prompts, own, columns)
+    torch.testing.assert_close(got.double(), exact_shared(*inputs, places, prompts, own), atol=1e-5, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies))
+
+
+def test_shared_attention_in_bfloat16_has_its_precision():
+    """8 bits of mantissa: 2^-8 of a value near 1, a few times."""
+    inputs = shared_inputs([3, 30], [9, 1, 4], [5, 5], 2, 2, dtype=torch.bfloat16)
+    got = shared(*inputs, [1, 0, 1], [3, 30], [9, 1, 4])
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), exact_shared(*inputs, [1, 0, 1], [3, 30], [9, 1, 4]), atol=0.03, rtol=0)
+
+
+def test_groups_by_hand():
+    """Rows 0 and 2 read prompt 1, row 3 prompt 0, row 1 none; two key heads. The grid's cells are (prompt, head, column)."""
+    groups = Groups([1, None, 1, 0], 2)
+    assert groups.prompts == 2 and groups.place.tolist() == [1, 0, 1, 0]
+    assert groups.together.tolist() == [6, 0, 7, 1, 0, 4, 1, 5]         # row x 2 + head; empty cells: row 0
+    assert groups.back.view(4, 2)[[0, 2, 3]].tolist() == [[4, 6], [5, 7], [0, 2]]
+    wide = Groups([1, None, 1, 0], 2, 3, 4)
+    assert wide.prompts == 3 and len(wide.together) == 3 * 2 * 4 and wide.back.view(4, 2)[2].tolist() == [9, 13]
+    assert Groups([None], 2).together.tolist() == [0, 1] and Groups([], 1).prompts == 1
 
 
 # ------------------------------------------------------------------------------------ norms, swiglu, rope

@@ -19,7 +19,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
 
 import data
 import model as model_file
-from decode import Cache, InferenceModel
+from decode import Cache, Groups, InferenceModel
 from model import ModelConfig, Transformer, find_checkpoint
 
 torch.set_num_threads(1)
@@ -484,10 +484,10 @@ def test_prefill_and_decode_give_the_logits_of_the_full_forward(family, late, tm
     prompts = [tokens[row, :n].tolist() for row, n in ((0, 2), (1, 9), (3, 5))]
     logits = inference.prefill(prompts, cache, [2, 0, 1])
     torch.testing.assert_close(logits, full[[0, 1, 3], [1, 8, 4]], atol=1e-5, rtol=0)
-    rows, places, cells = torch.arange(4), torch.tensor([2, 0, 0, 1]), torch.tensor([4, 0, 1, 2])
+    rows, groups = torch.arange(4), Groups([2, 0, 0, 1], m.config.num_key_value_heads)
     for t in range(11):
         own = torch.tensor([t, t, max(t - late, 0), t])         # until it comes in, row 2 repeats its first token
-        logits = inference.decode(tokens[rows, lengths + own], places, own, cells, (3, 2), cache, t + 1, None if late else t)
+        logits = inference.decode(tokens[rows, lengths + own], own, groups, cache, t + 1, None if late else t)
         torch.testing.assert_close(logits, full[rows, lengths + own], atol=1e-5, rtol=0)
 
 
@@ -498,14 +498,14 @@ def test_rows_and_prompts_that_move_take_their_keys_and_values_along():
     m, tokens, lengths = own_model(), some_tokens(3, 12), torch.tensor([7, 3, 5])
     full, cache, inference = logits_of(m, tokens), garbage(m.config, 3, 7, 3, 5), InferenceModel(m, 3)
     inference.prefill([row[:n].tolist() for row, n in zip(tokens, lengths)], cache, [0, 1, 2])
-    rows = torch.arange(3)
+    rows, kv_heads = torch.arange(3), m.config.num_key_value_heads
     for t in range(3):
-        inference.decode(tokens[rows, lengths + t], rows, torch.full((3,), t), rows, (3, 1), cache, t + 1)
+        inference.decode(tokens[rows, lengths + t], torch.full((3,), t), Groups([0, 1, 2], kv_heads), cache, t + 1)
     cache.move_rows(torch.tensor([2]), torch.tensor([0]), 3)
     cache.move_prompts(torch.tensor([2]), torch.tensor([0]))
-    for t, cells, alive in ((3, [0, 1], 2), (4, [0, 2], 1)):
+    for t, places, alive in ((3, [0, 1], 2), (4, [0, None], 1)):
         at, own = lengths[[2, 1]] + t, torch.full((2,), t)
-        logits = inference.decode(tokens[[2, 1], at], torch.arange(2), own, torch.tensor(cells), (2, 1), cache, t + 1)
+        logits = inference.decode(tokens[[2, 1], at], own, Groups(places, kv_heads), cache, t + 1)
         torch.testing.assert_close(logits[:alive], full[[2, 1], at][:alive], atol=1e-5, rtol=0)
 
 

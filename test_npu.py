@@ -21,6 +21,7 @@ import kernels
 from kernels import Sequences
 from model import ModelConfig, Transformer
 from rollout import InFlight, Sampler, row_uniforms
+from test_kernels import plain_part
 
 HERE = Path(__file__).resolve().parent
 STAND_IN = HERE / "npu_standin" / "with_npu"
@@ -172,13 +173,12 @@ def fused_formulas_equal_the_plain_ones():
         q, k, v = (random(*shape, 16, dtype=torch.bfloat16, seed=s)
                    for s, shape in enumerate(((4, queries, 2), (4, 2, 20), (4, 2, 20))))
         lengths, q = [1, 20, 7, 13], q.transpose(1, 2)                  # not contiguous
-        mask = kernels.length_mask(torch.tensor(lengths), 20)
         by_slot = [x.to("npu").transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]           # as the cache is
-        npu = kernels.partial_attention(q.to("npu"), *by_slot, None, None, lengths)
-        for one, other in zip(npu, kernels.partial_attention(q.float(), k.float(), v.float(), None, mask)):
+        npu, want = kernels.partial_attention(q.to("npu"), *by_slot, None, lengths), plain_part(q.float(), k, v, lengths)
+        for one, other in zip(npu, want):
             assert one.shape == other.shape
             near(one, other, torch.bfloat16)
-        near(npu[1], kernels.partial_attention(q.float(), k.float(), v.float(), None, mask)[1])     # these are float32
+        near(npu[1], want[1])       # these are float32
 
 
 @check
