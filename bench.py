@@ -30,6 +30,7 @@ import torch
 import bench_reward
 import dist
 import grpo
+import logps as logps_module
 import model as model_module
 from config import Config, Parser
 from decode import Linear, bytes_per_token
@@ -321,8 +322,8 @@ def logps_peak(args, device):
     targets = torch.arange(len(hidden), device=device)
     before = dist.peak_memory_mb(device)
     if args.variant == "ours":
-        with model_module.gradients_in_place(weight):
-            model_module.chunked_logps(hidden, weight, targets, 1.0)[0].sum().backward()
+        with logps_module.gradients_in_place(weight):
+            logps_module.chunked_logps(hidden, weight, targets, 1.0)[0].sum().backward()
     else:
         (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).sum().backward()
     return dist.peak_memory_mb(device) - before

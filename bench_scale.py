@@ -11,7 +11,7 @@ import bench
 import capacity
 import dist
 import grpo
-import model as model_module
+import weights
 from config import Config
 from model import ModelConfig, Transformer
 from rollout import Sampler, empty_rollout
@@ -46,7 +46,7 @@ def build(args, device, place, phases):
     if dist.world() > 1:        # whoever wrote the files would have the peak of that
         raise ValueError("memory on several ranks needs --no-files")
     with tempfile.TemporaryDirectory() as folder:
-        model_module.SHARD_BYTES = 3 * 10 ** 8              # several files, as a large checkpoint has
+        weights.SHARD_BYTES = 3 * 10 ** 8              # several files, as a large checkpoint has
         bench.random_model(args, device).to("cpu", torch.bfloat16).save_pretrained(folder, torch.bfloat16)
         phases.done("write", shards=len(list(Path(folder).glob("*.safetensors"))))
         return Transformer.from_pretrained(folder, place.home, shard=place)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from decode import bytes_per_token
-from model import LOGIT_CHUNK
+from logps import LOGIT_CHUNK
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 MASTER = 4          # bytes of a float32 weight, as of each of Adam's two moments, and of a gradient

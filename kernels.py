@@ -180,16 +180,16 @@ def shared_attention(q, prompt_k, prompt_v, own, mask, together, back):
     (R, H, D), (P, kv, S, _) = q.shape, prompt_k.shape
     share = H // kv
     q = q.reshape(R * kv, share, D)
-    grid, q = q.index_select(0, together).view(P, kv, -1, D), q.view(R, kv, share, D)
-    scores = torch.matmul(grid, prompt_k.transpose(-1, -2)).view(-1, share, S).index_select(0, back).view(R, kv, share, S)
-    scores = torch.cat([scores, *(torch.matmul(q, k.transpose(-1, -2)) for k, _ in own)], -1)
-    weights = torch.add(mask[:, None], scores, alpha=D ** -0.5).softmax(-1).to(q.dtype)      # in float32
-    grid = weights[..., :S].reshape(R * kv, share, S).index_select(0, together).view(P, kv, -1, S)
-    out = torch.matmul(grid, prompt_v).view(-1, share, D).index_select(0, back).view(R * kv, share, D)
+    grid = q.index_select(0, together).view(P * kv, -1, D)
+    scores = torch.bmm(grid, prompt_k.flatten(0, 1).mT).view(-1, share, S).index_select(0, back)
+    scores = torch.cat([scores, *(torch.bmm(q, k.flatten(0, 1).mT) for k, _ in own)], -1).view(R, kv * share, -1)
+    weights = torch.add(mask, scores, alpha=D ** -0.5).softmax(-1).to(q.dtype).view(R * kv, share, -1)      # in float32
+    grid = weights[..., :S].index_select(0, together).view(P * kv, -1, S)
+    out = torch.bmm(grid, prompt_v.flatten(0, 1)).view(-1, share, D).index_select(0, back)
     for _, v in own:
         part = weights[..., S:S + v.shape[2]]
         S += v.shape[2]
-        out += torch.matmul(part, v).view(R * kv, share, D)
+        out.baddbmm_(part, v.flatten(0, 1))
     return out.view(R, H, D)
 
 

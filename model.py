@@ -8,12 +8,12 @@ of the checkpoint ("model.layers.0.self_attn.q_proj.weight"), so loading is a co
     RoPE (arXiv 2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467)
 
 Tokens are packed: no padding goes through the model, and completions of one prompt share its tokens (`pack`). `token_logps`
-is what training reads, never with a (B, T, V) tensor. The sampler runs the same weights through decode.py; the formulas, and
-each device's kernels for them, are in kernels.py. Left out: dropout, sliding windows, mixtures of experts.
+is what training reads, never with a (B, T, V) tensor (logps.py). The sampler runs the same weights through decode.py; the
+formulas, and each device's kernels for them, are in kernels.py, and the files of a checkpoint in weights.py. Left out:
+dropout, sliding windows, mixtures of experts.
 """
 import json
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +21,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Sequences, attention, rms_norm, rope_tables, rotate
+from logps import chunked_logps, embed
+from weights import CARRIED, find_checkpoint, open_shard, own_rows, read_json, weight_files, whole, write_shards
 
 SUPPORTED = ("qwen2", "qwen3", "llama")
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-LOGIT_CHUNK = 2 ** 24      # elements of one chunk of logits: 64 MB in float32, whatever the vocabulary
-SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
 
 
 @dataclass
@@ -254,7 +248,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens, positions, sequences):
         """Packed tokens (M,) at positions (M,) that see each other as `sequences` says -> (M, hidden_size) after the last norm."""
         rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device), self.dtype)
-        x = _Embedding.apply(tokens, self.model.embed_tokens.weight)
+        x = embed(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
             x = block(x, rope, sequences)
         return self.model.norm(x)
@@ -392,172 +386,3 @@ def pack(wanted, prompts):
     behind = columns - first[rows]          # 0: the prompt's last token predicts it
     before = torch.where(behind == 0, start[rows, 0], start[rows, 1] + behind - 1)
     return source, source % T, Sequences(queries, keys, index, device), before
-
-
-@contextmanager
-def gradients_in_place(weight):
-    """While open, embedding and lm_head add their gradients to weight.grad themselves, which autograd then does not see:
-    no second and third (V, D) tensor beside it, but no hooks of this weight either, and no torch.autograd.grad."""
-    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    weight.add_in_place = True
-    try:
-        yield
-    finally:
-        weight.add_in_place = False
-
-
-def adds_in_place(weight):
-    return getattr(weight, "add_in_place", False)
-
-
-class _Embedding(torch.autograd.Function):
-    """F.embedding; its gradient is added in place where gradients_in_place says so, else it is another (V, D) tensor."""
-
-    @staticmethod
-    def forward(ctx, tokens, weight):
-        ctx.save_for_backward(tokens, weight)
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        tokens, weight = ctx.saved_tensors
-        if not adds_in_place(weight):
-            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), -1, False)
-        weight.grad.index_add_(0, tokens, grad)
-        return None, None
-
-
-class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[target] and the entropy, by chunks of tokens; backward computes each chunk again.
-
-    With s = softmax, d logp / d logits = onehot(target) - s. One chunk of logits exists at a time, in float32. (The idea is
-    that of Cut Cross-Entropy, arXiv 2411.09009.) As above, the gradient of W may be added in place."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.step = temperature, max(1, LOGIT_CHUNK // len(weight))
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logps)
-        for i in range(0, len(hidden), ctx.step):
-            logits, part = (hidden[i:i + ctx.step] @ weight.T).float().div_(temperature), slice(i, i + ctx.step)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, targets[part, None]) - log_z)[:, 0]
-            logits -= log_z
-            entropy[part] = -torch.einsum("tv,tv->t", logits.exp(), logits)
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        in_place = adds_in_place(weight)
-        d_hidden, d_weight = torch.empty_like(hidden), weight.grad if in_place else torch.zeros_like(weight, dtype=torch.float32)
-        for i in range(0, len(hidden), ctx.step):
-            part = slice(i, i + ctx.step)
-            logits, g = (hidden[part] @ weight.T).float().div_(ctx.temperature), grad[part, None] / ctx.temperature
-            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-g).scatter_add_(-1, targets[part, None], g)
-            d = logits.to(weight.dtype)
-            d_hidden[part] = d @ weight
-            if not ctx.needs_input_grad[1]:
-                continue
-            if d.dtype == torch.float32:
-                d_weight.addmm_(d.T, hidden[part])
-            else:       # the sum over chunks in float32: a rounding a chunk would add up
-                d_weight += d.T @ hidden[part]
-        return d_hidden, None if in_place else d_weight.to(weight.dtype), None, None
-
-
-def chunked_logps(hidden, weight, targets, temperature):
-    """hidden (W, D), weight (V, D), targets (W,) -> log-probabilities (W,) and entropies (W,), float32."""
-    return _ChunkedLogps.apply(hidden, weight, targets, temperature)
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-def read_json(file):
-    """A JSON file's object; one line that names the file when it is absent or malformed."""
-    try:
-        content = json.loads(Path(file).read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: is the folder a Hugging Face checkpoint?") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return content
-
-
-def open_shard(file):
-    """An open safetensors file; one line that names it when it is cut short (a broken download) or something else."""
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:   # SafetensorError derives from Exception alone
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): download or copy it again") from None
-
-
-def find_checkpoint(path_or_id):
-    """A local folder as it is; otherwise a hub id, downloaded by huggingface_hub (safetensors only, no pickle)."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
-    if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") != 1:
-        raise FileNotFoundError(f"{path_or_id} is neither a checkpoint folder nor a hub id such as Qwen/Qwen3-4B")
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", *CARRIED]))
-    except Exception as error:   # offline, no such repository, no permission: many types, one meaning here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{path_or_id} is not a folder here and the hub did not give it ({reason}); "
-                                "download the checkpoint and pass its folder") from None
-
-
-def weight_files(folder):
-    """The safetensors files of a checkpoint folder, one or many."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{folder} has no weights: {file.name} does not exist (only safetensors is read)")
-    return files
-
-
-def own_rows(p):
-    """(what this rank holds of a parameter, as a tensor; which rows these are). FSDP2 cuts the first dimension."""
-    if not isinstance(p, DTensor):
-        return p, slice(None)
-    size, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return p.to_local(), slice(offset[0], offset[0] + size[0])
-
-
-def whole(p):
-    """A parameter with all its rows: gathered from the ranks that share it."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
-
-
-def write_shards(path, tensors, dtype):
-    """Write tensors as model.safetensors, or as model-00001-of-0000N.safetensors with an index above SHARD_BYTES."""
-    shards, size = [[]], 0
-    for name, tensor in tensors.items():
-        n = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + n > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += n
-    weight_map = {}
-    for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: whole(tensors[name]).detach().to("cpu", dtype).contiguous() for name in names}
-        try:
-            save_file(shard, path / file, metadata={"format": "pt"})
-        except Exception as error:      # SafetensorError, which derives from Exception alone
-            raise OSError(f"{path / file} could not be written ({error})") from None
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

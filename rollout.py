@@ -8,10 +8,8 @@ completion has finished is given to the next of the queue, so a long tail never 
 Orca, OSDI 2022); without a next one the slots that are left move together. On accelerators the host looks for finished
 rows every few steps only, and a step may be a device graph. Left out: pages of keys, so a slot reserves max_new_tokens.
 
-A token is drawn by inverting the cumulative distribution at two uniform numbers, one for the part of the vocabulary and
-one inside it. Row (prompt i, sample j) owns its stream of uniforms, seeded by (seed, i, j): a completion does not depend on
-which other rows share its batch, on the batch size or on the number of ranks. (The usual trick, argmax of p / Exp(1), is
-as free of host syncs but needs V random numbers a token, not 2, and ties a completion to its batch.)
+A row's random numbers are its own (sampling.py): a completion does not depend on which other rows share its batch, on the batch
+size or on the number of ranks.
 
 What is recorded is what was drawn: token ids (text is never tokenized again) and, in float32, the log-probability of
 each id under the very logits that it was drawn from. Training rollouts use temperature only. top_k and top_p are for
@@ -29,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
+from sampling import draw, row_uniforms
 
 LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
@@ -406,57 +405,3 @@ def check_request(prompts, group_size, max_new_tokens, temperature, config):
         if len(prompt) + max_new_tokens > config.max_position_embeddings:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it leaves the "
                              f"context of {config.max_position_embeddings}; lower --max-new-tokens")
-
-
-def row_uniforms(seeds, G, count):
-    """(N*G, count, 2) float32 uniforms in [0, 1): row (i, j) depends on seeds[i] and j alone."""
-    rows = []
-    for seed in seeds:
-        numbers = np.atleast_1d(seed).tolist()
-        for j in range(G):      # the count first: numpy takes (1, 2) and (1, 2, 0) for the same seed
-            generator = np.random.default_rng([len(numbers), *numbers, j])
-            rows.append(generator.random((count, 2), dtype=np.float32))
-    return torch.from_numpy(np.stack(rows))
-
-
-def draw(logits, u, temperature, top_k=0, top_p=1.0):
-    """One token a row: logits (B, V), u (B, 2) uniforms -> ids (B,) int64 and their log-probabilities (B,) float32.
-
-    The vocabulary is cut into parts of equal size; u[:, 0] chooses the part by the parts' masses, u[:, 1] the id in it: one
-    pass over V, and no sum of V small numbers. Temperature 0 takes the largest logit, and its log-probability at 1."""
-    if temperature not in (0, 1):
-        logits = logits.float() / temperature
-    if top_k > 0 or top_p < 1:
-        logits = truncate(logits.float(), top_k, top_p)
-    mass = logits.softmax(-1, dtype=torch.float32)
-    B, V = mass.shape
-    size = next((n for n in (128, 64, 32, 16, 8) if n * n <= 2 * V and V % n == 0), 32)
-    parts = (F.pad(mass, (0, -V % size)) if V % size else mass).view(B, -1, size)
-    sums = parts.sum(-1).cumsum(-1)
-    if temperature == 0:
-        ids = logits.argmax(-1)         # not of mass, where the best two may be equal
-    else:
-        part = first_above(sums, u[:, :1])
-        ids = part * size + first_above(parts[torch.arange(B, device=mass.device), part].cumsum(-1), u[:, 1:])
-    return ids, mass.gather(-1, ids[:, None])[:, 0].log()
-
-
-def first_above(cumulative, u):
-    """The first column at which cumulative (B, K), of non-negative numbers, exceeds u (B, 1) of its total -> (B,).
-
-    "< total": so that rounding can never step past the last column that holds anything."""
-    if cumulative.device.type != "cpu":
-        cumulative = cumulative.cummax(-1).values       # a parallel sum need not be monotone in the last bit
-    total = cumulative[:, -1:]
-    return ((cumulative <= u * total) & (cumulative < total)).sum(-1)
-
-
-def truncate(logits, top_k, top_p):
-    """-inf for what nucleus (arXiv 1904.09751) and top-k sampling exclude; at least one id stays. Evaluation only."""
-    ordered, order = logits.sort(-1, descending=True)
-    if top_k > 0:
-        ordered[:, top_k:] = float("-inf")          # first: top_p is a share of what top_k leaves
-    probs = ordered.softmax(-1)
-    out = (probs.cumsum(-1) - probs >= top_p) | ordered.isinf()
-    out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float("-inf"))

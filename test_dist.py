@@ -23,9 +23,10 @@ import dist
 import grpo
 import update
 from config import Config
-from model import ModelConfig, Transformer, own_rows
+from model import ModelConfig, Transformer
 from rollout import Rollout, Sampler, empty_rollout
 from test_train import HERE, equal, fast, log_of, run_train, start, stored, whole       # two fixtures
+from weights import own_rows
 
 torch.set_num_threads(1)
 SHAPE = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

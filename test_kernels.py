@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-import model as model_file
+import logps as logps_file
 from decode import Groups
 from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, shared_attention,
                      rotate, swiglu)
@@ -507,8 +507,8 @@ def chunked_and_naive(W, D, V, chunk, temperature, seed=0, dtype=torch.float32):
     inputs = [normal(n, D, seed=seed + i, dtype=dtype).requires_grad_() for i, n in enumerate((W, V))]
     targets = torch.randint(V, (W,), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, "LOGIT_CHUNK", chunk)
-        got = model_file.chunked_logps(*inputs, targets, temperature)
+        patch.setattr(logps_file, "LOGIT_CHUNK", chunk)
+        got = logps_file.chunked_logps(*inputs, targets, temperature)
         grads = torch.autograd.grad(got[0], inputs, normal(W, seed=99))
     want = naive_logps(*inputs, targets, temperature)
     return inputs, got, grads, want, torch.autograd.grad(want[0], inputs, normal(W, seed=99))
@@ -540,12 +540,12 @@ def test_chunked_log_probs_of_bfloat16_are_float32_of_the_same_logits(chunk):
 def test_gradient_of_the_log_prob_by_hand():
     """Logits 0 and ln 3: p = 1/4, 3/4. d log p(0) / d logits = (1 - 1/4, -3/4), over the temperature."""
     hidden = torch.tensor([[0.0, math.log(3)]], requires_grad=True)             # the weight is the identity
-    logps, entropy = model_file.chunked_logps(hidden, torch.eye(2), torch.tensor([0]), 1.0)
+    logps, entropy = logps_file.chunked_logps(hidden, torch.eye(2), torch.tensor([0]), 1.0)
     logps.sum().backward()
     assert logps.item() == pytest.approx(math.log(1 / 4)) and hidden.grad[0].tolist() == pytest.approx([0.75, -0.75])
     assert entropy.item() == pytest.approx(math.log(4) / 4 + math.log(4 / 3) * 3 / 4)
     hidden.grad = None                                                          # at 1/2: p = 1/10, 9/10
-    model_file.chunked_logps(hidden, torch.eye(2), torch.tensor([0]), 0.5)[0].sum().backward()
+    logps_file.chunked_logps(hidden, torch.eye(2), torch.tensor([0]), 0.5)[0].sum().backward()
     assert hidden.grad[0].tolist() == pytest.approx([1.8, -1.8])
 
 

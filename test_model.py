@@ -18,9 +18,12 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gener
                           Qwen3Config)
 
 import data
+import logps as logps_file
 import model as model_file
+import weights as weights_file
 from decode import Cache, Groups, InferenceModel
-from model import ModelConfig, Transformer, find_checkpoint
+from model import ModelConfig, Transformer
+from weights import find_checkpoint
 
 torch.set_num_threads(1)
 
@@ -174,7 +177,7 @@ def test_sharded_checkpoint_of_transformers_is_read(tmp_path):
 
 
 def test_sharded_checkpoint_of_ours_is_read_by_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_file, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights_file, "SHARD_BYTES", 10_000)
     ours = own_model(tie_word_embeddings=False)
     ours.save_pretrained(tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -188,7 +191,7 @@ def test_sharded_checkpoint_of_ours_is_read_by_both(tmp_path, monkeypatch):
 
 def test_saving_over_a_sharded_checkpoint_leaves_no_old_shard(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "SHARD_BYTES", 10_000)
+        patch.setattr(weights_file, "SHARD_BYTES", 10_000)
         own_model().save_pretrained(tmp_path)
     whole = own_model(initializer_range=0.1).init_weights(seed=5)
     whole.save_pretrained(tmp_path)
@@ -303,7 +306,7 @@ def test_token_logps_and_entropy_of_a_uniform_model():
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 3, 1000])
 def test_token_logps_equal_the_naive_ones_with_their_gradient(chunk_tokens, temperature, monkeypatch):
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 60 * chunk_tokens)     # 0: less than a token; still one at a time
+    monkeypatch.setattr(logps_file, "LOGIT_CHUNK", 60 * chunk_tokens)     # 0: less than a token; still one at a time
     m, tokens = own_model(), some_tokens(3, 12)
     mask = completion_mask([3, 1, 5], [12, 4, 9], 12)
     logps, entropy = m.token_logps(tokens, mask, temperature)
@@ -423,7 +426,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_batch_times_length_times_vocabulary_is_made(monkeypatch):
     """B T V = 8 x 16 x 1000 = 128,000. With chunks of 4 tokens the largest tensor is the head's 1000 x 32 = 32,000."""
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 4000)
+    monkeypatch.setattr(logps_file, "LOGIT_CHUNK", 4000)
     m = randomize(Transformer(ModelConfig(vocab_size=1000, hidden_size=32, intermediate_size=48, head_dim=8,
                                           num_hidden_layers=1)))
     tokens, mask = some_tokens(8, 16, vocab=1000), torch.ones(8, 16)
@@ -437,7 +440,7 @@ def test_no_tensor_of_batch_times_length_times_vocabulary_is_made(monkeypatch):
 
 def test_no_logits_are_kept_for_backward(monkeypatch):
     """Chunks would not help if each kept its own: what autograd saves has no vocabulary dimension (1000) at all."""
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 4000)
+    monkeypatch.setattr(logps_file, "LOGIT_CHUNK", 4000)
     m = randomize(Transformer(ModelConfig(vocab_size=1000, hidden_size=32, intermediate_size=48, head_dim=8,
                                           num_hidden_layers=1)))
     tokens, mask, kept = some_tokens(8, 16, vocab=1000), torch.ones(8, 16), []
@@ -600,7 +603,7 @@ def test_folder_without_weights_is_named(folder):
 
 
 def test_missing_shard_is_named(folder, monkeypatch):
-    monkeypatch.setattr(model_file, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights_file, "SHARD_BYTES", 10_000)
     own_model().save_pretrained(folder)
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
@@ -658,7 +661,7 @@ def test_gradients_in_place_are_those_of_autograd_and_only_while_asked_for():
     """The same sums over two backward passes; outside, torch.autograd.grad sees them and leaves .grad alone."""
     m, tokens = own_model(), some_tokens(2, 6)
     weight, found = m.lm_head.weight, []
-    for in_place in (nullcontext(), model_file.gradients_in_place(weight)):
+    for in_place in (nullcontext(), logps_file.gradients_in_place(weight)):
         m.zero_grad(set_to_none=True)
         with in_place:
             for _ in range(2):

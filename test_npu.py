@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from kernels import Sequences
 from model import ModelConfig, Transformer
-from rollout import InFlight, Sampler, row_uniforms
+from rollout import InFlight, Sampler
+from sampling import row_uniforms
 from test_kernels import plain_part
 
 HERE = Path(__file__).resolve().parent

@@ -13,7 +13,7 @@ import dist
 import grpo
 import gtpo
 import offpolicy
-from model import gradients_in_place
+from logps import gradients_in_place
 from rollout import Rollout, empty_rollout
 
 
