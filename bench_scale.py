@@ -96,7 +96,7 @@ def memory(args, device):
     peak = dist.all_reduce([phases.rows[-1]["peak_memory_mb"]], device, "max")[0]
     size, world = (4 if args.dtype == "float32" else 2), dist.world()
     parts = capacity.memory(model.config, load_of(args), world, args.shard or world, size, whole=not place.active,
-                            copies_on_cpu=device.type == "cpu")
+                            on_cpu=device.type == "cpu")
     parts = {name: round(value / capacity.MB) for name, value in parts.items()}
     state = parts["weights"] + parts["moments"] + parts["gradients"]
     predicted = parts["peak"] + alone

@@ -4,9 +4,10 @@
     python bench.py comm --predict                   4B, 8B and 14B on 20 Ascend 910B, for each mesh
 
 A step has two phases whose memory is not needed at the same time: the rollout (a copy of the weights in the compute dtype, keys
-and values) and the training (gradients, gathered blocks, activations). Weights and Adam's moments stay through both. Not counted: a frozen reference
-(--beta) and the lagging weights (--sync-every), each a copy in the compute dtype over `shard` ranks. `bench.py memory` and
-`bench.py comm` measure what is predicted here.
+and values) and the training (gradients, gathered blocks, activations). Weights and Adam's moments stay through both, and so do
+on the CPU the rows' own keys and values, if they are little (Sampler.keep). Not counted: a frozen reference (--beta) and the
+lagging weights (--sync-every), each a copy in the compute dtype over `shard` ranks. `bench.py memory` and `bench.py comm` measure
+what is predicted here.
 """
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 
 from decode import bytes_per_token
 from logps import LOGIT_CHUNK
+from rollout import KEEP_BYTES
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 MASTER = 4          # bytes of a float32 weight, as of each of Adam's two moments, and of a gradient
@@ -59,20 +61,22 @@ def activations(c, tokens, size, checkpointing):
     return size * tokens * (kept + 3 * c.hidden_size)
 
 
-def memory(c, load, world, shard, size, whole=False, copies_on_cpu=False):
+def memory(c, load, world, shard, size, whole=False, on_cpu=False):
     """Bytes on one chip, by part, and their "peak" over the two phases.
 
     size: bytes of a number in the compute dtype. whole: plain python in float32, where nothing is gathered and gradients of
-    the embedding are added in place. copies_on_cpu: the sampler keeps lm_head apart from a tied embedding."""
+    the embedding are added in place. on_cpu: the sampler copies lm_head apart from a tied embedding, and keeps its cache."""
     everything, block, root = counts(c)
     head = c.vocab_size * c.hidden_size
     part = {"weights": MASTER * everything / shard, "moments": 2 * MASTER * everything / shard}
-    tied_twice = copies_on_cpu and c.tie_word_embeddings
+    tied_twice = on_cpu and c.tie_word_embeddings
     part["inference_copy"] = size * (everything + (head if tied_twice and not whole else 0)
                                      - (head if whole and not c.tie_word_embeddings else 0))
     rows = min(load.rows, -(-load.prompts // world) * load.group_size)
     prompts = min(-(-load.prompts // world), 2 * -(-rows // load.group_size))
-    part["kv_cache"] = bytes_per_token(c, DTYPE[size]) * (rows * load.new_tokens + prompts * load.prompt_tokens)
+    of_token = bytes_per_token(c, DTYPE[size])
+    own = rows * load.new_tokens * of_token
+    part["kv_cache"], part["kv_kept"] = own + prompts * load.prompt_tokens * of_token, own if on_cpu and own <= KEEP_BYTES else 0
     part["sampling"] = 4 * 3 * rows * c.vocab_size
     part["gradients"] = MASTER * everything / shard
     tokens = min(load.micro_batch_tokens, load.trained(world))
@@ -87,7 +91,7 @@ def memory(c, load, world, shard, size, whole=False, copies_on_cpu=False):
     rollout = part["inference_copy"] + part["kv_cache"] + part["sampling"]
     if not whole:       # the outermost weights come first: as they arrive, put together, and copied
         rollout = max(rollout, size * (3 * root + (head if tied_twice else 0)))
-    training = part["gradients"] + part["activations"] + part["logits"] + part["gathered"]
+    training = part["kv_kept"] + part["gradients"] + part["activations"] + part["logits"] + part["gathered"]
     return {**part, "rollout_phase": stays + rollout, "training_phase": stays + training, "peak": stays + max(rollout, training)}
 
 

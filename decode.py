@@ -113,7 +113,7 @@ class Cache:
     prompt_k, prompt_v (layers, prompts, Hkv, slots, D); prompt_lengths (prompts,): how much of a prompt is there. k, v (layers,
     blocks, rows, Hkv, slots, D): slot s of block b holds a row's drawn token b x slots + s. On accelerators there is one block;
     on the CPU several, because it reads a few whole blocks two to three times as fast as the beginnings of long rows.
-    memory: k and v of a cache that nobody reads any more, taken over where they fit: new pages of the system cost time."""
+    memory: k and v of a cache that nobody reads any more, taken over where they fit."""
 
     def __init__(self, config, prompts, prompt_slots, rows, own_slots, device, dtype, memory=None):
         self.flash = use_flash(device, dtype)
@@ -129,8 +129,8 @@ class Cache:
             return torch.zeros(shape, device=device, dtype=dtype)
         self.prompt_k, self.prompt_v = (new(prompts, slots=prompt_slots) for _ in range(2))
         shape = (config.num_hidden_layers, blocks, rows, config.num_key_value_heads, self.block, config.head_dim)
-        fits = memory and memory[0].shape == shape and memory[0].dtype == dtype
-        self.k, self.v = memory if fits else (new(blocks, rows, slots=self.block) for _ in range(2))
+        self.k, self.v = memory if memory and memory[0].shape == shape else (
+            new(blocks, rows, slots=self.block) for _ in range(2))
         self.prompt_lengths = torch.ones(prompts, dtype=torch.int64, device=device)
 
     def own(self, layer, rows, used):
@@ -153,7 +153,8 @@ class Cache:
         """The index at which rows write, whose slots are own (R,), or all the slot `same`, a number."""
         if same is not None:
             return same // self.block, slice(len(own)), same % self.block
-        return own // self.block, torch.arange(len(own), device=own.device), own % self.block
+        rows = torch.arange(len(own), device=own.device)
+        return (0, rows, own) if self.k.shape[1] == 1 else (own // self.block, rows, own % self.block)
 
     def move_rows(self, source, target, used):
         """Own keys and values of rows `source` to rows `target` (index tensors), their first `used` slots."""
@@ -304,8 +305,8 @@ class InferenceModel:
         """One token a row: written to the row's own slot, then the logits (R, V) of the next.
 
         tokens (R,); own (R,): tokens that the row has drawn before this one, so its slot. groups: the prompts they read. Only
-        the first groups.prompts prompts and `used` own slots are looked at. same: the slot, as a number, where all rows that
-        matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
+        the first groups.prompts prompts and `used` own slots are looked at, or the blocks that hold them. same: the slot, as a
+        number, where all rows that matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
         c, R, P = self.config, len(tokens), groups.prompts
         place, back = groups.place[:R], groups.back[:R * c.num_key_value_heads]
         lengths, seen, at = cache.prompt_lengths[:P], own + 1, cache.slots_of(own, same)

@@ -6,7 +6,7 @@
     partial_attention       over a part of the keys, with log-sum-exps, so that parts can be merged: decode, by kernels
 
 CUDA: varlen_attn of PyTorch, in half precision. Ascend NPUs: the fused operators of torch_npu, which need no import by name.
-Everything else is what the kernels are tested against.
+Everything else is plain PyTorch, which the kernels are tested against.
 """
 import inspect
 from functools import cached_property, lru_cache
@@ -181,16 +181,22 @@ def shared_attention(q, prompt_k, prompt_v, own, mask, together, back):
     share = H // kv
     q = q.reshape(R * kv, share, D)
     grid = q.index_select(0, together).view(P * kv, -1, D)
-    scores = torch.bmm(grid, prompt_k.flatten(0, 1).mT).view(-1, share, S).index_select(0, back)
-    scores = torch.cat([scores, *(torch.bmm(q, k.flatten(0, 1).mT) for k, _ in own)], -1).view(R, kv * share, -1)
+    scores = products(grid, prompt_k.mT).view(-1, share, S).index_select(0, back)
+    scores = torch.cat([scores, *(products(q, k.mT) for k, _ in own)], -1).view(R, kv * share, -1)
     weights = torch.add(mask, scores, alpha=D ** -0.5).softmax(-1).to(q.dtype).view(R * kv, share, -1)      # in float32
     grid = weights[..., :S].index_select(0, together).view(P * kv, -1, S)
-    out = torch.bmm(grid, prompt_v.flatten(0, 1)).view(-1, share, D).index_select(0, back)
+    out = products(grid, prompt_v).view(-1, share, D).index_select(0, back)
     for _, v in own:
-        part = weights[..., S:S + v.shape[2]]
+        out += products(weights[..., S:S + v.shape[2]], v)
         S += v.shape[2]
-        out.baddbmm_(part, v.flatten(0, 1))
     return out.view(R, H, D)
+
+
+def products(x, y):
+    """x (N Hkv, M, K), y (N, Hkv, K, L) -> (N Hkv, M, L). y lies in its cache in different ways, and is never to be copied."""
+    if y.device.type == "cpu":
+        return torch.bmm(x, y.flatten(0, 1))
+    return torch.matmul(x.view(*y.shape[:2], *x.shape[1:]), y).flatten(0, 1)
 
 
 def length_mask(lengths, slots):

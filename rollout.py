@@ -32,7 +32,7 @@ from sampling import draw, row_uniforms
 LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
-KEEP_BYTES = 2 ** 30        # of a cache that is kept from rollout to rollout on the CPU, at most
+KEEP_BYTES = 2 ** 30        # of own keys and values whose memory is kept from rollout to rollout, at most
 LITTLE_WORK = 10 ** 8       # FLOP of a step below which CPU threads cost more than they bring
 
 
@@ -76,7 +76,7 @@ class Sampler:
         if self.graph and model.device.type == "cpu":
             raise ValueError("device graphs need an accelerator: leave graph out on the CPU")
         self.eos_ids = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=model.device)
-        self.weights = self.kept = None         # kept: the memory of the last own keys and values, on the CPU
+        self.weights = self.kept = None         # kept: see keep
 
     @contextmanager
     def loaded(self):
@@ -121,9 +121,15 @@ class Sampler:
                     torch.set_num_threads(threads)
         finally:
             torch.set_num_threads(threads)
-        small = batch.cache.k.device.type == "cpu" and 2 * batch.cache.k.nbytes <= KEEP_BYTES
-        self.kept = (batch.cache.k, batch.cache.v) if small else None
+        self.keep(batch)
         return batch.rollout(self.version)
+
+    def keep(self, batch):
+        """The memory of the own keys for the next rollout, on the CPU if it is little: new pages of the system may cost a tenth
+        of a rollout. Not after a model that is broken: a mask hides any number, but not NaN."""
+        k, v = batch.cache.k, batch.cache.v
+        if k.device.type == "cpu" and 2 * k.nbytes <= min(KEEP_BYTES, free_bytes(k.device) // 8) and batch.logps.isfinite().all():
+            self.kept = k, v
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
@@ -133,8 +139,7 @@ class Sampler:
         own, prompt, budget = blocks * slots * of_token, max(lengths) * of_token, self.kv_bytes
         if not budget:      # what is free, and room for each row's logits in float32, a few times over
             own += 16 * model.config.vocab_size
-            kept = 2 * self.kept[0].nbytes if self.kept else 0
-            budget = int(KV_SHARE * (free_bytes(model.device) + kept))
+            budget = int(KV_SHARE * free_bytes(model.device))
         rows = min(max(1, self.max_rows), N * group_size)
         while rows > 1 and rows * own + min(N, 2 * -(-rows // group_size)) * prompt > budget:
             rows -= 1
@@ -163,7 +168,8 @@ class InFlight:
         lengths = [len(p) for p in prompts]
         self.model, self.parameters = sampler.weights, parameters(model)
         self.slots, self.places = sampler.room(lengths, G, self.T)
-        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, sampler.kept)
+        kept, sampler.kept = sampler.kept, None
+        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, kept)
 
         # long prompts first, so that prompts in the cache together have like lengths
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
@@ -246,7 +252,7 @@ class InFlight:
             empty = [k for k, row in enumerate(self.holder) if row is None]
             if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
                 break                           # else: a first token may have been the last
-        if len(empty) >= (1 - LEAVE_AT) * len(self.holder) or self.changed:
+        if len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder) or self.changed:
             self.compact(empty)
             self.arrange()
         return bool(self.holder)

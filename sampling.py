@@ -32,13 +32,12 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0):
         logits = truncate(logits.float(), top_k, top_p)
     mass = logits.softmax(-1, dtype=torch.float32)
     B, V = mass.shape
-    size = next((n for n in (128, 64, 32, 16, 8) if n * n <= 2 * V and V % n == 0), 32)
-    parts = (F.pad(mass, (0, -V % size)) if V % size else mass).view(B, -1, size)
-    sums = parts.sum(-1).cumsum(-1)
     if temperature == 0:
         ids = logits.argmax(-1)         # not of mass, where the best two may be equal
     else:
-        part = first_above(sums, u[:, :1])
+        size = next((n for n in (128, 64, 32, 16, 8) if n * n <= 2 * V and V % n == 0), 32)
+        parts = (F.pad(mass, (0, -V % size)) if V % size else mass).view(B, -1, size)
+        part = first_above(parts.sum(-1).cumsum(-1), u[:, :1])
         ids = part * size + first_above(parts[torch.arange(B, device=mass.device), part].cumsum(-1), u[:, 1:])
     return ids, mass.gather(-1, ids[:, None])[:, 0].log()
 

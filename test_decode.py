@@ -6,7 +6,9 @@ with a recording of the step's operations in place of a graph and plain formulas
 
 import builtins
 import io
+import math
 import random
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -415,12 +417,13 @@ TOKEN_BYTES = bytes_per_token(MODEL.config, torch.float32)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(requests(), st.integers(1, 400), st.sampled_from([3, 1000]))
-def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows):
+@given(requests(), st.integers(1, 400), st.sampled_from([3, 1000]), st.sampled_from([3, 16]))
+def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, blocks):
     """As many slots as fit, and with any number of them the same completions; else one line that says what helps."""
     budget = tokens * TOKEN_BYTES
-    another = (max(request.limits) + 2 * max(len(p) for p in request.prompts)) * TOKEN_BYTES    # slot, at most
-    with caches() as made:
+    with caches() as made, route(blocks=blocks):
+        own = math.prod(own_blocks(max(request.limits), torch.device("cpu")))
+        another = (own + 2 * max(len(p) for p in request.prompts)) * TOKEN_BYTES    # slot, at most
         try:
             out = request.together(max_rows=max_rows, kv_bytes=budget)
         except ValueError as error:
@@ -429,6 +432,14 @@ def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows):
     request.check(out)
     most, slots = min(max_rows, len(request.limits)), made[0].k.shape[2]
     assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or bytes_of(made[0]) + another > budget)
+
+
+def test_slots_that_fill_up_the_last_block_are_in_the_budget():
+    """17 tokens are two blocks of 9. With a prompt of three: 3 + 3 x 18 tokens for three rows; 3 + 4 x 17 are not four."""
+    for tokens, slots in ((3 + 3 * 18 - 1, 2), (3 + 3 * 18, 3), (3 + 4 * 17, 3), (3 + 4 * 18, 4)):
+        with caches() as made:
+            Request([[1, 2, 3]], 4, [17] * 4, [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
+        assert made[0].k.shape[1:3] == (2, slots) and bytes_of(made[0]) <= tokens * TOKEN_BYTES
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 5])
@@ -476,21 +487,48 @@ def test_memory_is_kept_for_the_next_rollout_and_what_lies_in_it_does_not_show(m
             out = sampler.generate(PROMPTS, 3, limit, seed=limit)
             want = Sampler(MODEL, STOPS, max_rows=4).generate(PROMPTS, 3, limit, seed=limit)
             assert torch.equal(out.tokens, want.tokens) and torch.equal(out.logps, want.logps)
-        monkeypatch.setattr(rollout_file, "KEEP_BYTES", 0)
-        sampler.generate(PROMPTS, 3, 20)
-    places = [cache.k.data_ptr() for cache in made[::2]]
-    assert places[0] == places[1] and made[4].k.shape != made[2].k.shape and sampler.kept is None
+        for name, few in (("KEEP_BYTES", 0), ("free_bytes", lambda device: 2 * 8 * made[-1].k.nbytes - 1)):
+            with monkeypatch.context() as patch:
+                patch.setattr(rollout_file, name, few)
+                sampler.generate(PROMPTS, 3, 20, seed=0)
+                assert sampler.kept is None
+    places = [cache.k.data_ptr() for cache in made[:8:2]]
+    assert places[0] == places[1] and made[4].k.shape != made[2].k.shape
 
 
-def test_kept_memory_counts_as_free(monkeypatch):
-    """Else each rollout would have less room than the one before."""
-    monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES)
-    sampler = Sampler(MODEL, [])
-    sampler.generate([[1] * 5] * 10, 4, 10)
-    monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES - 2 * sampler.kept[0].nbytes)
-    with caches() as made:
-        sampler.generate([[1] * 5] * 10, 4, 10)
-    assert made[0].k.data_ptr() == sampler.kept[0].data_ptr() and made[0].k.shape[2] > 10
+def test_memory_that_does_not_fit_is_given_up_before_the_next_rollout_begins():
+    """Else both would be there while it runs."""
+    sampler, seen = Sampler(MODEL, [], max_rows=4), []
+    sampler.generate(PROMPTS, 3, 20)
+    old = weakref.ref(sampler.kept[0])
+    with route(on_step=lambda *_: seen.append(old() is None)):
+        sampler.generate(PROMPTS, 3, 30)
+    assert seen and all(seen)
+
+
+def test_a_model_that_was_broken_leaves_nothing_behind():
+    """NaN times 0 is NaN: no mask would hide it."""
+    model = small_model()
+    sampler, weight = Sampler(model, [], max_rows=4), model.model.layers[0].self_attn.v_proj.weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = math.nan
+    sampler.generate(PROMPTS, 3, 20)
+    with torch.no_grad():
+        weight.copy_(good)
+    assert sampler.kept is None and sampler.generate(PROMPTS, 3, 20).logps.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_sampling_in_bfloat16_is_the_trainer_in_bfloat16_up_to_rounding(family):
+    """Log-probs of the same tokens by the same weights: 8 bits of mantissa through two layers, and a shared prompt."""
+    model = small_model(family).to(torch.bfloat16)
+    out = Sampler(model, STOPS, max_rows=7).generate(PROMPTS, 3, 20, seed=1)
+    mask = out.completion_mask()
+    trainer, _ = model.token_logps(out.tokens, mask, prompts=[i // 3 for i in range(12)])
+    assert out.logps.dtype == torch.float32 and mask.sum() > 60
+    torch.testing.assert_close(out.logps, trainer.detach(), atol=0.15, rtol=0)
+    assert (out.logps - trainer)[mask.bool()].square().mean().sqrt() < 0.04
 
 
 # ------------------------------------------------------------------------------------ the routes of accelerators

@@ -63,6 +63,18 @@ def test_temperature_divides_the_logits_of_drawn_and_recorded_alike():
     torch.testing.assert_close(logps, torch.tensor([0.2, 0.8]).log())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("vocab", [50, 4096, 151_937])
+def test_bfloat16_logits_are_taken_as_they_are_and_computed_with_in_float32(vocab, temperature):
+    """Divided by the temperature in bfloat16 they would be 2^-8 off, and so would a log-prob of -10 be by 0.04."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (3 * torch.randn(20, vocab, generator=generator)).bfloat16()
+    ids, logps = draw(logits, torch.rand(20, 2, generator=generator), temperature)
+    exact = (logits.double() / (temperature or 1)).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logps.double(), exact, atol=2e-5, rtol=0)
+    assert logps.dtype == torch.float32 and (temperature or torch.equal(ids, logits.argmax(-1)))
+
+
 def test_temperature_zero_takes_the_largest_logit():
     ids, logps = draw(torch.tensor([[1.0, 3.0, 2.0]]).log(), None, 0)
     assert ids.tolist() == [1] and logps.item() == pytest.approx(math.log(3 / 6))
