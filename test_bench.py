@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import capacity
 from model import ModelConfig, Transformer
 
 TINY = ModelConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
@@ -41,6 +42,23 @@ def test_ragged_lengths_are_a_third_of_the_longest_in_the_mean():
     assert {len(p) for p in prompts} <= set(range(32, 65)) and len(prompts) == 100
     args.lengths = "equal"
     assert bench.workload(args, TINY)[1] == [300] * 800
+
+
+def test_predicted_memory_by_hand():
+    """300 parameters: 128 in each of two blocks (48 of attention, 72 of the MLP, 8 of norms), 40 of the tied embedding, 4 of
+    the last norm. Eight rows of 100 own tokens, each 32 bytes of keys and values: they stay through training on the CPU, if
+    they take at most KEEP_BYTES."""
+    load = capacity.Load(4, 2, 10, 100, 8, 1000)
+    config = ModelConfig(**{**vars(TINY), "qk_norm": False})
+    assert capacity.counts(config) == (2 * 128 + 44, 128, 44)
+    cpu, chip = (capacity.memory(config, load, 1, 1, 4, whole=True, on_cpu=on) for on in (True, False))
+    own = 8 * 100 * bench.bytes_per_token(config, torch.float32)
+    assert own == 8 * 100 * 32 and cpu["kv_cache"] == own + 4 * 10 * 32
+    assert (cpu["kv_kept"], chip["kv_kept"]) == (own, 0)
+    assert cpu["training_phase"] - chip["training_phase"] == own and cpu["rollout_phase"] == chip["rollout_phase"]
+    assert cpu["weights"] == cpu["gradients"] == 4 * 300 and cpu["moments"] == 8 * 300
+    long = capacity.memory(config, capacity.Load(4, 2, 10, capacity.KEEP_BYTES // 8 // 32 + 1, 8, 1000), 1, 1, 4, whole=True, on_cpu=True)
+    assert long["kv_kept"] == 0
 
 
 @pytest.mark.slow
