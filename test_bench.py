@@ -57,8 +57,8 @@ def test_predicted_memory_by_hand():
     assert (cpu["kv_kept"], chip["kv_kept"]) == (own, 0)
     assert cpu["training_phase"] - chip["training_phase"] == own and cpu["rollout_phase"] == chip["rollout_phase"]
     assert cpu["weights"] == cpu["gradients"] == 4 * 300 and cpu["moments"] == 8 * 300
-    long = capacity.memory(config, capacity.Load(4, 2, 10, capacity.KEEP_BYTES // 8 // 32 + 1, 8, 1000), 1, 1, 4, whole=True, on_cpu=True)
-    assert long["kv_kept"] == 0
+    load.new_tokens = capacity.KEEP_BYTES // 8 // 32 + 1
+    assert capacity.memory(config, load, 1, 1, 4, whole=True, on_cpu=True)["kv_kept"] == 0
 
 
 @pytest.mark.slow

@@ -555,7 +555,8 @@ def test_buckets_are_few():
 
 def addresses(batch):
     """Of all tensors that a step reads or writes, by name."""
-    named = {**vars(batch), **vars(batch.cache), **vars(batch.groups), "embedding": batch.model.embedding, "frequencies": batch.model.frequencies}
+    named = {**vars(batch), **vars(batch.cache), **vars(batch.groups)}
+    named |= {"embedding": batch.model.embedding, "frequencies": batch.model.frequencies}
     return {name: x.data_ptr() for name, x in named.items() if isinstance(x, torch.Tensor)}
 
 

@@ -358,7 +358,8 @@ def test_host_lengths_select_ascends_kernel(monkeypatch):
 def rows_of_prompts(draw):
     """The prompt of each row, lengths of prompts and of rows, sizes of the blocks of own keys, whether the grid is larger."""
     P, R = draw(st.integers(1, 4)), draw(st.integers(1, 7))
-    places, sizes = draw(st.lists(st.integers(0, P - 1), min_size=R, max_size=R)), draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    places = draw(st.lists(st.integers(0, P - 1), min_size=R, max_size=R))
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     own = draw(st.lists(st.integers(1, sum(sizes)), min_size=R, max_size=R))
     return places, draw(st.lists(st.integers(1, 6), min_size=P, max_size=P)), own, sizes, draw(st.sampled_from([None, R + 1]))
 
