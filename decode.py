@@ -140,10 +140,6 @@ class Cache:
             return [(k[0, :rows, :, :used], v[0, :rows, :, :used])]
         return [(k[b, :rows], v[b, :rows]) for b in range(-(-used // self.block))]
 
-    def own_slots(self, used):
-        """How many slots the pairs of `own` have together."""
-        return used if self.k.shape[1] == 1 else -(-used // self.block) * self.block
-
     def write(self, layer, k, v, at):
         """The new token's keys and values (rows, Hkv, D) of all rows into their own slots. at: see slots_of."""
         for x, new in ((self.k[layer], k), (self.v[layer], v)):     # neighbouring indices: on Ascend others go to its CPU
@@ -311,8 +307,8 @@ class InferenceModel:
         place, back = groups.place[:R], groups.back[:R * c.num_key_value_heads]
         lengths, seen, at = cache.prompt_lengths[:P], own + 1, cache.slots_of(own, same)
         if host is None and not cache.flash:
-            mask = torch.cat((length_mask(cache.prompt_lengths[place], cache.prompt_k.shape[3]),
-                              length_mask(seen, cache.own_slots(used))), -1)
+            slots = sum(k.shape[2] for k, _ in cache.own(0, R, used))
+            mask = torch.cat((length_mask(cache.prompt_lengths[place], cache.prompt_k.shape[3]), length_mask(seen, slots)), -1)
 
         def attend(i, q, k, v):
             cache.write(i, k, v, at)

@@ -461,6 +461,16 @@ def test_without_a_budget_it_is_a_share_of_what_is_free(monkeypatch):
     assert 200 * TOKEN_BYTES < bytes_of(made[0]) + logits <= rollout_file.KV_SHARE * 300 * TOKEN_BYTES
 
 
+def test_kept_memory_does_not_make_the_next_cache_larger(monkeypatch):
+    """What is free stays the same here, as it does when few of the kept pages were ever touched."""
+    monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES)
+    sampler = Sampler(MODEL, [])
+    with caches() as made:
+        for _ in range(3):
+            sampler.generate([[1] * 5] * 10, 4, [40] + [3] * 39)
+    assert len({cache.k.shape for cache in made}) == 1
+
+
 def test_free_bytes_are_this_process_s_share_of_what_is_available(monkeypatch):
     assert free_bytes(torch.device("cpu")) > 0
     lines = "MemTotal:       4000 kB\nMemFree:         100 kB\nMemAvailable:   3000 kB\n"
