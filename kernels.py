@@ -25,18 +25,45 @@ except ImportError:
 
 def rms_norm(x, weight, eps):
     """x (..., D) scaled to unit root mean square, in float32, then by weight (D,), or (H, D) for x (..., H, D)."""
-    if x.device.type == "cpu" and (torch.is_grad_enabled() or x.dtype != torch.float32):
-        y = x.float()
-        return weight * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    if x.device.type == "cpu":      # no gradient: fewer temporaries, fewer operations
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(_number(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight)
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0]
     if weight.ndim > 1:     # the kernels take one weight for all heads
         return rms_norm(x, _ones(x.shape[-1], x.dtype, x.device), eps) * weight
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps)
     if x.device.type == "npu":
         return torch.ops.npu.npu_rms_norm(x, weight, eps)[0]
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _normed(x, weight, eps):
+    """(the norm's output, 1 / root mean square (..., 1) in float32)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.addcmul(_number(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    if x.dtype == torch.float32:
+        return (x * scale).mul_(weight), scale
+    return (x * scale).to(x.dtype).mul_(weight), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On the CPU, where autograd's way back through the formula takes twice the passes over memory.
+
+    y = w x s with s = (mean x^2 + eps)^(-1/2):  dw = sum over rows of g x s,  dx = g w s - x s^3 (g x . w) / D."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, scale = _normed(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        both, w = grad.float() * x, weight.float()
+        d_weight = torch.mv(both.reshape(-1, both.shape[-1]).T, scale.flatten())
+        pull = (both @ w)[..., None].mul_(scale ** 3)
+        dx = (grad * w).mul_(scale).addcmul_(x, pull, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None
 
 
 def swiglu(x):
@@ -61,8 +88,24 @@ def rotate(x, cos, sin):
     (a, b) -> (a cos - b sin, b cos + a sin): the minus is in the table, except for Ascend's kernel, which brings its own."""
     if x.device.type == "npu":
         return torch.ops.npu.npu_rotary_mul(x[None], cos[None], sin[None])[0]      # older versions know 4-D only
-    other = x.roll(x.shape[-1] // 2, -1)
-    return x * cos + other * sin if torch.is_grad_enabled() else (x * cos).addcmul_(other, sin)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
+
+
+def _rotated(x, cos, sin, sign=1):
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=sign)
+
+
+class _Rotation(torch.autograd.Function):
+    """The way back from a rotation is the rotation by the opposite angle; autograd's has a third more passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotated(grad, *ctx.saved_tensors, sign=-1), None, None
 
 
 # ------------------------------------------------------------------ attention over packed tokens (training and prefill)

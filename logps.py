@@ -41,6 +41,11 @@ def adds_in_place(weight):
     return getattr(weight, "add_in_place", False)
 
 
+def _logits(hidden, weight, temperature):
+    logits = (hidden @ weight.T).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 class _ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and the entropy, by chunks of tokens; backward computes each chunk again.
 
@@ -53,11 +58,10 @@ class _ChunkedLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logps)
         for i in range(0, len(hidden), ctx.step):
-            logits, part = (hidden[i:i + ctx.step] @ weight.T).float().div_(temperature), slice(i, i + ctx.step)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, targets[part, None]) - log_z)[:, 0]
-            logits -= log_z
-            entropy[part] = -torch.einsum("tv,tv->t", logits.exp(), logits)
+            part = slice(i, i + ctx.step)
+            all_logps = _logits(hidden[part], weight, temperature).log_softmax(-1)
+            logps[part] = all_logps.gather(-1, targets[part, None])[:, 0]
+            entropy[part] = -torch.einsum("tv,tv->t", all_logps.exp(), all_logps)
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
@@ -68,9 +72,9 @@ class _ChunkedLogps(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), weight.grad if in_place else torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.step):
             part = slice(i, i + ctx.step)
-            logits, g = (hidden[part] @ weight.T).float().div_(ctx.temperature), grad[part, None] / ctx.temperature
-            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-g).scatter_add_(-1, targets[part, None], g)
-            d = logits.to(weight.dtype)
+            g = grad[part, None] / ctx.temperature
+            d = _logits(hidden[part], weight, ctx.temperature).softmax(-1).mul_(-g).scatter_add_(-1, targets[part, None], g)
+            d = d.to(weight.dtype)
             d_hidden[part] = d @ weight
             if not ctx.needs_input_grad[1]:
                 continue

@@ -463,6 +463,22 @@ def test_rms_norm_in_bfloat16_is_the_same_up_to_rounding(shape):
     torch.testing.assert_close(fast, rms_norm(x, weight, 1e-6), atol=0, rtol=2 ** -7)
 
 
+@pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-5), (torch.bfloat16, 2 ** -6)])
+def test_the_way_back_through_norm_and_rope_is_that_of_their_formulas(dtype, near):
+    """Both have a backward of their own; also for gradients that do not lie row by row in memory."""
+    x, weight = normal(6, 3, 8, dtype=dtype, scale=3).requires_grad_(), normal(8, seed=1, dtype=dtype).requires_grad_()
+    cos, sin = rope_tables(torch.arange(6), torch.tensor([1.0, 0.3, 0.1, 0.01]), dtype)
+    grad = normal(3, 8, 6, seed=2, dtype=dtype).permute(2, 0, 1)
+    got = torch.autograd.grad(rotate(rms_norm(x, weight, 0.1), cos, sin), (x, weight), grad)
+    y, w, c, s = (z.detach().double().requires_grad_() for z in (x, weight, cos, sin))
+    normed = w * y / (y.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    a, b = normed.chunk(2, -1)
+    exact = torch.autograd.grad(normed * c + torch.cat((b, a), -1) * s, (y, w), grad.double())
+    for one, other in zip(got, exact):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, atol=near * float(other.abs().max()), rtol=0)
+
+
 def test_swiglu_by_hand():
     """silu(0) = 0; silu(ln 3) = ln 3 / (1 + 1/3)."""
     out = swiglu(torch.tensor([[0.0, math.log(3), 5.0, 4.0]]))
