@@ -25,6 +25,7 @@ MAX_TEXT = 1300      # characters of one expression
 MAX_DEPTH = 60       # nesting inside one expression
 MAX_POWER = 10**6    # largest exponent in the exact arithmetic
 MAX_FACTORIAL = 170  # largest argument of ! and of binomials
+ROUNDING = 1e-14     # of the largest term: what cancelling leaves in floats
 POINTS = 4           # evaluation points for variables
 PRIME = 31415926535897932384626433832795029031   # no special form: modulo 2^127 - 1, 2^4950 would be 1/8
 
@@ -32,8 +33,23 @@ PRIME = 31415926535897932384626433832795029031   # no special form: modulo 2^127
 
 _TOKEN = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9.]))?|\\[A-Za-z]+|[A-Za-z]+|\S)")
 _GREEK = set(r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega \ell \Delta".split())
-_FUNCTIONS = {"sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "cot": lambda z: 1 / cmath.tan(z),
-              "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z), "arcsin": cmath.asin,
+
+
+def _rounding_off(z, size):
+    """z, or 0 where it is what rounding leaves of numbers of this size: nothing to divide by."""
+    return 0.0 if abs(z) <= ROUNDING * size else z
+
+
+def _sin(z):
+    return _rounding_off(cmath.sin(z), max(1, abs(z)))
+
+
+def _cos(z):
+    return _rounding_off(cmath.cos(z), max(1, abs(z)))
+
+
+_FUNCTIONS = {"sin": _sin, "cos": _cos, "tan": lambda z: _sin(z) / _cos(z), "cot": lambda z: _cos(z) / _sin(z),
+              "sec": lambda z: 1 / _cos(z), "csc": lambda z: 1 / _sin(z), "arcsin": cmath.asin,
               "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh,
               "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "exp": cmath.exp}
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
@@ -223,6 +239,10 @@ class _Parser:
 _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
 
 
+def _sum(*terms):
+    return _rounding_off(sum(terms), max(map(abs, terms)))
+
+
 def _power(a, b):
     result = complex(a) ** complex(b)
     if result == 0 != a:
@@ -247,7 +267,7 @@ def _rounded(towards):
     return lambda a: float(towards(round(a.real, 9))) if abs(complex(a).imag) < 1e-12 else math.nan
 
 
-_FLOAT = {"sum": lambda *xs: sum(xs), "product": lambda *xs: math.prod(xs), "inverse": lambda x: 1 / x,
+_FLOAT = {"sum": _sum, "product": lambda *xs: math.prod(xs), "inverse": lambda x: 1 / x,
           "negative": operator.neg, "power": _power, "root": _root, "factorial": _factorial, "absolute": abs,
           "binomial": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n - k)),
           "floor": _rounded(math.floor), "ceiling": _rounded(math.ceil), **_FUNCTIONS}
