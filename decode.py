@@ -247,8 +247,9 @@ class InferenceModel:
                 self.layers.append(Layer(block, rows))
         self.frequencies = inverse_frequencies(self.config, self.device)
 
-    def _layer(self, i, x, rope, attend):
-        """x (tokens, hidden) -> the same after block i; attend(i, q, k, v) -> (tokens, heads x D)."""
+    def _layer(self, i, x, rope, attend, wanted=None):
+        """x (tokens, hidden) -> the same after block i; attend(i, q, k, v) -> (tokens, heads x D). wanted: the tokens, as an
+        index, of which more than keys and values is asked; None: all."""
         c, w = self.config, self.layers[i]
         heads, both = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
         qkv = w.qkv(rms_norm(x, w.norm_1, c.rms_norm_eps)).view(len(x), both + c.num_key_value_heads, c.head_dim)
@@ -256,15 +257,16 @@ class InferenceModel:
         if w.qk_norm is not None:
             qk = rms_norm(qk, w.qk_norm, c.rms_norm_eps)
         qk = rotate(qk, *rope)
-        x = w.o(attend(i, qk[:, :heads], qk[:, heads:], qkv[:, both:]), "add", x)
+        q, x = (qk[:, :heads], x) if wanted is None else (qk[wanted, :heads], x[wanted])
+        x = w.o(attend(i, q, qk[:, heads:], qkv[:, both:]), "add", x)
         return w.mlp(rms_norm(x, w.norm_2, c.rms_norm_eps), x)
 
-    def _forward(self, tokens, positions, attend):
-        """tokens, positions (M,) -> hidden states (M, hidden) before the last norm."""
+    def _forward(self, tokens, positions, attend, wanted=None):
+        """tokens, positions (M,) -> hidden states (M or wanted, hidden) before the last norm."""
         rope = rope_tables(positions, self.frequencies, self.dtype)
         x = F.embedding(tokens, self.embedding)
         for i in range(len(self.layers)):
-            x = self._layer(i, x, rope, attend)
+            x = self._layer(i, x, rope, attend, wanted if i == len(self.layers) - 1 else None)
         return x
 
     def _logits(self, x):
@@ -289,13 +291,13 @@ class InferenceModel:
         places, lengths_ = on_device(places), on_device(lengths)
         cache.prompt_lengths[places] = lengths_
         of_token = places.repeat_interleave(lengths_)
-        sequences = Sequences(lengths, device=self.device)
+        every, last = Sequences(lengths, device=self.device), Sequences([1] * len(lengths), lengths, device=self.device)
 
         def attend(i, q, k, v):
             for x, new in ((cache.prompt_k, k), (cache.prompt_v, v)):
                 x[i].transpose(1, 2)[of_token, positions] = new
-            return attention(q, k, v, sequences).reshape(len(tokens), -1)
-        return self._logits(self._forward(tokens, positions, attend)[lengths_.cumsum(0) - 1])
+            return attention(q, k, v, every if len(q) == len(k) else last).reshape(len(q), -1)
+        return self._logits(self._forward(tokens, positions, attend, lengths_.cumsum(0) - 1))
 
     def decode(self, tokens, own, groups, cache, used, same=None, host=None):
         """One token a row: written to the row's own slot, then the logits (R, V) of the next.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import rollout as rollout_file
-from decode import InferenceModel
+from decode import InferenceModel, Layer
 from model import ModelConfig, Transformer
 from rollout import Sampler
 from test_sampling import chi_square
@@ -235,10 +235,10 @@ def record_calls(monkeypatch):
     """How many tokens go through the model, call by call: those of prompts, or one a row."""
     sizes, original = [], InferenceModel._forward
 
-    def recorder(self, tokens, positions, attend):
+    def recorder(self, tokens, positions, *rest):
         assert tokens.shape == positions.shape == (len(tokens),)
         sizes.append(len(tokens))
-        return original(self, tokens, positions, attend)
+        return original(self, tokens, positions, *rest)
     monkeypatch.setattr(InferenceModel, "_forward", recorder)
     return sizes
 
@@ -248,6 +248,18 @@ def test_each_prompt_is_prefilled_once_whatever_the_group(monkeypatch):
     sizes = record_calls(monkeypatch)
     Sampler(MODEL, []).generate([[1] * 4, [2] * 9], 8, 5)
     assert sizes == [4 + 9] + [16] * 4
+
+
+def test_of_a_prompt_only_its_last_token_goes_through_the_end_of_the_last_block(monkeypatch):
+    """Two blocks: of the others' 4 + 9 tokens the second needs keys and values, and no more."""
+    sizes, original = [], Layer.mlp
+
+    def recorder(self, x, residual):
+        sizes.append(len(x))
+        return original(self, x, residual)
+    monkeypatch.setattr(Layer, "mlp", recorder)
+    Sampler(MODEL, []).generate([[1] * 4, [2] * 9], 3, 2)
+    assert sizes == [4 + 9, 2] + [6, 6]
 
 
 def test_a_prompt_is_prefilled_when_its_first_row_comes_in(monkeypatch):
