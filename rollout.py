@@ -33,6 +33,7 @@ LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive: leavi
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
 KEEP_BYTES = 2 ** 30        # of own keys and values whose memory is kept from rollout to rollout, at most
+FEW_ROWS = 6        # of a step on the CPU, at least: products with fewer take oneDNN longer than with six
 LITTLE_WORK = 10 ** 8       # FLOP of a step below which CPU threads cost more than they bring
 
 
@@ -201,6 +202,8 @@ class InFlight:
             if self.static:
                 by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
                 rows, used = bucket(rows, self.slots), self.T if by_length else bucket(used, self.T)
+            else:
+                rows = max(rows, min(FEW_ROWS, self.slots))
             if (rows, used) in self.graphs:
                 self.graphs[rows, used]()
                 continue
@@ -326,8 +329,8 @@ class InFlight:
     def arrange(self):
         """Which prompt each slot reads, and how much of it there is."""
         places = [None if row is None else self.place_of[row // self.G] for row in self.holder]
+        places += [None] * ((self.slots if self.static else min(FEW_ROWS, self.slots)) - len(places))
         if self.static:
-            places += [None] * (self.slots - len(places))
             self.groups.copy_(Groups(places, self.kv_heads, self.places, self.G, self.device))
         else:
             self.groups = Groups(places, self.kv_heads)
