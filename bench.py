@@ -103,22 +103,26 @@ def timed(f, device):
     return time.perf_counter() - begin, result
 
 
-def speed_limits(device, dtype):
-    """Measured here and now: the rate of a large matrix product (FLOP/s) and of reading or copying memory (bytes/s)."""
+def product_rate(device, dtype):
+    """FLOP/s of a large matrix product, measured here and now."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    x = torch.empty(2 ** 30, device=device, dtype=torch.int8).fill_(1)       # many times any cache: of 64 MB much stays in one
-    y = torch.empty_like(x)
     products = [lambda: a @ b]
     if device.type == "cpu":        # the sampler's blocked product is faster than the plain one: the roof is the better
         layer = torch.nn.Linear(n, n, bias=False, dtype=dtype)
         blocked = Linear([layer], n)
         products.append(lambda: blocked(a))
     with torch.inference_mode():
-        product = min(timed(f, device)[0] for f in products for _ in range(10))
-        read = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(10))
-        copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(10))
-    return 2 * n ** 3 / product, max(2 * x.numel() / copy, x.numel() / read)
+        return 2 * n ** 3 / min(timed(f, device)[0] for f in products for _ in range(10))
+
+
+def bandwidth(device):
+    """bytes/s of reading or copying memory, the better, measured here and now."""
+    x = torch.empty(2 ** 30, device=device, dtype=torch.int8).fill_(1)       # many times any cache: of 64 MB much stays in one
+    y = torch.empty_like(x)
+    read = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(10))
+    copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(10))
+    return max(2 * x.numel() / copy, x.numel() / read)
 
 
 def matrix_parameters(config):
@@ -130,12 +134,15 @@ def matrix_parameters(config):
 
 def roofline_seconds(config, dtype, prompts, lengths, group_size, flops, bandwidth):
     """The least time for the rollout with every completion in flight at once: for the prompts and then for each token
-    position, the larger of arithmetic / flops and (weights, keys and values read once) / bandwidth."""
-    weights, of_token = matrix_parameters(config), bytes_per_token(config, dtype)
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim    # FLOP a query and key
+    position, the larger of arithmetic / flops and (weights, keys and values read once) / bandwidth. Of all but a prompt's last
+    token the last block needs keys and values alone."""
+    weights, of_token, layers = matrix_parameters(config), bytes_per_token(config, dtype), config.num_hidden_layers
+    attention = 4 * layers * config.num_attention_heads * config.head_dim                      # FLOP a query and key
     sizes, lengths = np.array([len(p) for p in prompts]), np.array(lengths).reshape(-1, group_size)
     head = config.vocab_size * config.hidden_size
-    seconds = (2 * (weights - head) * sizes.sum() + 2 * head * len(sizes) + attention * (sizes ** 2).sum() / 2) / flops
+    block, keys = (weights - head) // layers, 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    products = ((layers - 1) * block + keys) * sizes.sum() + (block - keys + head) * len(sizes)
+    seconds = (2 * products + attention / layers * ((layers - 1) * (sizes ** 2).sum() / 2 + sizes.sum())) / flops
     for t in range(1, lengths.max()):       # the first token comes from the prompts' own pass
         alive = (lengths > t).sum(1)
         arithmetic = 2 * weights * alive.sum() + attention * (alive * (sizes + t)).sum()
@@ -161,7 +168,7 @@ def rollout(args, device):
         runs["hf"] = hf_generate(args, model, prompts, lengths)
     rates, seconds_of_ours, peak, limits = {name: [] for name in runs}, [], {}, []
     for i in range(args.rounds + 1):        # the first warms up
-        limits.append(speed_limits(device, model.dtype))
+        limits.append((product_rate(device, model.dtype), bandwidth(device)))
         for name, run in runs.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -175,11 +182,11 @@ def rollout(args, device):
                 deviation = trainer_deviation(model, out)
                 if (out.lengths - out.prompt_lengths).tolist() != lengths:
                     raise ValueError("the sampler did not draw the lengths it was given: a bug")
-    flops, bandwidth = (max(column) for column in zip(*limits))
-    least = roofline_seconds(config, model.dtype, prompts, lengths, args.group_size, flops, bandwidth)
+    flops, bytes_s = (max(column) for column in zip(*limits))
+    least = roofline_seconds(config, model.dtype, prompts, lengths, args.group_size, flops, bytes_s)
     shares = [least / seconds for seconds in seconds_of_ours]
     result = {"parameters": sum(p.numel() for p in model.parameters()), "completions": len(lengths),
-              "mean_length": float(np.mean(lengths)), "gflops": flops / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
+              "mean_length": float(np.mean(lengths)), "gflops": flops / 1e9, "bandwidth_gb_s": bytes_s / 1e9,
               "tokens_per_s": {name: summary(r) for name, r in rates.items()}, "share_of_roofline": summary(shares),
               "peak_memory_mb": peak, "largest_logp_deviation_from_trainer": deviation}
     if args.vs == "hf":
@@ -264,7 +271,7 @@ def train(args, device):
     rewards = random_rewards(args, device)
     batch, rows = grpo.prepare(out, rewards, shared), list(range(len(lengths)))
     same = {name: gradient_of(run, batch, rows, c) for name, c in settings.items()}     # also warms up
-    flops, _ = speed_limits(device, model.dtype)
+    flops = product_rate(device, model.dtype)
     seconds = {name: [] for name in settings}
     for _ in range(args.rounds):
         for name, c in settings.items():

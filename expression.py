@@ -25,7 +25,7 @@ MAX_TEXT = 1300      # characters of one expression
 MAX_DEPTH = 60       # nesting inside one expression
 MAX_POWER = 10**6    # largest exponent in the exact arithmetic
 MAX_FACTORIAL = 170  # largest argument of ! and of binomials
-ROUNDING = 1e-14     # of the largest term: what cancelling leaves in floats
+ROUNDING = 2e-15     # of the largest term: what cancelling leaves in floats
 POINTS = 4           # evaluation points for variables
 PRIME = 31415926535897932384626433832795029031   # no special form: modulo 2^127 - 1, 2^4950 would be 1/8
 
@@ -41,11 +41,11 @@ def _rounding_off(z, size):
 
 
 def _sin(z):
-    return _rounding_off(cmath.sin(z), max(1, abs(z)))
+    return _rounding_off(cmath.sin(z), min(abs(z), 1e5))        # of pi times a larger number more is left, of others too
 
 
 def _cos(z):
-    return _rounding_off(cmath.cos(z), max(1, abs(z)))
+    return _rounding_off(cmath.cos(z), min(abs(z), 1e5))
 
 
 _FUNCTIONS = {"sin": _sin, "cos": _cos, "tan": lambda z: _sin(z) / _cos(z), "cot": lambda z: _cos(z) / _sin(z),
@@ -240,7 +240,8 @@ _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
 
 
 def _sum(*terms):
-    return _rounding_off(sum(terms), max(map(abs, terms)))
+    exact = all(complex(x).imag == 0 and abs(x) < 2 ** 53 and complex(x).real.is_integer() for x in terms)
+    return sum(terms) if exact else _rounding_off(sum(terms), max(map(abs, terms)))
 
 
 def _power(a, b):

@@ -38,11 +38,10 @@ def rms_norm(x, weight, eps):
 
 def _normed(x, weight, eps):
     """(the norm's output, 1 / root mean square (..., 1) in float32)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    y = x.float()
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     scale = torch.addcmul(_number(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    if x.dtype == torch.float32:
-        return (x * scale).mul_(weight), scale
-    return (x * scale).to(x.dtype).mul_(weight), scale
+    return (y * scale).to(x.dtype).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -133,8 +132,9 @@ class Sequences:
         and for each packed token its place among the flattened queries of all buckets."""
         q_start, k_start = ([0, *accumulate(n)] for n in (self.queries, self.keys))
         order, parts = sorted(range(len(self.queries)), key=lambda s: (self.queries[s], self.keys[s])), []
-        for s in order:     # at most a quarter longer than the bucket's first, or a few tokens
-            if not parts or self.queries[s] > 1.25 * self.queries[parts[-1][0]] + 8:
+        for s in order:     # at most a quarter longer than the bucket's first, or a few tokens; keys: twice
+            first = parts[-1][0] if parts else s
+            if not parts or self.queries[s] > 1.25 * self.queries[first] + 8 or self.keys[s] > 2 * self.keys[first] + 64:
                 parts.append([])
             parts[-1].append(s)
         source = np.arange(k_start[-1]) if self.index is None else self.index.cpu().numpy()

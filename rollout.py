@@ -190,20 +190,24 @@ class InFlight:
 
     # ------------------------------------------------------------------------------------------ on the device, no waiting
 
+    def rows(self):
+        """Of the next step."""
+        if self.static:
+            return bucket(len(self.holder), self.slots)
+        return max(len(self.holder), min(FEW_ROWS, self.slots))
+
     def step_flops(self):
         """Of the next step, about: two for every weight and row."""
-        return 2 * len(self.holder) * self.parameters
+        return 2 * self.rows() * self.parameters
 
     def advance(self):
         """A few steps without a look at the outcome."""
         for _ in range(self.look_every):
             self.time += 1
-            rows, used = len(self.holder), min(self.time - self.oldest, self.T)
+            rows, used = self.rows(), min(self.time - self.oldest, self.T)
             if self.static:
                 by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
-                rows, used = bucket(rows, self.slots), self.T if by_length else bucket(used, self.T)
-            else:
-                rows = max(rows, min(FEW_ROWS, self.slots))
+                used = self.T if by_length else bucket(used, self.T)
             if (rows, used) in self.graphs:
                 self.graphs[rows, used]()
                 continue

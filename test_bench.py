@@ -26,9 +26,10 @@ def test_matrix_parameters_are_those_of_all_products(tied):
 
 def test_roofline_by_hand():
     """Matrices: 2 x (4 x 2 x (2 x 2 + 2 x 1) + 3 x 4 x 6) + 40 = 280, 40 of them lm_head. Two prompts of 3 tokens, one
-    completion each, of 1 and of 2 tokens. Prompts: 2 x 240 x 6 + 2 x 40 x 2 + 4 x 2 x 2 x 2 x (9 + 9) / 2 FLOP. Then one step
+    completion each, of 1 and of 2 tokens. Prompts: 2 x 6 x (120 of the first block, 2 x 4 x 2 of the second's keys and values),
+    2 x 2 x (the 104 others of the second, 40); attention 4 x 2 x 2 FLOP a query and key: (9 + 9) / 2 and 3 + 3. Then one step
     with one row: 2 x 280 + 32 x (3 + 1) FLOP, or 280 weights and 8 x (3 + 1) numbers of keys and values, 4 bytes each."""
-    prompts, arithmetic = [[1, 2, 3], [4, 5, 6]], 2 * 240 * 6 + 2 * 40 * 2 + 32 * 9
+    prompts, arithmetic = [[1, 2, 3], [4, 5, 6]], 2 * 6 * (120 + 16) + 2 * 2 * (104 + 40) + 16 * (9 + 6)
     by_flops = bench.roofline_seconds(TINY, torch.float32, prompts, [1, 2], 1, 1.0, 1e9)
     by_bytes = bench.roofline_seconds(TINY, torch.float32, prompts, [1, 2], 1, 1e9, 1.0)
     assert by_flops == pytest.approx(arithmetic + 2 * 280 + 32 * 4)

@@ -124,6 +124,12 @@ def test_buckets_hold_every_token_once_and_pad_little(queries):
         assert q.shape[1] <= 1.25 * least + 8
 
 
+def test_a_long_sequence_does_not_pad_the_keys_of_short_ones():
+    """Single queries, as at the end of prefill: 80 over 50 keys each and one over 4,000."""
+    buckets, _ = Sequences([1] * 81, [50] * 40 + [4000] + [50] * 40).buckets
+    assert sum(k.numel() for _, k, _ in buckets) == 80 * 50 + 4000
+
+
 # ------------------------------------------------------------------------------------ the route of CUDA, without CUDA
 
 class Elsewhere:
@@ -455,12 +461,14 @@ def test_rms_norm_is_its_formula_with_and_without_gradient(rows, heads, D, per_h
 
 @pytest.mark.parametrize("shape", [(32,), (3, 32)])
 def test_rms_norm_in_bfloat16_is_the_same_up_to_rounding(shape):
-    """Both routes compute in float32; they may round once or twice."""
+    """All routes compute in float32 and round twice."""
     x, weight = normal(5, 3, 32, dtype=torch.bfloat16, scale=30), normal(*shape, seed=1, dtype=torch.bfloat16)
-    with torch.no_grad():
-        fast = rms_norm(x, weight, 1e-6)
-    assert fast.dtype == rms_norm(x, weight, 1e-6).dtype == torch.bfloat16
-    torch.testing.assert_close(fast, rms_norm(x, weight, 1e-6), atol=0, rtol=2 ** -7)
+    exact = weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = rms_norm(x, weight, 1e-6)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact, atol=0, rtol=2 ** -7)
 
 
 @pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-5), (torch.bfloat16, 2 ** -6)])

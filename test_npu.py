@@ -166,8 +166,11 @@ def fused_formulas_equal_the_plain_ones():
         shared = dict(queries=[3, 4, 1, 5, 2], keys=[3, 7, 4, 5, 7],    # prompts of 3 and 5 tokens, completions behind them
                       index=[0, 1, 2, *range(7), 0, 1, 2, 7, *range(8, 13), *range(8, 13), 13, 14])
         many = dict(queries=[1, 2] * 520)                               # more sequences than one call takes
-        for how in (shared, many, dict(queries=[5, 300, 60])):
-            q, k, v = (random(sum(how["queries"]), heads, 16, dtype=dtype, seed=s) for s, heads in enumerate((4, 2, 2)))
+        last = dict(queries=[1, 1, 1], keys=[3, 7, 5])                  # as at the end of prefill
+        for how in (shared, many, last, dict(queries=[5, 300, 60])):
+            keys = sum(how["queries"] if "index" in how else how.get("keys", how["queries"]))
+            q, k, v = (random(n, heads, 16, dtype=dtype, seed=s)
+                       for s, (n, heads) in enumerate(((sum(how["queries"]), 4), (keys, 2), (keys, 2))))
             compare(lambda device, q, k, v: kernels.attention(q, k, v, Sequences(**how, device=device)), q, k, v)
 
     for queries in (1, 3):

@@ -487,10 +487,18 @@ def test_nothing_is_divided_by_what_only_rounding_keeps_from_zero(zero):
     assert not equal(rf"\frac{{x}}{{{zero}}}", rf"\frac{{x}}{{{zero}}}+1")
 
 
-@pytest.mark.parametrize("small", ["10^{-20}", r"\frac{1}{10^{20}}", r"\sqrt{2}-1.414213562", r"10^{12}+1-10^{12}"])
+@pytest.mark.parametrize("small", ["10^{-20}", r"\frac{1}{10^{20}}", r"\sqrt{2}-1.414213562", r"10^{15}+1-10^{15}",
+                                   r"\sqrt{10^{14}+1}-10^{7}", r"\sin(10^{-15})", r"\sin(10^{15})", r"\cos(10^{17})"])
 def test_a_small_number_is_not_zero(small):
     assert value(clean(small)).floats[0] != 0
     assert value(clean(rf"\frac{{x}}{{{small}}}")) is not None
+
+
+def test_rounding_off_loses_nothing_else():
+    assert equal("10^{15}+1-10^{15}", "1") and equal(r"\frac{\sin(10^{-15})}{10^{-15}}", "1")
+    for given, gold in ((r"5+\sin(10^{15})", "5"), (r"x+\sin(10^{17}x)", "x"), (r"\sqrt{10^{14}+1}-10^{7}", "0"),
+                        (r"5+\sqrt{2}(10^{15}+1-10^{15})", "5"), (r"\frac{\sin(10^{-15})}{10^{-15}}", "0")):
+        assert not equal(given, gold)
 
 
 @settings(max_examples=200, deadline=None)
