@@ -41,7 +41,7 @@ def _rounding_off(z, size):
 
 
 def _sin(z):
-    return _rounding_off(cmath.sin(z), min(abs(z), 1e5))        # of pi times a larger number more is left, of others too
+    return _rounding_off(cmath.sin(z), min(abs(z), 1e5))        # larger ones: else any sine would be rounding
 
 
 def _cos(z):
@@ -240,7 +240,8 @@ _CONSTANTS = {"π": math.pi, "e": math.e, "i": 1j}
 
 
 def _sum(*terms):
-    exact = all(complex(x).imag == 0 and abs(x) < 2 ** 53 and complex(x).real.is_integer() for x in terms)
+    """Whole numbers that floats hold lose nothing; of others, what is left when they cancel is rounding."""
+    exact = all(abs(x) < 2 ** 53 and x == round(complex(x).real) for x in terms)
     return sum(terms) if exact else _rounding_off(sum(terms), max(map(abs, terms)))
 
 

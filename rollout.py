@@ -190,21 +190,21 @@ class InFlight:
 
     # ------------------------------------------------------------------------------------------ on the device, no waiting
 
-    def rows(self):
-        """Of the next step."""
+    def step_rows(self):
+        """Of the next step: the slots in use, and some more."""
         if self.static:
             return bucket(len(self.holder), self.slots)
         return max(len(self.holder), min(FEW_ROWS, self.slots))
 
     def step_flops(self):
         """Of the next step, about: two for every weight and row."""
-        return 2 * self.rows() * self.parameters
+        return 2 * self.step_rows() * self.parameters
 
     def advance(self):
         """A few steps without a look at the outcome."""
         for _ in range(self.look_every):
             self.time += 1
-            rows, used = self.rows(), min(self.time - self.oldest, self.T)
+            rows, used = self.step_rows(), min(self.time - self.oldest, self.T)
             if self.static:
                 by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
                 used = self.T if by_length else bucket(used, self.T)
@@ -333,7 +333,7 @@ class InFlight:
     def arrange(self):
         """Which prompt each slot reads, and how much of it there is."""
         places = [None if row is None else self.place_of[row // self.G] for row in self.holder]
-        places += [None] * ((self.slots if self.static else min(FEW_ROWS, self.slots)) - len(places))
+        places += [None] * ((self.slots if self.static else self.step_rows()) - len(places))
         if self.static:
             self.groups.copy_(Groups(places, self.kv_heads, self.places, self.G, self.device))
         else:
