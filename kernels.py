@@ -16,11 +16,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-    VARLEN = set(inspect.signature(varlen_attn).parameters)     # it grew from version to version
-except ImportError:
-    VARLEN = set()
+VARLEN = set()      # what CUDA's kernel takes: it grew from version to version
+
+
+def load_varlen():
+    """Bring varlen_attn in, if this PyTorch has it. Its import takes half a second."""
+    global AuxRequest, VARLEN, varlen_attn
+    try:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+        VARLEN = set(inspect.signature(varlen_attn).parameters)
+    except ImportError:
+        pass
+
+
+if torch.backends.cuda.is_built():
+    load_varlen()
 
 
 def rms_norm(x, weight, eps):

@@ -22,6 +22,7 @@ from model import ModelConfig, Transformer, pack
 
 torch.set_num_threads(1)
 
+kernels.load_varlen()       # a PyTorch without CUDA does not
 needs_varlen = pytest.mark.skipif("seqused_k" not in kernels.VARLEN, reason="PyTorch 2.12 brings it")
 
 
