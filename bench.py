@@ -113,15 +113,15 @@ def product_rate(device, dtype):
         blocked = Linear([layer], n)
         products.append(lambda: blocked(a))
     with torch.inference_mode():
-        return 2 * n ** 3 / min(timed(f, device)[0] for f in products for _ in range(10))
+        return 2 * n ** 3 / min(timed(f, device)[0] for f in products for _ in range(5))
 
 
 def bandwidth(device):
     """bytes/s of reading or copying memory, the better, measured here and now."""
     x = torch.empty(2 ** 30, device=device, dtype=torch.int8).fill_(1)       # many times any cache: of 64 MB much stays in one
     y = torch.empty_like(x)
-    read = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(10))
-    copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(10))
+    read = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(5))
+    copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(5))
     return max(2 * x.numel() / copy, x.numel() / read)
 
 
