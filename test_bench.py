@@ -80,10 +80,11 @@ def test_every_measurement_runs(command, tmp_path):
         assert result["largest_logp_deviation_from_trainer"] < 1e-4 and len(result["ratio"]["rounds"]) == 1
 
 
-def test_a_result_is_never_overwritten(monkeypatch, tmp_path):
+@pytest.mark.parametrize("what", bench.WHAT)
+def test_a_result_is_never_overwritten(what, monkeypatch, tmp_path):
     file = tmp_path / "out.json"
     file.write_text("a result")
-    monkeypatch.setattr(sys, "argv", ["bench.py", "train", "--json", str(file)])
+    monkeypatch.setattr(sys, "argv", ["bench.py", what, "--json", str(file)])
     with pytest.raises(SystemExit, match=r"^error: --json \S*out.json already exists: [^\n]*$"):
         bench.main()
     assert file.read_text() == "a result"
