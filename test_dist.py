@@ -21,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import checkpoint
 import dist
 import grpo
+import train
 import update
 from config import Config
 from model import ModelConfig, Transformer
@@ -217,7 +218,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(whole, start, tmp_path):
     run_train("--model", start, "--out", out, *fast(start), "--steps", "2", "--shard", "1", nproc=2)
     two = stored(out, 2)
     run_train("--resume", "--out", out, "--steps", "3", "--shard", "3", nproc=3)
-    run_train("--resume", "--out", out, "--steps", "4", "--shard", "0")
+    train.main(["--resume", "--out", str(out), "--steps", "4", "--shard", "0"])
     assert stored(out, 4).keys() == two.keys() == stored(whole[0], 4).keys()
     for one, many in zip(log_of(whole[0]), log_of(out), strict=True):
         assert one == pytest.approx({k: many[k] for k in one}, rel=1e-4, abs=1e-5)      # the last of three steps is evaluated
@@ -259,7 +260,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path):
     assert "checkpoint of step 6 not written" in lines[0] and "step-000004 is whole" in lines[0]
     assert 'train.py", line' not in done.stderr and not list((out / "checkpoints").glob(".part-*"))
     assert equal(stored(out, 4), before)
-    run_train("--resume", "--out", out, "--steps", "6")
+    train.main(["--resume", "--out", str(out), "--steps", "6"])
     assert log_of(out)[-1]["step"] == 6
 
 

@@ -113,7 +113,7 @@ def test_the_written_model_loads_in_transformers_with_its_tokenizer(whole):
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(whole, start, tmp_path):
     """Stop at step 2 (with junk after the checkpoint, as a crash in step 3 leaves it), resume, compare everything."""
     out = tmp_path / "run"
-    run_train("--model", start, "--out", out, *fast(start), "--steps", "2")
+    train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2"])
     with open(out / "log.jsonl", "a") as f:
         f.write(json.dumps({"step": 3, "reward": 9}) + "\n")
     (out / "checkpoints" / ".part-000003").mkdir()
@@ -153,27 +153,15 @@ def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [2, 3])
-def test_any_world_size_gives_the_single_process_run(start, tmp_path, nproc):
-    """7 prompts on 2 or 3 ranks, in two minibatches, which go by the prompts' global numbers."""
-    logs = []
-    for n in (0, nproc):
-        out = tmp_path / str(n)
-        run_train("--model", start, "--out", out, *fast(start), "--prompts-per-step", "7", "--minibatches", "2", nproc=n)
-        logs.append(log_of(out))
-    for one, many in zip(*logs):
-        assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_more_ranks_than_prompts(start, tmp_path):
-    logs = []
-    for nproc in (0, 3):
-        out = tmp_path / str(nproc)
-        run_train("--model", start, "--out", out, *fast(start), "--prompts-per-step", "2", "--micro-batch-tokens", "50", nproc=nproc)
-        logs.append(log_of(out))
-    for one, many in zip(*logs):
-        assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("ranks, options", [
+    ([2, 3], ["--prompts-per-step", "7", "--minibatches", "2"]), ([3], ["--prompts-per-step", "2", "--micro-batch-tokens", "50"])])
+def test_any_world_size_gives_the_single_process_run(start, tmp_path, ranks, options):
+    """7 prompts in two minibatches, which go by the prompts' global numbers; and fewer prompts than ranks."""
+    train.main(["--model", str(start), "--out", str(tmp_path / "one"), *fast(start), *options])
+    for n in ranks:
+        run_train("--model", start, "--out", tmp_path / str(n), *fast(start), *options, nproc=n)
+        for one, many in zip(log_of(tmp_path / "one"), log_of(tmp_path / str(n)), strict=True):
+            assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("extra", [
@@ -377,7 +365,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
     assert process.returncode == 130 and f"python train.py --resume --out {out}" in error and "Traceback" not in error
     last = log_of(out)[-1]["step"]
     assert checkpoint.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
-    run_train("--resume", "--out", out, "--steps", str(last + 1))
+    train.main(["--resume", "--out", str(out), "--steps", str(last + 1)])
     assert [x["step"] for x in log_of(out)] == list(range(last + 2))
 
 
