@@ -18,7 +18,7 @@ import update
 from model import ModelConfig, Transformer
 from rollout import Rollout, empty_rollout
 from test_grpo import rollout_of
-from test_train import fast, log_of, run_train, start, stored       # start is a fixture
+from test_train import fast, log_of, same_on_ranks, start, stored       # start is a fixture
 from train import Config
 
 torch.set_num_threads(1)
@@ -368,9 +368,5 @@ def test_settings_of_another_algorithm_are_one_line_that_names_the_flag(args, fl
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", ["7", "1"])
 def test_two_ranks_give_the_run_of_one_process_also_where_one_has_no_prompt(start, tmp_path, prompts):
-    extra = ["--algo", "gtpo", "--prompts-per-step", prompts, "--group-size", "6", "--steps", "3"]
-    lines = run_gtpo(start, tmp_path / "one", *extra)
-    run_train("--model", start, "--out", tmp_path / "many", *fast(start), *extra, nproc=2)
+    lines = same_on_ranks([2], start, tmp_path, "--algo", "gtpo", "--prompts-per-step", prompts, "--group-size", "6", "--steps", "3")
     assert len(lines) == 4 and any(x["grad_norm"] > 0 for x in lines[1:])
-    for one, other in zip(lines, log_of(tmp_path / "many"), strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)

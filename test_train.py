@@ -75,6 +75,17 @@ def log_of(folder, times=False):
     return [x if times else {k: v for k, v in x.items() if k not in TIMES} for x in lines]
 
 
+def same_on_ranks(ranks, start, folder, *options):
+    """The log of a run of one process, after seeing that torchrun with each number of ranks gives the same."""
+    train.main(["--model", str(start), "--out", str(folder / "one"), *fast(start), *options])
+    lines = log_of(folder / "one")
+    for n in ranks:
+        run_train("--model", start, "--out", folder / str(n), *fast(start), *options, nproc=n)
+        for one, many in zip(lines, log_of(folder / str(n)), strict=True):
+            assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+    return lines
+
+
 @pytest.fixture(scope="session")
 def whole(start, tmp_path_factory):
     """An undisturbed run."""
@@ -157,11 +168,7 @@ def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
     ([2, 3], ["--prompts-per-step", "7", "--minibatches", "2"]), ([3], ["--prompts-per-step", "2", "--micro-batch-tokens", "50"])])
 def test_any_world_size_gives_the_single_process_run(start, tmp_path, ranks, options):
     """7 prompts in two minibatches, which go by the prompts' global numbers; and fewer prompts than ranks."""
-    train.main(["--model", str(start), "--out", str(tmp_path / "one"), *fast(start), *options])
-    for n in ranks:
-        run_train("--model", start, "--out", tmp_path / str(n), *fast(start), *options, nproc=n)
-        for one, many in zip(log_of(tmp_path / "one"), log_of(tmp_path / str(n)), strict=True):
-            assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+    same_on_ranks(ranks, start, tmp_path, *options)
 
 
 @pytest.mark.parametrize("extra", [
