@@ -21,6 +21,7 @@ from model import inverse_frequencies
 
 PREFILL_TOKENS = 8192       # prompt tokens that go through the model at once; a longer prompt goes alone
 CPU_BLOCK, CPU_BLOCKS = 16, 8       # slots of a block of a row's own keys, at least; blocks of a row, at most
+SMALL = 2 ** 17     # elements of a weight below which oneDNN takes longer to be called than its blocks save
 
 
 # --------------------------------------------------------------------------------------------------------- weights
@@ -29,9 +30,9 @@ class Linear:
     """Several projections of one input as one product, y = x W^T + b, and what is done to y: "none", "silu", or "add" or
     "mul" with other.
 
-    On the CPU the stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
-    a plain weight is rearranged at every call), and what follows is computed on the way out. On accelerators the weights stay
-    where they are, unless they are only lent."""
+    On the CPU a large stack is stored in the blocks that oneDNN computes in (up to twice as fast at a few dozen rows, because
+    a plain weight is rearranged at every call), and what follows is computed on the way out. A small one is a plain product:
+    a call of oneDNN takes 20 to 40 microseconds more. On accelerators the weights stay where they are, unless they are only lent."""
 
     def __init__(self, projections, rows, lent=False):
         weights, bias = [p.weight for p in projections], None
@@ -42,7 +43,7 @@ class Linear:
             self.weight = stack_in_place(weights)
             return
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        if self.weight.device.type == "cpu" and has_onednn(self.weight.dtype):
+        if self.weight.device.type == "cpu" and self.weight.numel() >= SMALL and has_onednn(self.weight.dtype):
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), max(rows, 64))
             self.weight = None
         elif lent and len(weights) == 1:
@@ -56,10 +57,10 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked, self.bias, then)
         y = F.linear(x, self.weight, self.bias)
         if then == "silu":
-            return F.silu(y)
+            return F.silu(y, inplace=True)
         if then == "add":
-            return y + other
-        return y * other if then == "mul" else y
+            return y.add_(other)
+        return y.mul_(other) if then == "mul" else y
 
 
 def has_onednn(dtype):
@@ -230,8 +231,8 @@ class InferenceModel:
     """The weights of `model` as they are now, for prefill and decode. rows: how many a step will have, about.
 
     Weights that are sharded over ranks are gathered here, block by block and once for all that is sampled with them: every
-    rank has to take part. They are copied then, and on the CPU always: as much memory again for the time of a rollout. On
-    accelerators whole weights are only moved side by side."""
+    rank has to take part. They are copied then, and on the CPU nearly always: as much memory again for the time of a rollout.
+    On accelerators whole weights are only moved side by side. Not to be updated while this is read."""
 
     @torch.no_grad()
     def __init__(self, model, rows):

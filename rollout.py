@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
 from sampling import draw, row_uniforms
 
-LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
+LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive, and on the CPU at LITTLE_WORK: leaving copies keys,
+                    # staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
 KEEP_BYTES = 2 ** 30        # of own keys and values whose memory is kept from rollout to rollout, at most
 FEW_ROWS = 6        # of a step on the CPU, at least: products with fewer take oneDNN longer than with six
-LITTLE_WORK = 10 ** 8       # FLOP of a step below which CPU threads cost more than they bring
+LITTLE_WORK = 5 * 10 ** 7       # FLOP of a step below which a CPU's second thread costs more than it brings
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Sampler:
                 uniforms = row_uniforms(seeds, group_size, max(limits) if temperature > 0 else 0).to(self.model.device)
                 batch = InFlight(self, prompts, group_size, limits, uniforms, (temperature, top_k, top_p))
                 while batch.refill():
-                    if self.model.device.type == "cpu" and batch.step_flops() < LITTLE_WORK:
+                    if batch.is_little(batch.step_rows()):
                         torch.set_num_threads(1)
                     batch.advance()
                     torch.set_num_threads(threads)
@@ -196,9 +197,9 @@ class InFlight:
             return bucket(len(self.holder), self.slots)
         return max(len(self.holder), min(FEW_ROWS, self.slots))
 
-    def step_flops(self):
-        """Of the next step, about: two for every weight and row."""
-        return 2 * self.step_rows() * self.parameters
+    def is_little(self, rows):
+        """Whether a step of so many rows (two FLOP for every weight and row, about) is little work for a CPU."""
+        return self.device.type == "cpu" and 2 * rows * self.parameters < LITTLE_WORK
 
     def advance(self):
         """A few steps without a look at the outcome."""
@@ -259,7 +260,8 @@ class InFlight:
             empty = [k for k, row in enumerate(self.holder) if row is None]
             if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
                 break                           # else: a first token may have been the last
-        if len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder) or self.changed:
+        many = len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder)
+        if many or self.changed or not self.static and not self.is_little(len(empty)):
             self.compact(empty)
             self.arrange()
         return bool(self.holder)

@@ -148,9 +148,29 @@ def projections(sizes, with_bias, dtype):
 
 @pytest.fixture(params=[True, False], ids=["onednn", "plain"])
 def either_way(request, monkeypatch):
-    """With the blocked products of oneDNN where this machine has them, and without."""
-    if not request.param:
+    """With the blocked products of oneDNN, which large weights have where this machine has them, and without."""
+    if request.param:
+        monkeypatch.setattr(decode, "SMALL", 0)
+    else:
         monkeypatch.setattr(decode, "has_onednn", lambda dtype: False)
+
+
+@pytest.mark.skipif(not decode.has_onednn(torch.float32), reason="this PyTorch has no oneDNN")
+def test_only_large_weights_are_stored_in_blocks(monkeypatch):
+    """Three of 5 x 12 together are 180 numbers; the model's own weights stay as small ones are."""
+    monkeypatch.setattr(decode, "SMALL", 180)
+    layers = projections([5, 5, 5], False, torch.float32)
+    assert Linear(layers, 1).weight is None and Linear(layers[:2], 1).weight.shape == (10, 12)
+
+
+def test_a_small_weight_is_not_changed_by_what_follows():
+    """It is the model's own, not a copy: silu, sums and products are taken in the new tensor."""
+    layers, x = projections([12], False, torch.float32), normal(3, 12, seed=20)
+    before, x_before, other = layers[0].weight.detach().clone(), x.clone(), normal(3, 12, seed=21)
+    with torch.no_grad():
+        for then in ("silu", "add", "mul"):
+            Linear(layers, 1)(x, then, other)
+    assert torch.equal(layers[0].weight, before) and torch.equal(x, x_before) and torch.equal(other, normal(3, 12, seed=21))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -317,6 +317,16 @@ def test_stopped_rows_leave(monkeypatch):
     assert decoded[-1] < 40 / 4 and decoded == sorted(decoded, reverse=True)
 
 
+def test_a_row_that_is_much_work_leaves_at_once(monkeypatch):
+    """Of a model so large that one row counts, a step has no row that has stopped, but for FEW_ROWS."""
+    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 1)
+    monkeypatch.setattr(rollout_file, "LEAVE_AT", 0.5)
+    sizes = record_calls(monkeypatch)
+    out = Sampler(MODEL, STOPS).generate(PROMPTS, 8, 20, seed=1)
+    lengths = out.lengths - out.prompt_lengths
+    assert sizes[1:] == [max(int((lengths > t).sum()), rollout_file.FEW_ROWS) for t in range(1, lengths.max())]
+
+
 # ------------------------------------------------------------------------------------ frequencies
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -66,12 +66,13 @@ def test_temperature_divides_the_logits_of_drawn_and_recorded_alike():
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("vocab", [50, 4096, 151_937])
 def test_bfloat16_logits_are_taken_as_they_are_and_computed_with_in_float32(vocab, temperature):
-    """Divided by the temperature in bfloat16 they would be 2^-8 off, and so would a log-prob of -10 be by 0.04."""
+    """Divided by the temperature in bfloat16 they would be 2^-8 off, and so would a log-prob of -10 be by 0.04. A float32
+    sum of 151,937 numbers is up to 4e-5 off on a processor with AVX2."""
     generator = torch.Generator().manual_seed(vocab)
     logits = (3 * torch.randn(20, vocab, generator=generator)).bfloat16()
     ids, logps = draw(logits, torch.rand(20, 2, generator=generator), temperature)
     exact = (logits.double() / (temperature or 1)).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-    torch.testing.assert_close(logps.double(), exact, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logps.double(), exact, atol=1e-4, rtol=0)
     assert logps.dtype == torch.float32 and (temperature or torch.equal(ids, logits.argmax(-1)))
 
 
