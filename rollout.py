@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
 from sampling import draw, row_uniforms
 
-LEAVE_AT = 0.95     # stopped rows leave when at most this share is alive, and on the CPU at LITTLE_WORK: leaving copies keys,
+LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive, and on the CPU at LITTLE_WORK: leaving copies keys,
                     # staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
