@@ -29,13 +29,12 @@ import torch.nn.functional as F
 from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
 from sampling import draw, row_uniforms
 
-LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive, and on the CPU at LITTLE_WORK: leaving copies keys,
-                    # staying costs compute
+LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
 KV_SHARE = 0.8      # of the free memory that keys and values may take
 KEEP_BYTES = 2 ** 30        # of own keys and values whose memory is kept from rollout to rollout, at most
 FEW_ROWS = 6        # of a step on the CPU, at least: products with fewer take oneDNN longer than with six
-LITTLE_WORK = 5 * 10 ** 7       # FLOP of a step below which a CPU's second thread costs more than it brings
+LITTLE_WORK = 5 * 10 ** 7       # FLOP a step on the CPU: less is not worth a second thread, nor leaving
 
 
 @dataclass
@@ -260,8 +259,8 @@ class InFlight:
             empty = [k for k, row in enumerate(self.holder) if row is None]
             if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
                 break                           # else: a first token may have been the last
-        many = len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder)
-        if many or self.changed or not self.static and not self.is_little(len(empty)):
+        costly = not self.static and not self.is_little(len(empty))         # each step, what the stopped rows compute
+        if costly or len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder) or self.changed:
             self.compact(empty)
             self.arrange()
         return bool(self.holder)
