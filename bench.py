@@ -39,6 +39,9 @@ from rollout import Sampler
 from update import adamw, parts_of, update
 
 
+WARM = 16       # tokens with which the other side warms up: its shapes, and so what it compiles, are those of the whole
+
+
 def shape(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
     return dict(model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"], vocab_size=vocab, hidden_size=hidden,
                 intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -163,18 +166,18 @@ def rollout(args, device):
     model = random_model(args, device)
     config, (prompts, lengths) = model.config, workload(args, model.config)
     sampler = Sampler(model, [], args.rows or len(lengths), graph=None if args.graph else False)
-    runs = {"ours": lambda: sampler.generate(prompts, args.group_size, lengths, seed=0)}
+    runs = {"ours": lambda warm: sampler.generate(prompts, args.group_size, lengths, seed=0)}
     if args.vs == "hf":
         runs["hf"] = hf_generate(args, model, prompts, lengths)
     rates, seconds_of_ours, peak, limits = {name: [] for name in runs}, [], {}, []
     for i in range(args.rounds + 1):        # the first warms up
         limits.append((product_rate(device, model.dtype), bandwidth(device)))
         for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds, out = timed(run, device)
-            if device.type != "cpu":        # of the device, the other side's weights included; on the CPU it never falls
-                peak[name] = dist.peak_memory_mb(device)
+            forget(device)
+            seconds, out = timed(lambda: run(i == 0), device)
+            print(f"round {i} {name}: {seconds:.1f} s", file=sys.stderr)
+            # of the device, the other side's weights included; on the CPU of the process, which never falls
+            peak[name if device.type != "cpu" else "process"] = dist.peak_memory_mb(device)
             if i:
                 rates[name].append(sum(lengths) / seconds)
             if i and name == "ours":
@@ -194,6 +197,14 @@ def rollout(args, device):
     return result
 
 
+def forget(device):
+    """What the other side has left in the allocator is free again for this one, and the peak starts anew."""
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        backend.empty_cache()
+        backend.reset_peak_memory_stats()
+
+
 @torch.no_grad()
 def trainer_deviation(model, out):
     """The largest difference between the sampler's log-probs and the training forward's, over four completions."""
@@ -202,13 +213,14 @@ def trainer_deviation(model, out):
 
 
 def hf_generate(args, model, prompts, lengths):
-    """transformers.generate with the same weights and prompts (left-padded, as it wants them); a row is done at its length."""
+    """transformers.generate with the same weights and prompts (left-padded, as it wants them); a row is done at its length, and
+    to warm up after WARM tokens, with the same shapes: run(whether to warm up)."""
     from transformers import AutoModelForCausalLM, StoppingCriteria
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, model.dtype)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     if args.hf == "continuous":
-        return lambda: hf_continuous(theirs, prompts, lengths, args.group_size)
+        return lambda warm: hf_continuous(theirs, prompts, [min(n, WARM if warm else n) for n in lengths], args.group_size)
     width = max(len(p) for p in prompts)
     rows = [p for p in prompts for _ in range(args.group_size)]
     ids = torch.tensor([[0] * (width - len(p)) + p for p in rows], device=model.device)
@@ -216,15 +228,19 @@ def hf_generate(args, model, prompts, lengths):
     ends = torch.tensor(lengths, device=model.device) + width
 
     class AtItsLength(StoppingCriteria):
+        warm = False
+
         def __call__(self, input_ids, scores, **kwargs):
-            return input_ids.shape[1] >= ends
+            return input_ids.shape[1] >= (ends.clamp_max(width + WARM) if self.warm else ends)
+    stop = AtItsLength()
 
     cache = {} if args.hf == "dynamic" else {"cache_implementation": "static"}
 
     @torch.inference_mode()
-    def run():
+    def run(warm):
+        stop.warm = warm
         return theirs.generate(ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
-                               eos_token_id=None, max_new_tokens=max(lengths), stopping_criteria=[AtItsLength()], **cache)
+                               eos_token_id=None, max_new_tokens=max(lengths), stopping_criteria=[stop], **cache)
     return run
 
 
@@ -262,7 +278,7 @@ def train(args, device):
         return bench_trl.compare(args, device)
     place = dist.Sharding(device, getattr(torch, args.dtype))
     model = random_model(args, device, place)
-    model.activation_checkpointing = args.checkpointing
+    model.activation_checkpointing = bool(args.checkpointing)
     shared = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
     settings = {"shared": shared, "alone": replace(shared, group_size=1)}       # a group of one shares nothing
     run = make_run(model, shared)
@@ -367,7 +383,7 @@ def main():
     parser.add_argument("--hf", choices=["dynamic", "static", "continuous"], default="dynamic", help="their cache")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="decode without device graphs")
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="activation checkpointing; memory: by default")
     parser.add_argument("--no-files", dest="files", action="store_false", help="memory: random weights, nothing is written")
     parser.add_argument("--steps", type=int, default=2, help="memory: GRPO steps")
     parser.add_argument("--predict", action="store_true", help="memory, comm: the model's figures, nothing is run")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from decode import bytes_per_token
-from logps import LOGIT_CHUNK
+from logps import logit_chunk
 from rollout import KEEP_BYTES
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
@@ -81,7 +81,7 @@ def memory(c, load, world, shard, size, whole=False, on_cpu=False):
     part["gradients"] = MASTER * everything / shard
     tokens = min(load.micro_batch_tokens, load.trained(world))
     part["activations"] = activations(c, tokens, size, load.checkpointing)
-    part["logits"] = 3 * 4 * min(LOGIT_CHUNK, tokens * c.vocab_size)
+    part["logits"] = 3 * 4 * min(logit_chunk("cpu" if on_cpu else "cuda"), tokens * c.vocab_size)
     if not whole:       # lm_head's gradient in float32, then in the compute dtype; at the end all of the root for the reduction
         loss, end = 4 * head + size * (root + head) + part["activations"] + part["logits"], (2 * size + MASTER) * root
         part["gathered"] = max(loss, end) - part["activations"] - part["logits"] + (3 * size + MASTER) * block

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate,
+from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate, row_ends,
                      shared_attention, swiglu, use_flash)
 from model import inverse_frequencies
 
@@ -175,6 +175,11 @@ def own_blocks(slots, device):
     return blocks, -(-slots // blocks)
 
 
+def prompt_slots(longest, device):
+    """Of a cache for prompts of at most so many tokens. Rows of 16 bytes: products in half precision are slower on others."""
+    return longest if device.type == "cpu" else -(-longest // 8) * 8
+
+
 class Groups:
     """Which prompt of the cache each row reads, and a grid (prompts, columns) that brings the rows of a prompt together.
 
@@ -306,30 +311,36 @@ class InferenceModel:
         tokens (R,); own (R,): tokens that the row has drawn before this one, so its slot. groups: the prompts they read. Only
         the first groups.prompts prompts and `used` own slots are looked at, or the blocks that hold them. same: the slot, as a
         number, where all rows that matter write the same. host: (prompt lengths, own lengths) as lists, for Ascend's kernel."""
-        c, R, P = self.config, len(tokens), groups.prompts
-        place, back = groups.place[:R], groups.back[:R * c.num_key_value_heads]
+        R, P, kv, longest = len(tokens), groups.prompts, self.config.num_key_value_heads, cache.prompt_k.shape[3]
+        place, back = groups.place[:R], groups.back[:R * kv]
         lengths, seen, at = cache.prompt_lengths[:P], own + 1, cache.slots_of(own, same)
-        if host is None and not cache.flash:
+        mask = known = None
+        if host is not None:
+            known = (lengths, None, host[0]), (seen, None, host[1])
+        elif cache.flash:
+            share = self.config.num_attention_heads // kv
+            ends = row_ends(P, share * len(groups.together) // (P * kv), longest, self.device)
+            known = (lengths.int(), ends), (seen.int(), row_ends(R, share, cache.block, self.device))
+        else:
             slots = sum(k.shape[2] for k, _ in cache.own(0, R, used))
-            mask = torch.cat((length_mask(cache.prompt_lengths[place], cache.prompt_k.shape[3]), length_mask(seen, slots)), -1)
+            mask = torch.cat((length_mask(cache.prompt_lengths[place], longest), length_mask(seen, slots)), -1)
 
         def attend(i, q, k, v):
             cache.write(i, k, v, at)
             prompt = cache.prompt_k[i, :P], cache.prompt_v[i, :P]
-            if host is None and not cache.flash:
+            if known is None:
                 return shared_attention(q, *prompt, cache.own(i, R, used), mask, groups.together, back).reshape(R, -1)
-            return self._by_kernels(q, prompt, cache.own(i, R, cache.block)[0], (lengths, seen), host or (None, None),
-                                    groups.together, back)
+            return self._by_kernels(q, prompt, cache.own(i, R, cache.block)[0], known, groups.together, back)
         return self._logits(self._forward(tokens, cache.prompt_lengths[place] + own, attend))
 
-    def _by_kernels(self, q, prompt, own, lengths, host, together, back):
-        """Attention over the prompts' keys and over each row's own, apart, and merged."""
+    def _by_kernels(self, q, prompt, own, known, together, back):
+        """Attention over the prompts' keys and over each row's own, apart, and merged. known: of both, see partial_attention."""
         (R, _, D), (P, kv, *_) = q.shape, prompt[0].shape
         q = q.reshape(R * kv, -1, D)
         grid, q, share = q.index_select(0, together).view(P, kv, -1, D), q.view(R, kv, -1, D), q.shape[1]
         of_prompt = [x.reshape(-1, share, x.shape[-1]).index_select(0, back).view(R, kv, share, -1)
-                     for x in partial_attention(grid, *prompt, lengths[0], host[0])]
-        return merge(of_prompt, partial_attention(q, *own, lengths[1], host[1])).reshape(R, -1)
+                     for x in partial_attention(grid, *prompt, *known[0])]
+        return merge(of_prompt, partial_attention(q, *own, *known[1])).reshape(R, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs
@@ -339,7 +350,11 @@ def capture(step, device, pool=None):
 
     step must have run once already, touch only tensors that stay where they are, and ask the host for nothing."""
     backend = getattr(torch, device.type)
-    graph = getattr(backend, device.type.upper() + "Graph")()        # torch.cuda.CUDAGraph, torch.npu.NPUGraph
-    with backend.graph(graph, pool=pool):
-        step()
+    graph, stream = getattr(backend, device.type.upper() + "Graph")(), backend.current_stream()     # CUDAGraph, NPUGraph
+    try:
+        with backend.graph(graph, pool=pool):
+            step()
+    except RuntimeError:
+        backend.set_stream(stream)      # a capture that fails while it ends leaves its own stream behind
+        raise
     return graph.replay, graph.pool()

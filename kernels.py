@@ -169,11 +169,19 @@ def attention(q, k, v, sequences):
     """Causal attention of packed tokens: q (M, H, D), k and v (M, Hkv, D) -> (M, H, D)."""
     if q.device.type == "npu":
         return _ascend_attention(q, *_seen(k, v, sequences), sequences)
-    if q.device.type == "cuda" and q.dtype != torch.float32 and {"window_size", "enable_gqa"} <= VARLEN:
-        (q_ends, k_ends), gqa = sequences.ends, q.shape[1] != k.shape[1]
-        return varlen_attn(q, *_seen(k, v, sequences), q_ends, k_ends, max(sequences.queries), max(sequences.keys),
-                           window_size=(-1, 0), enable_gqa=gqa)
+    if q.device.type == "cuda" and q.dtype != torch.float32 and "window_size" in VARLEN:
+        return _flash_attention(q, *_seen(k, v, sequences), sequences)
     return _padded_attention(q, k, v, sequences)
+
+
+def _flash_attention(q, k, v, sequences):
+    """varlen_attn on ragged sequences, causal from the lower right. Before PyTorch 2.12 it knows no grouped heads."""
+    share, grouped = q.shape[1] // k.shape[1], {}
+    if share > 1 and "enable_gqa" in VARLEN:
+        grouped = {"enable_gqa": True}
+    elif share > 1:
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    return varlen_attn(q, k, v, *sequences.ends, max(sequences.queries), max(sequences.keys), window_size=(-1, 0), **grouped)
 
 
 def _seen(k, v, sequences):
@@ -265,21 +273,26 @@ def use_flash(device, dtype):
     return device.type == "cuda" and dtype != torch.float32 and "seqused_k" in VARLEN
 
 
-def partial_attention(q, k, v, lengths, host_lengths=None):
+def row_ends(rows, queries, keys, device):
+    """Sequences.ends of rows that all have as many queries and slots for keys: the same in every layer."""
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return ends * queries, ends * keys
+
+
+def partial_attention(q, k, v, lengths, ends=None, host_lengths=None):
     """Attention of q (B, Hkv, M, D) over the first lengths (B,) keys of k, v (B, Hkv, S, D): no order among the M queries.
 
-    host_lengths: the same as a list, for Ascend's kernel; None: flash attention, each row a sequence of M queries. k and v are
-    (B, S, Hkv, D) in memory. Returns the outputs (B, Hkv, M, D) and their log-sum-exps (B, Hkv, M, 1) float32."""
+    host_lengths: the same as a list, for Ascend's kernel; None: flash attention, each row a sequence of M queries, with ends =
+    row_ends(B, M, S) and int32 lengths. k and v are (B, S, Hkv, D) in memory. Returns the outputs (B, Hkv, M, D) and their
+    log-sum-exps (B, Hkv, M, 1) float32."""
     if host_lengths is not None:
         out, lse = torch.ops.npu.npu_fused_infer_attention_score(
             q.transpose(1, 2).contiguous(), k.transpose(1, 2), v.transpose(1, 2), num_heads=k.shape[1], input_layout="BSND",
             scale=q.shape[-1] ** -0.5, actual_seq_lengths_kv=host_lengths, softmax_lse_flag=True)
         return out.transpose(1, 2), lse
     (B, H, M, D), S = q.shape, k.shape[2]
-    starts = torch.arange(B + 1, dtype=torch.int32, device=q.device)
     out, lse = varlen_attn(q.transpose(1, 2).reshape(B * M, H, D), k.transpose(1, 2).reshape(B * S, H, D),
-                           v.transpose(1, 2).reshape(B * S, H, D), starts * M, starts * S, M, S,
-                           return_aux=AuxRequest(lse=True), seqused_k=lengths.int())
+                           v.transpose(1, 2).reshape(B * S, H, D), *ends, M, S, return_aux=AuxRequest(lse=True), seqused_k=lengths)
     return out.view(B, M, H, D).transpose(1, 2), lse.view(H, B, M).transpose(0, 1)[..., None]
 
 

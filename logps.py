@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-LOGIT_CHUNK = 2 ** 24      # elements of one chunk of logits: 64 MB in float32, whatever the vocabulary
+LOGIT_CHUNK = 2 ** 24      # elements of one chunk of logits on the CPU: 64 MB in float32, whatever the vocabulary
+ON_ACCELERATORS = 4         # times as many there: each chunk reads all of W, three times
 
 
 def chunked_logps(hidden, weight, targets, temperature):
@@ -37,6 +38,11 @@ def gradients_in_place(weight):
         weight.add_in_place = False
 
 
+def logit_chunk(kind):
+    """Elements of one chunk of logits on a device of this kind."""
+    return LOGIT_CHUNK if kind == "cpu" else ON_ACCELERATORS * LOGIT_CHUNK
+
+
 def adds_in_place(weight):
     return getattr(weight, "add_in_place", False)
 
@@ -54,7 +60,7 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.step = temperature, max(1, LOGIT_CHUNK // len(weight))
+        ctx.temperature, ctx.step = temperature, max(1, logit_chunk(hidden.device.type) // len(weight))
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logps)
         for i in range(0, len(hidden), ctx.step):

@@ -268,7 +268,7 @@ class Transformer(nn.Module):
         wanted one, which then go through the model once. None: nothing is shared.
         Returns logps (B, T) float32 with gradient and entropy (B, T) float32 without, both of logits / temperature
         and 0 off the mask. No padding and no token behind the last wanted one reaches the model. Only wanted positions
-        reach the vocabulary, LOGIT_CHUNK logits at a time, and each chunk is recomputed in backward: memory does not grow
+        reach the vocabulary, logit_chunk logits at a time, and each chunk is recomputed in backward: memory does not grow
         with B x T x V."""
         wanted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         wanted = torch.cat((torch.zeros_like(wanted[:, :1]), wanted[:, 1:]), 1)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks
+from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks, prompt_slots
 from sampling import draw, row_uniforms
 
 LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
@@ -34,7 +34,8 @@ LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on acc
 KV_SHARE = 0.8      # of the free memory that keys and values may take
 KEEP_BYTES = 2 ** 30        # of own keys and values whose memory is kept from rollout to rollout, at most
 FEW_ROWS = 6        # of a step on the CPU, at least: products with fewer take oneDNN longer than with six
-LITTLE_WORK = 5 * 10 ** 7       # FLOP a step on the CPU: less is not worth a second thread, nor leaving
+LEAST_ROWS, LEAST_SLOTS = 8, 128        # of a step elsewhere, at least: fewer shapes, and so fewer graphs to capture
+LITTLE_WORK = 5 * 10 ** 7       # FLOP a step on the CPU: less is not worth a second thread, nor leaving before LEAVE_AT
 
 
 @dataclass
@@ -81,8 +82,11 @@ class Sampler:
 
     @contextmanager
     def loaded(self):
-        """While open, all calls sample with the weights as they are now. With weights sharded over ranks every rank has to
-        enter, also one that has nothing to draw; the copy is gone when it closes."""
+        """While open, all calls sample with the weights as they are now, which must not change meanwhile: some are copied, some
+        are not. With weights sharded over ranks every rank has to enter, also one that has nothing to draw; the copy is gone
+        when it closes."""
+        if self.model.device.type != "cpu":         # what training has freed, or large caches find only pieces of it
+            getattr(torch, self.model.device.type).empty_cache()
         self.weights = InferenceModel(self.model, self.max_rows)
         try:
             yield
@@ -123,21 +127,24 @@ class Sampler:
         finally:
             torch.set_num_threads(threads)
         self.keep(batch)
+        self.graph = batch.graph        # a device that refused once is not asked again
         return batch.rollout(self.version)
 
     def keep(self, batch):
         """The memory of the own keys for the next rollout, on the CPU if it is little: new pages of the system may cost a tenth
-        of a rollout. Not after a model that is broken: a mask hides any number, but not NaN."""
+        of a rollout. Not if a broken model has written there: a mask hides any number, but not NaN."""
         k, v = batch.cache.k, batch.cache.v
-        if k.device.type == "cpu" and 2 * k.nbytes <= min(KEEP_BYTES, free_bytes(k.device) // 8) and batch.logps.isfinite().all():
-            self.kept = k, v
+        if k.device.type == "cpu" and 2 * k.nbytes <= min(KEEP_BYTES, free_bytes(k.device) // 8):
+            reached = -(-min(batch.time, batch.T) // batch.cache.block)
+            if all(x[:, :reached].sum().isfinite() for x in (k, v)):
+                self.kept = k, v
 
     def room(self, lengths, group_size, new_tokens):
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
         model, N = self.model, len(lengths)
         of_token = bytes_per_token(model.config, model.dtype)
         blocks, slots = own_blocks(new_tokens, model.device)
-        own, prompt, budget = blocks * slots * of_token, max(lengths) * of_token, self.kv_bytes
+        own, prompt, budget = blocks * slots * of_token, prompt_slots(max(lengths), model.device) * of_token, self.kv_bytes
         if not budget:      # what is free, and room for each row's logits in float32, a few times over
             own += 16 * model.config.vocab_size
             budget = int(KV_SHARE * free_bytes(model.device))
@@ -155,8 +162,10 @@ class InFlight:
     """The completions of one call. Slot k of the cache draws completion holder[k]; None: its last one has finished.
 
     Device tensors (slots,): token, the last one drawn; drawn, how many so far; limit; alive; row, where its tokens are
-    written down (B, one row too many, when it is not alive). The host knows `started`, the step at which a slot was filled,
-    and so how much a slot has drawn if it is alive; which have stopped it learns in refill only."""
+    written down (B, one row too many, when it is not alive). The host counts steps in `time` and knows `started`, the step at
+    which a slot was filled (`oldest`: the first of them), and so how much a slot has drawn if it is alive; which have stopped
+    it learns in refill only. place_of and logits_of: of a prompt, its place in the cache, and what the first tokens of its
+    completions are drawn from. changed: slots were filled since `arrange`. in_step: all slots have drawn equally many."""
 
     def __init__(self, sampler, prompts, G, limits, uniforms, sampling):
         model = sampler.model
@@ -170,15 +179,16 @@ class InFlight:
         self.model, self.parameters = sampler.weights, parameters(model)
         self.slots, self.places = sampler.room(lengths, G, self.T)
         kept, sampler.kept = sampler.kept, None
-        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, kept)
+        longest = prompt_slots(max(lengths), self.device)
+        self.cache = Cache(model.config, self.places, longest, self.slots, self.T, self.device, model.dtype, kept)
 
         # long prompts first, so that prompts in the cache together have like lengths
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         self.queue = deque(i * G + j for i in order for j in range(G))
         self.holder, self.started, self.time, self.oldest = [], [], 0, 0
-        self.place_of, self.logits_of, self.place_lengths = {}, {}, [1] * self.places       # the first two by prompt
+        self.place_of, self.logits_of, self.place_lengths = {}, {}, [1] * self.places
         self.graphs, self.pool = {}, None
-        self.uniform, self.changed = False, False       # see arrange
+        self.in_step, self.changed = False, False
         self.kv_heads = model.config.num_key_value_heads
         self.groups = Groups([None] * self.slots, self.kv_heads, self.places, G, self.device)
 
@@ -193,7 +203,7 @@ class InFlight:
     def step_rows(self):
         """Of the next step: the slots in use, and some more."""
         if self.static:
-            return bucket(len(self.holder), self.slots)
+            return bucket(max(len(self.holder), min(LEAST_ROWS, self.slots)), self.slots)
         return max(len(self.holder), min(FEW_ROWS, self.slots))
 
     def is_little(self, rows):
@@ -207,7 +217,7 @@ class InFlight:
             rows, used = self.step_rows(), min(self.time - self.oldest, self.T)
             if self.static:
                 by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
-                used = self.T if by_length else bucket(used, self.T)
+                used = self.T if by_length else bucket(max(used, min(LEAST_SLOTS, self.T)), self.T)
             if (rows, used) in self.graphs:
                 self.graphs[rows, used]()
                 continue
@@ -231,7 +241,7 @@ class InFlight:
             own = [1 if row is None else min(self.time - t, self.T) for row, t in zip(self.holder, self.started)]
             host = self.place_lengths, own + [1] * (rows - len(own))
         logits = self.model.decode(self.token[:rows], self.drawn[:rows] - 1, self.groups, self.cache, used,
-                                   used - 1 if self.uniform else None, host)
+                                   used - 1 if self.in_step else None, host)
         self.draw(slice(rows), logits)
 
     def draw(self, slots, logits):
@@ -258,8 +268,9 @@ class InFlight:
                     self.holder[k] = None
             empty = [k for k, row in enumerate(self.holder) if row is None]
             if not (self.queue and self.admit(empty + list(range(len(self.holder), self.slots)))):
-                break                           # else: a first token may have been the last
-        costly = not self.static and not self.is_little(len(empty))         # each step, what the stopped rows compute
+                break                           # else look again: the first token of one that came in may have been its last
+        # on the CPU stopped rows leave at once where what they would compute in a step is not little
+        costly = not self.static and not self.is_little(len(empty))
         if costly or len(self.holder) - len(empty) <= LEAVE_AT * len(self.holder) or self.changed:
             self.compact(empty)
             self.arrange()
@@ -344,7 +355,7 @@ class InFlight:
         self.cache.prompt_lengths.copy_(self.tensor(self.place_lengths))
         started = [t for row, t in zip(self.holder, self.started) if row is not None]
         self.oldest, self.changed = min(started, default=self.time), False
-        self.uniform = not self.static and self.oldest == max(started, default=self.time)     # all have drawn as much
+        self.in_step = not self.static and self.oldest == max(started, default=self.time)
 
     def tensor(self, values):
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -408,9 +419,9 @@ def check_request(prompts, group_size, max_new_tokens, temperature, config):
     """One ValueError line for a request that cannot be served."""
     if not prompts:
         raise ValueError("generate needs at least one prompt")
-    if group_size < 1 or max_new_tokens < 1 or temperature < 0:
+    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at least 1, "
-                         f"temperature {temperature} at least 0")
+                         f"temperature {temperature} a number from 0")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: give at least one token (bos, or the template's first)")

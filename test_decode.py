@@ -10,6 +10,7 @@ import math
 import random
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,8 +312,9 @@ def requests(draw, temperatures=(0.0, 1.0)):
 
 
 @contextmanager
-def route(leave_at=None, on_step=None, blocks=None, **attributes):
-    """Calls of generate inside have these attributes (of InFlight); yields the list of them. blocks: slots of each, at least."""
+def route(leave_at=None, on_step=None, blocks=None, least=(1, 1), **attributes):
+    """Calls of generate inside have these attributes (of InFlight); yields the list of them. blocks: slots of each, at least.
+    least: rows and own slots of a step on accelerators."""
     with pytest.MonkeyPatch.context() as patch:
         create, step, batches = InFlight.__init__, InFlight.step, []
 
@@ -329,6 +331,8 @@ def route(leave_at=None, on_step=None, blocks=None, **attributes):
         patch.setattr(InFlight, "__init__", init)
         patch.setattr(InFlight, "step", observed)
         if attributes.get("static"):        # as on accelerators
+            patch.setattr(rollout_file, "LEAST_ROWS", least[0])
+            patch.setattr(rollout_file, "LEAST_SLOTS", least[1])
             for file in (decode, rollout_file):
                 patch.setattr(file, "own_blocks", lambda slots, device: (1, slots))
         elif blocks:
@@ -550,6 +554,24 @@ def test_a_model_that_was_broken_leaves_nothing_behind():
     assert sampler.kept is None and sampler.generate(PROMPTS, 3, 20).logps.isfinite().all()
 
 
+def test_what_a_stopped_row_has_broken_is_not_kept(monkeypatch):
+    """Only the stop token's embedding is NaN: no log-prob of the rollout shows it, because that token ends a row. The row draws
+    on until all have stopped, and its keys would be read by the next rollout."""
+    monkeypatch.setattr(rollout_file, "LEAVE_AT", 0.0)
+    model = Transformer(ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                                    max_position_embeddings=64, tie_word_embeddings=False)).init_weights(0)
+    good, sampler, met = model.model.embed_tokens.weight.detach().clone(), Sampler(model, [20]), 0
+    for seed in range(30):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[20] = math.nan
+        assert sampler.generate(PROMPTS, 4, [3] * 15 + [12], seed=seed).logps.isfinite().all()
+        met += sampler.kept is None
+        with torch.no_grad():
+            model.model.embed_tokens.weight.copy_(good)
+        assert sampler.generate(PROMPTS, 4, [3] * 15 + [12], seed=seed).logps.isfinite().all()
+    assert met > 5
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_sampling_in_bfloat16_is_the_trainer_in_bfloat16_up_to_rounding(family):
     """Log-probs of the same tokens by the same weights: 8 bits of mantissa through two layers, and a shared prompt."""
@@ -560,6 +582,22 @@ def test_sampling_in_bfloat16_is_the_trainer_in_bfloat16_up_to_rounding(family):
     assert out.logps.dtype == torch.float32 and mask.sum() > 60
     torch.testing.assert_close(out.logps, trainer.detach(), atol=0.15, rtol=0)
     assert (out.logps - trainer)[mask.bool()].square().mean().sqrt() < 0.04
+
+
+HALF = small_model().to(torch.bfloat16)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(requests(), st.integers(1, 10), LEAVE, st.booleans(), st.integers(1, 8))
+def test_random_ragged_batches_in_bfloat16(request, max_rows, leave_at, static, look_every):
+    """On the CPU's route and that of accelerators: rounding may change which token is drawn, but never by how much its log-prob
+    differs from the trainer's."""
+    with route(leave_at, static=static, look_every=look_every if static else 1):
+        out = request.together(HALF, max_rows=max_rows)
+    groups = [i // request.G for i in range(len(out.tokens))]
+    with torch.no_grad():
+        trainer, _ = HALF.token_logps(out.tokens, out.completion_mask(), request.temperature or 1.0, groups)
+    torch.testing.assert_close(out.logps, trainer, atol=0.15 / min(1, request.temperature or 1), rtol=0)
 
 
 # ------------------------------------------------------------------------------------ the routes of accelerators
@@ -603,7 +641,7 @@ class Watch:
         assert addresses(batch) == self.places and len(self.places) >= 18
         assert len(batch.holder) <= rows <= batch.slots and rows == bucket(len(batch.holder), batch.slots)
         assert min(max(batch.drawn[batch.alive].tolist(), default=0), batch.T) <= used <= batch.T
-        assert batch.groups.prompts == batch.places and not batch.uniform
+        assert batch.groups.prompts == batch.places and not batch.in_step
         assert batch.groups.together.numel() == batch.places * batch.kv_heads * batch.G
 
 
@@ -618,6 +656,15 @@ def test_static_shapes_give_the_same_completions(request, max_rows, leave_at, lo
     slots, T = batches[0].slots, batches[0].T
     allowed = {(bucket(r, slots), bucket(u, T)) for r in range(1, slots + 1) for u in range(1, T + 1)}
     assert watch.shapes <= allowed
+
+
+def test_on_accelerators_stopped_rows_stay_whatever_they_cost(monkeypatch):
+    """A step of another shape may cost a graph. Where no share of the rows makes the others leave, all eight stay to the end."""
+    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 1)
+    seen = []
+    with route(0.0, lambda batch, rows, used: seen.append(len(batch.holder)), static=True):
+        Sampler(MODEL, []).generate(PROMPTS[:2], 4, [3, 5, 7, 9] * 2)
+    assert seen == [8] * 8
 
 
 ASKS_THE_HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "lift_fresh",
@@ -698,6 +745,89 @@ def test_each_shape_is_captured_once_and_then_replayed():
     assert len(captures) == len(batches[0].graphs)
 
 
+@pytest.mark.parametrize("least, shapes", [((8, 16), {(8, 20), (8, 40)}), ((100, 100), {(8, 40)})])
+def test_the_last_rows_and_the_first_slots_share_a_graph(least, shapes):
+    """Lengths 40, 21 and ten short ones, in eight slots of 40: of 1, 2, 3, 4, 6 and 8 rows, and 1, 2, 3, 5, 8, 10, 15, 20, 30
+    and 40 slots, eight rows are left, and all that is below 20 is computed with 20, of which 3/4 would be 15."""
+    request = Request([[1, 2]], 12, [40, 21, *[5] * 10], [], 1.0, 0)
+    with route(static=True, look_every=8, graph=True, least=least) as batches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_file, "capture", record(batches))
+        out = request.together(max_rows=8)
+    request.check(out)
+    assert shapes <= set(batches[0].graphs) <= shapes | {(8, 30)}
+
+
+class Refusing:
+    """A backend whose capture fails as it ends, in a stream of its own."""
+    current = "the caller's"
+
+    class CUDAGraph:
+        pass
+
+    def current_stream(self):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextmanager
+    def graph(self, graph, pool):
+        self.current = "the capture's"
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("kind, name", [("cuda", "CUDAGraph"), ("npu", "NPUGraph")])
+def test_a_capture_runs_the_step_once_inside_the_graph_of_its_backend(monkeypatch, kind, name):
+    """backend.graph(graph, pool=pool) around the step; what comes back replays this graph, and names its pool."""
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+        def pool(self):
+            return "its pool"
+
+    @contextmanager
+    def graph(made, pool=None):
+        assert isinstance(made, Graph)
+        log.append(("begin", pool))
+        yield
+        log.append("end")
+    backend = SimpleNamespace(graph=graph, current_stream=lambda: "now", **{name: Graph})
+    monkeypatch.setattr(torch, kind, backend, raising=False)
+    replay, pool = decode.capture(lambda: log.append("step"), SimpleNamespace(type=kind), "the last one's")
+    replay()
+    assert log == [("begin", "the last one's"), "step", "end", "replay"] and pool == "its pool"
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", Refusing())
+    with pytest.raises(RuntimeError, match="not permitted"):
+        decode.capture(lambda: None, SimpleNamespace(type="cuda"))
+    assert torch.cuda.current == "the caller's"
+
+
+def test_a_device_that_refuses_a_graph_is_asked_once(capsys):
+    def refuse(step, device, pool):
+        raise RuntimeError("no graphs here")
+    request = Request([[1, 2]], 3, [9] * 3, [], 1.0, 0)
+    with route(static=True, look_every=8) as batches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_file, "capture", refuse)
+        sampler = Sampler(MODEL, [])
+        sampler.graph = True
+        for _ in range(2):
+            out = sampler.generate(request.prompts, 3, 9)
+    assert capsys.readouterr().err.count("no device graph (no graphs here)") == 1
+    assert len(batches) == 2 and not sampler.graph and out.lengths.tolist() == [11] * 3
+
+
+@pytest.mark.parametrize("kind, slots", [("cpu", [1, 7, 8, 9]), ("cuda", [8, 8, 8, 16])])
+def test_prompts_have_rows_of_16_bytes_on_accelerators(kind, slots):
+    assert [decode.prompt_slots(n, torch.device(kind)) for n in (1, 7, 8, 9)] == slots
+
+
 def test_graphs_on_the_cpu_are_refused():
     with pytest.raises(ValueError, match="device graphs need an accelerator"):
         Sampler(MODEL, [], graph=True)
@@ -707,8 +837,8 @@ def test_graphs_on_the_cpu_are_refused():
 @given(requests(), st.integers(1, 10), LEAVE, st.integers(1, 8))
 def test_lengths_known_to_the_host_are_those_on_the_device(request, max_rows, leave_at, look_every):
     """For Ascend's kernel: of every row that is alive, and of the prompts they read. Others stay within their slots."""
-    def with_host_lengths(q, k, v, lengths, host_lengths):
-        assert k.is_contiguous() and len(host_lengths) == len(lengths) == len(k) == len(q)
+    def with_host_lengths(q, k, v, lengths, ends, host_lengths):
+        assert ends is None and k.is_contiguous() and len(host_lengths) == len(lengths) == len(k) == len(q)
         assert all(type(n) is int and 1 <= n <= k.shape[2] for n in host_lengths)
         batch = batches[-1]
         alive, place = batch.alive.tolist(), batch.groups.place.tolist()

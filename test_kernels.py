@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import kernels
 import logps as logps_file
 from decode import Groups
-from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, shared_attention,
-                     rotate, swiglu)
+from kernels import (Sequences, attention, length_mask, merge, partial_attention, rms_norm, rope_tables, rotate, row_ends,
+                     shared_attention, swiglu)
 from model import ModelConfig, Transformer, pack
 
 torch.set_num_threads(1)
@@ -184,21 +184,23 @@ def replace_varlen(patch):
 
 @needs_varlen
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(packed_sequences(), st.sampled_from([1, 2, 4]))
-def test_attention_on_cuda_is_one_call_of_varlen_attn(packed, share):
+@given(packed_sequences(), st.sampled_from([1, 2, 4]), st.booleans())
+def test_attention_on_cuda_is_one_call_of_varlen_attn(packed, share, knows_groups):
+    """Before PyTorch 2.12 with keys repeated for each query head, because it takes no enable_gqa."""
     inputs = qkv(sum(packed[0]), share)
     with pytest.MonkeyPatch.context() as patch:
         calls = replace_varlen(patch)
+        patch.setattr(kernels, "VARLEN", {"window_size", "enable_gqa"} if knows_groups else {"window_size"})
         got = attention(Elsewhere(inputs[0]), *inputs[1:], Sequences(*packed))
     want = naive_attention(*inputs, *packed)
-    assert len(calls) == 1
+    assert len(calls) == 1 and ("enable_gqa" in calls[0]) == (knows_groups and share > 1)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     assert_same_gradients(got, want, inputs, atol=1e-11, rtol=0)
 
 
 @needs_varlen
-@pytest.mark.parametrize("dtype, known", [(torch.float32, None), (torch.bfloat16, {"window_size"}), (torch.bfloat16, set())],
-                         ids=["float32", "without gqa", "without varlen_attn"])
+@pytest.mark.parametrize("dtype, known", [(torch.float32, None), (torch.bfloat16, {"is_causal"}), (torch.bfloat16, set())],
+                         ids=["float32", "PyTorch 2.10", "without varlen_attn"])
 def test_cuda_without_a_kernel_for_it_pads(monkeypatch, dtype, known):
     """float32 has none, and older versions of PyTorch do not take all that it is asked for."""
     monkeypatch.setattr(kernels, "varlen_attn", None)
@@ -331,7 +333,7 @@ def test_flash_attention_is_partial_attention(lengths, spare, queries):
     (q, k, v), n = part_inputs(lengths, max(lengths) + spare, queries=queries), torch.tensor(lengths)
     with pytest.MonkeyPatch.context() as patch:
         calls = replace_varlen(patch)
-        got = partial_attention(q, k, v, n)
+        got = partial_attention(q, k, v, n.int(), row_ends(len(q), q.shape[2], k.shape[2], "cpu"))
     assert len(calls) == 1 and (calls[0]["key"].data_ptr(), calls[0]["value"].data_ptr()) == (k.data_ptr(), v.data_ptr())
     for a, b in zip(got, plain_part(q, k, v, lengths)):
         assert a.shape == b.shape

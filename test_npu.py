@@ -178,7 +178,7 @@ def fused_formulas_equal_the_plain_ones():
                    for s, shape in enumerate(((4, queries, 2), (4, 2, 20), (4, 2, 20))))
         lengths, q = [1, 20, 7, 13], q.transpose(1, 2)                  # not contiguous
         by_slot = [x.to("npu").transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]           # as the cache is
-        npu, want = kernels.partial_attention(q.to("npu"), *by_slot, None, lengths), plain_part(q.float(), k, v, lengths)
+        npu, want = kernels.partial_attention(q.to("npu"), *by_slot, None, host_lengths=lengths), plain_part(q.float(), k, v, lengths)
         for one, other in zip(npu, want):
             assert one.shape == other.shape
             near(one, other, torch.bfloat16)

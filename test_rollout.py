@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import rollout as rollout_file
 from decode import InferenceModel, Layer
 from model import ModelConfig, Transformer
-from rollout import Sampler
+from rollout import InFlight, Sampler
 from test_sampling import chi_square
 
 torch.set_num_threads(1)
@@ -325,6 +325,42 @@ def test_a_row_that_is_much_work_leaves_at_once(monkeypatch):
     out = Sampler(MODEL, STOPS).generate(PROMPTS, 8, 20, seed=1)
     lengths = out.lengths - out.prompt_lengths
     assert sizes[1:] == [max(int((lengths > t).sum()), rollout_file.FEW_ROWS) for t in range(1, lengths.max())]
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_little_steps_take_one_thread_and_larger_ones_all(monkeypatch, two_threads):
+    """Two FLOP a weight and row: 32 rows are much work, and 16 are little. Afterwards the threads are what they were."""
+    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 2 * rollout_file.parameters(MODEL) * 17)
+    monkeypatch.setattr(rollout_file, "FEW_ROWS", 1)
+    seen, between, step, refill = [], [], InFlight.step, InFlight.refill
+
+    def observed(self, rows, used):
+        seen.append((rows >= 17, torch.get_num_threads()))
+        step(self, rows, used)
+
+    def observed_between(self):         # new prompts may go through the model
+        between.append(torch.get_num_threads())
+        return refill(self)
+    monkeypatch.setattr(InFlight, "step", observed)
+    monkeypatch.setattr(InFlight, "refill", observed_between)
+    Sampler(MODEL, []).generate(PROMPTS[:2], 16, [9] * 16 + [20] * 16)
+    assert set(seen) == {(True, 2), (False, 1)} and set(between) == {2} and torch.get_num_threads() == 2
+
+
+def test_threads_are_given_back_after_an_error(monkeypatch, two_threads):
+    def fail(self, rows, used):
+        assert torch.get_num_threads() == 1
+        raise RuntimeError("in the middle of a step")
+    monkeypatch.setattr(InFlight, "step", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        Sampler(MODEL, []).generate(PROMPTS, 2, 9)
+    assert torch.get_num_threads() == 2
 
 
 # ------------------------------------------------------------------------------------ frequencies
