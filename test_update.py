@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
+import grpo
 import train
 import update
+from config import Config
+from model import Transformer
 from offpolicy import ReplayBuffer
+from rollout import Sampler
+from test_decode import small_model
 from test_train import fast, log_of, same_on_ranks, start, stored       # start is a fixture
 
 torch.set_num_threads(1)
@@ -36,6 +42,22 @@ def test_gradient_variance_is_unbiased_also_for_unequal_halves(size):
     variance = sum((a - 5 / 6) ** 2 + (b - 1) ** 2 for a, b in X) / 5 / 6
     splits = [(s, [i for i in range(6) if i not in s]) for s in itertools.combinations(range(6), size)]
     assert np.mean([estimate([X[i] for i in s], [X[i] for i in rest]) for s, rest in splits]) == pytest.approx(variance)
+
+
+# ------------------------------------------------------------------------------------------------ what costs nothing
+
+def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatch):
+    """Four groups of three completions, of which two teach something: the tokens that go through the model are theirs, the
+    prompt once a group, without the last token of a completion (nothing comes after it)."""
+    model, seen = small_model(), []
+    run = bench.make_run(model, Config(group_size=3))
+    out = Sampler(model, []).generate([[1, 2], [3, 4, 5], [6], [7, 8]], 3, [4, 5, 6] * 4)
+    rewards = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
+    forward = Transformer.hidden_states
+    monkeypatch.setattr(Transformer, "hidden_states", lambda self, tokens, *more: seen.append(len(tokens)) or forward(
+        self, tokens, *more))
+    update.one_pass(run, grpo.prepare(out, rewards, run.c), 4, run.c)
+    assert seen == [2 + 1 + 2 * (3 + 4 + 5)]
 
 
 # ------------------------------------------------------------------------------------------- from the command line
