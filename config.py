@@ -98,7 +98,7 @@ class Config:
     max_new_tokens: int = 64            # a longer completion is cut and counted in truncated_frac
     max_prompt_tokens: int = 512        # problems with longer prompts are dropped, and counted
     temperature: float = 1.0            # of training rollouts and of the trained distribution
-    rows_at_once: int = 256             # completions drawn at the same time, at most; memory may allow fewer
+    rows_at_once: int = 1024            # completions drawn at the same time, at most; memory may allow fewer
     template: str = "auto"              # prompt: auto, chat, plain, reasoning (data.prompt_text)
     # rewards: 1 for a verified answer, plus
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form

@@ -57,7 +57,7 @@ class EvalConfig:
     seed: int = 0                       # of the samples; the problems stay the same
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
     dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16
-    rows_at_once: int = 256             # completions drawn at the same time, at most; memory may allow fewer
+    rows_at_once: int = 1024            # completions drawn at the same time, at most; memory may allow fewer
     threads: int = 0                    # CPU threads; 0: measured
 
 

@@ -72,7 +72,7 @@ class Sampler:
     max_rows: completions in the cache at once, at most. kv_bytes: memory for keys and values; 0: most of what is free.
     graph: replay decode steps as device graphs; None: on CUDA. With Ascend's graphs its attention kernel is not used."""
 
-    def __init__(self, model, eos_ids, max_rows=256, kv_bytes=0, graph=None):
+    def __init__(self, model, eos_ids, max_rows=1024, kv_bytes=0, graph=None):
         self.model, self.max_rows, self.kv_bytes, self.version = model, max_rows, kv_bytes, 0
         self.graph = model.device.type == "cuda" if graph is None else graph
         if self.graph and model.device.type == "cpu":
