@@ -383,7 +383,7 @@ def main():
     parser.add_argument("--hf", choices=["dynamic", "static", "continuous"], default="dynamic", help="their cache")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="decode without device graphs")
     parser.add_argument("--micro-batch-tokens", type=int, default=Config.micro_batch_tokens)
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="activation checkpointing; memory: by default")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="of activations; memory: by default")
     parser.add_argument("--no-files", dest="files", action="store_false", help="memory: random weights, nothing is written")
     parser.add_argument("--steps", type=int, default=2, help="memory: GRPO steps")
     parser.add_argument("--predict", action="store_true", help="memory, comm: the model's figures, nothing is run")

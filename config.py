@@ -222,8 +222,8 @@ CHOICES = {"algo": ("grpo", "gtpo", "offpolicy"), "advantage_scale": ("std", "no
            "importance_normalize": ("", "batch", "group"), "trust_region": ("", "sequence", "token", "second_moment")}
 LEAST = {**dict.fromkeys((
     "max_new_tokens", "prompts_per_step", "steps", "epochs", "minibatches", "micro_batch_tokens", "eval_every",
-    "eval_problems", "eval_samples", "save_every", "keep_checkpoints", "collective_timeout", "rows_at_once", "max_prompt_tokens", "sync_every", "replay_ratio",
-    "buffer_groups"), 1), "group_size": 2, "warm_start_steps": 5, **dict.fromkeys((
+    "eval_problems", "eval_samples", "save_every", "keep_checkpoints", "collective_timeout", "rows_at_once", "max_prompt_tokens",
+    "sync_every", "replay_ratio", "buffer_groups"), 1), "group_size": 2, "warm_start_steps": 5, **dict.fromkeys((
         "beta", "warmup_steps", "dual_clip", "clip_low", "clip_high", "weight_decay", "gtpo_gamma", "gtpo_amplify",
         "gtpo_cap", "importance_low", "trust_delta", "kl_limit", "buffer_mb", "max_staleness", "max_reuse", "min_ess",
         "priority", "priority_beta", "variance_every", "kv_memory_mb", "shard", "watchdog"), 0)}
