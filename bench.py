@@ -278,7 +278,7 @@ def train(args, device):
         return bench_trl.compare(args, device)
     place = dist.Sharding(device, getattr(torch, args.dtype))
     model = random_model(args, device, place)
-    model.activation_checkpointing = bool(args.checkpointing)
+    model.activation_checkpointing = args.checkpointing
     shared = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
     settings = {"shared": shared, "alone": replace(shared, group_size=1)}       # a group of one shares nothing
     run = make_run(model, shared)
@@ -395,6 +395,8 @@ def main():
     parser.add_argument("--json", default="")
     try:
         args = parser.parse_args()
+        if args.checkpointing is None:
+            args.checkpointing = args.what == "memory"
         if args.vs not in ("", {"rollout": "hf", "train": "trl", "reward": "math-verify"}.get(args.what)):
             raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: rollout --vs hf, train --vs trl, reward --vs math-verify")
         if args.json and Path(args.json).exists():

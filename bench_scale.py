@@ -75,7 +75,7 @@ def load_of(args):
     prompts, lengths = bench.workload(args, ModelConfig.from_dict(bench.SHAPES[args.shape]))
     longest = max(len(p) for p in prompts)
     return capacity.Load(args.prompts, args.group_size, longest, max(lengths), args.rows or len(lengths), args.micro_batch_tokens,
-                         sum(lengths) / len(lengths), args.checkpointing is not False)
+                         sum(lengths) / len(lengths), args.checkpointing)
 
 
 def memory(args, device):
@@ -85,7 +85,7 @@ def memory(args, device):
     phases.done("start")
     alone = phases.rows[0]["peak_memory_mb"] if device.type == "cpu" else 0
     model = build(args, device, place, phases)
-    model.activation_checkpointing = args.checkpointing is not False
+    model.activation_checkpointing = args.checkpointing
     parameters = sum(p.numel() for p in model.parameters())
     phases.done("load", parameters=parameters)
     steps(args, model, phases, args.steps)

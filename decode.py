@@ -116,7 +116,7 @@ class Cache:
     on the CPU several, because it reads a few whole blocks two to three times as fast as the beginnings of long rows.
     memory: k and v of a cache that nobody reads any more, taken over where they fit."""
 
-    def __init__(self, config, prompts, prompt_slots, rows, own_slots, device, dtype, memory=None):
+    def __init__(self, config, prompts, longest, rows, own_slots, device, dtype, memory=None):
         self.flash = use_flash(device, dtype)
         by_slot = self.flash or device.type == "npu"        # in memory (rows, slots, Hkv, D): what their kernels read
         blocks, self.block = own_blocks(own_slots, device)
@@ -128,7 +128,7 @@ class Cache:
             if device.type == "cpu":        # numpy's zeros take no memory before they are written
                 return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
             return torch.zeros(shape, device=device, dtype=dtype)
-        self.prompt_k, self.prompt_v = (new(prompts, slots=prompt_slots) for _ in range(2))
+        self.prompt_k, self.prompt_v = (new(prompts, slots=prompt_slots(longest, device)) for _ in range(2))
         shape = (config.num_hidden_layers, blocks, rows, config.num_key_value_heads, self.block, config.head_dim)
         self.k, self.v = memory if memory and memory[0].shape == shape else (
             new(blocks, rows, slots=self.block) for _ in range(2))

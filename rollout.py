@@ -179,8 +179,7 @@ class InFlight:
         self.model, self.parameters = sampler.weights, parameters(model)
         self.slots, self.places = sampler.room(lengths, G, self.T)
         kept, sampler.kept = sampler.kept, None
-        longest = prompt_slots(max(lengths), self.device)
-        self.cache = Cache(model.config, self.places, longest, self.slots, self.T, self.device, model.dtype, kept)
+        self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, kept)
 
         # long prompts first, so that prompts in the cache together have like lengths
         order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
@@ -203,7 +202,7 @@ class InFlight:
     def step_rows(self):
         """Of the next step: the slots in use, and some more."""
         if self.static:
-            return bucket(max(len(self.holder), min(LEAST_ROWS, self.slots)), self.slots)
+            return bucket(len(self.holder), self.slots, LEAST_ROWS)
         return max(len(self.holder), min(FEW_ROWS, self.slots))
 
     def is_little(self, rows):
@@ -217,7 +216,7 @@ class InFlight:
             rows, used = self.step_rows(), min(self.time - self.oldest, self.T)
             if self.static:
                 by_length = self.ascend or self.cache.flash         # kernels that know how many keys there are
-                used = self.T if by_length else bucket(max(used, min(LEAST_SLOTS, self.T)), self.T)
+                used = self.T if by_length else bucket(used, self.T, LEAST_SLOTS)
             if (rows, used) in self.graphs:
                 self.graphs[rows, used]()
                 continue
@@ -381,9 +380,10 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def bucket(n, top):
-    """The least of top, 3/4 top, 1/2 top, 3/8 top, 1/4 top, ... that is at least n: few shapes, at most half as much again."""
-    size = top
+def bucket(n, top, least=1):
+    """The least of top, 3/4 top, 1/2 top, 3/8 top, 1/4 top, ... that is at least n, and `least` if top is: few shapes, at most
+    half as much again."""
+    n, size = max(n, min(least, top)), top
     while n <= -(-size // 2) < size:
         size = -(-size // 2)
     return -(-size * 3 // 4) if n <= -(-size * 3 // 4) else size

@@ -35,7 +35,7 @@ else
     fi
     bench train-$small 60 train --shape $small $size --checkpointing
     # the peak memory of GRPO (8 x 8 completions of 512 tokens), to stay under 25, 38 and 58 GB at 0.5B, 1B and 3B; 8B needs
-    # 144 GB, more than an 80 GB card has, and 14B 253 GB, more than any (bench.py memory --predict)
+    # 144 GB, more than an 80 GB card has, and 14B 254, more than any (training_phase of bench.py memory --predict)
     for shape in $sizes; do
         bench memory-$shape 45 memory --shape $shape $step --no-files
     done
