@@ -296,7 +296,7 @@ class InferenceModel:
         positions = on_device([i for n in lengths for i in range(n)])
         places, lengths_ = on_device(places), on_device(lengths)
         cache.prompt_lengths[places] = lengths_
-        of_token = places.repeat_interleave(lengths_)
+        of_token = places.repeat_interleave(lengths_, output_size=len(tokens))      # given, the device is not waited for
         every, last = Sequences(lengths, device=self.device), Sequences([1] * len(lengths), lengths, device=self.device)
 
         def attend(i, q, k, v):

@@ -293,7 +293,15 @@ def partial_attention(q, k, v, lengths, ends=None, host_lengths=None):
     (B, H, M, D), S = q.shape, k.shape[2]
     out, lse = varlen_attn(q.transpose(1, 2).reshape(B * M, H, D), k.transpose(1, 2).reshape(B * S, H, D),
                            v.transpose(1, 2).reshape(B * S, H, D), *ends, M, S, return_aux=AuxRequest(lse=True), seqused_k=lengths)
-    return out.view(B, M, H, D).transpose(1, 2), lse.view(H, B, M).transpose(0, 1)[..., None]
+    return out.view(B, M, H, D).transpose(1, 2), _rows_first(lse, B, H, M)[..., None]
+
+
+def _rows_first(lse, B, H, M):
+    """Log-sum-exps as (B, H, M), whoever computed them: flash attention gives (H, B M), cuDNN (B M, H, 1), to which PyTorch
+    2.14 goes on Hopper for more than 128 queries, and ROCm (B, H, M)."""
+    if lse.ndim == 2:
+        return lse.view(H, B, M).transpose(0, 1)
+    return lse if lse.shape == (B, H, M) else lse.view(B, M, H).transpose(1, 2)
 
 
 def merge(one, two):
