@@ -414,7 +414,8 @@ def main():
     if not first:
         return
     if not args.variant:
-        command = "python bench.py " + " ".join(sys.argv[1:])
+        launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+        command = f"{launcher} bench.py " + " ".join(sys.argv[1:])
         result = {"command": command, "ranks": ranks, "torch": torch.__version__, "device": where, **result}
     print(json.dumps(result, indent=None if args.variant else 1))
     if args.json:

@@ -105,11 +105,10 @@ class Sampler:
         if self.weights is None:
             with self.loaded():
                 return self.generate(prompts, group_size, max_new_tokens, temperature, seed, top_k, top_p)
-        several = isinstance(max_new_tokens, (list, tuple))
-        limits = list(max_new_tokens) if several else [max_new_tokens] * (len(prompts) * group_size)
+        limits = np.ravel(max_new_tokens).tolist() * (1 if np.ndim(max_new_tokens) else len(prompts) * group_size)
         check_request(prompts, group_size, max(limits, default=0), temperature, self.model.config)
-        if len(limits) != len(prompts) * group_size or min(limits) < 1:
-            raise ValueError(f"max_new_tokens must be one positive number, or one for each of {len(prompts) * group_size} "
+        if len(limits) != len(prompts) * group_size or not all(isinstance(n, int) and n > 0 for n in limits):
+            raise ValueError(f"max_new_tokens must be one positive integer, or one for each of {len(prompts) * group_size} "
                              "completions")
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [(seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts) or min(n for s in seeds for n in np.atleast_1d(s)) < 0:

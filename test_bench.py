@@ -63,9 +63,11 @@ def test_predicted_memory_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["rollout --vs hf", "train", "memory", "logps"])
+@pytest.mark.parametrize("command", ["rollout --vs hf", "train", "train --vs trl", "memory", "logps"])
 def test_every_measurement_runs(command, tmp_path):
     """At the smallest size."""
+    if command == "train --vs trl":
+        pytest.importorskip("trl", reason="pip install trl, to compare with it")
     file = tmp_path / "out.json"
     full = [sys.executable, bench.__file__, *command.split(), "--new-tokens", "8", "--prompt-tokens", "6", "--rounds", "1",
             "--threads", "1", "--json", str(file)]
@@ -76,6 +78,9 @@ def test_every_measurement_runs(command, tmp_path):
     if command == "train":
         one, other = result["loss_and_grad_norm"].values()
         assert one == pytest.approx(other, rel=1e-4) and result["through_model"]["shared"] < result["through_model"]["alone"]
+    if command == "train --vs trl":     # on their batch, the same objective
+        for trl, ours in (x.values() for x in result["same_batch"].values()):
+            assert ours == pytest.approx(trl, rel=1e-4)
     if command == "rollout --vs hf":
         assert result["largest_logp_deviation_from_trainer"] < 1e-4 and len(result["ratio"]["rounds"]) == 1
 

@@ -5,6 +5,7 @@ import random
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -393,6 +394,13 @@ def test_sampler_passes_truncation_on():
     assert Sampler(MODEL, STOPS).generate(PROMPTS, 1, 8, temperature=2.0, top_p=1e-6).completions() == greedy
 
 
+def test_limits_may_come_as_any_sequence():
+    """A list, a tensor, an array."""
+    for limits in ([2, 5, 1, 4], torch.tensor([2, 5, 1, 4]), np.array([2, 5, 1, 4])):
+        out = Sampler(MODEL, []).generate([[1], [2, 3]], 2, limits, seed=1)
+        assert (out.lengths - out.prompt_lengths).tolist() == [2, 5, 1, 4]
+
+
 # ------------------------------------------------------------------------------------ bad requests
 
 @pytest.mark.parametrize("request_, words", [
@@ -405,6 +413,8 @@ def test_sampler_passes_truncation_on():
     (dict(max_new_tokens=0), "max_new_tokens 0"),
     (dict(max_new_tokens=[4, 4, 4]), "max_new_tokens"),                         # three limits for four completions
     (dict(max_new_tokens=[4, 4, 4, 0]), "max_new_tokens"),
+    (dict(max_new_tokens=4.5), "max_new_tokens must be one positive integer"),
+    (dict(max_new_tokens=torch.tensor([4, 4, 4])), "max_new_tokens must be"),
     (dict(prompts=[[1] * 58, [2] * 61], max_new_tokens=[1, 1, 4, 4]), "prompt 1 has 61 tokens"),
     (dict(temperature=-0.5), "temperature -0.5"),
     (dict(seed=[(0, 0)]), "seed"),                                              # one seed for two prompts
