@@ -21,6 +21,7 @@ from model import inverse_frequencies
 
 PREFILL_TOKENS = 8192       # prompt tokens that go through the model at once; a longer prompt goes alone
 CPU_BLOCK, CPU_BLOCKS = 16, 8       # slots of a block of a row's own keys, at least; blocks of a row, at most
+ONE_BLOCK = 16      # rows that have one block instead, at most: with so few, a call for each block takes longer than reading
 SMALL = 2 ** 17     # elements of a weight below which oneDNN takes longer to be called than its blocks save
 
 
@@ -113,13 +114,13 @@ class Cache:
 
     prompt_k, prompt_v (layers, prompts, Hkv, slots, D); prompt_lengths (prompts,): how much of a prompt is there. k, v (layers,
     blocks, rows, Hkv, slots, D): slot s of block b holds a row's drawn token b x slots + s. On accelerators there is one block;
-    on the CPU several, because it reads a few whole blocks two to three times as fast as the beginnings of long rows.
-    memory: k and v of a cache that nobody reads any more, taken over where they fit."""
+    on the CPU several, because it reads a few whole blocks two to three times as fast as the beginnings of many long rows.
+    memory: k and v as they were made; given: those of a cache that nobody reads any more, taken over where they fit."""
 
     def __init__(self, config, prompts, longest, rows, own_slots, device, dtype, memory=None):
         self.flash = use_flash(device, dtype)
         by_slot = self.flash or device.type == "npu"        # in memory (rows, slots, Hkv, D): what their kernels read
-        blocks, self.block = own_blocks(own_slots, device)
+        blocks, self.block = own_blocks(own_slots, device, rows)
 
         def new(*rows, slots):
             shape = (config.num_hidden_layers, *rows, config.num_key_value_heads, slots, config.head_dim)
@@ -130,7 +131,7 @@ class Cache:
             return torch.zeros(shape, device=device, dtype=dtype)
         self.prompt_k, self.prompt_v = (new(prompts, slots=prompt_slots(longest, device)) for _ in range(2))
         shape = (config.num_hidden_layers, blocks, rows, config.num_key_value_heads, self.block, config.head_dim)
-        self.k, self.v = memory if memory and memory[0].shape == shape else (
+        self.k, self.v = self.memory = memory if memory and memory[0].shape == shape else tuple(
             new(blocks, rows, slots=self.block) for _ in range(2))
         self.prompt_lengths = torch.ones(prompts, dtype=torch.int64, device=device)
 
@@ -160,15 +161,21 @@ class Cache:
                 slots = min(self.block, used - b * self.block)
                 x[:, b, target, :, :slots] = x[:, b, source, :, :slots]
 
+    def join_blocks(self, rows):
+        """The blocks of the first `rows`, few, end to end in a copy; there are no other rows from here on."""
+        if self.k.shape[1] > 1:
+            self.k, self.v = (x[:, :, :rows].movedim(1, 3).flatten(3, 4)[:, None] for x in (self.k, self.v))
+            self.block = self.k.shape[4]
+
     def move_prompts(self, source, target):
         for x in (self.prompt_k, self.prompt_v):
             x[:, target] = x[:, source]
         self.prompt_lengths[target] = self.prompt_lengths[source]
 
 
-def own_blocks(slots, device):
-    """(blocks, slots of each) for rows of so many own tokens."""
-    if device.type != "cpu":
+def own_blocks(slots, device, rows):
+    """(blocks, slots of each) for so many rows of so many own tokens."""
+    if device.type != "cpu" or rows <= ONE_BLOCK:
         return 1, slots
     size = max(CPU_BLOCK, -(-slots // CPU_BLOCKS))
     blocks = -(-slots // size)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decode import Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks, prompt_slots
+from decode import ONE_BLOCK, Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks, prompt_slots
 from sampling import draw, row_uniforms
 
 LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
@@ -132,9 +132,9 @@ class Sampler:
     def keep(self, batch):
         """The memory of the own keys for the next rollout, on the CPU if it is little: new pages of the system may cost a tenth
         of a rollout. Not if a broken model has written there: a mask hides any number, but not NaN."""
-        k, v = batch.cache.k, batch.cache.v
+        k, v = batch.cache.memory
         if k.device.type == "cpu" and 2 * k.nbytes <= min(KEEP_BYTES, free_bytes(k.device) // 8):
-            reached = -(-min(batch.time, batch.T) // batch.cache.block)
+            reached = -(-min(batch.time, batch.T) // k.shape[4])
             if all(x[:, :reached].sum().isfinite() for x in (k, v)):
                 self.kept = k, v
 
@@ -142,19 +142,21 @@ class Sampler:
         """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
         model, N = self.model, len(lengths)
         of_token = bytes_per_token(model.config, model.dtype)
-        blocks, slots = own_blocks(new_tokens, model.device)
+        blocks, slots = own_blocks(new_tokens, model.device, self.max_rows)
         own, prompt, budget = blocks * slots * of_token, prompt_slots(max(lengths), model.device) * of_token, self.kv_bytes
         if not budget:      # what is free, and room for each row's logits in float32, a few times over
             own += 16 * model.config.vocab_size
             budget = int(KV_SHARE * free_bytes(model.device))
         rows = min(max(1, self.max_rows), N * group_size)
-        while rows > 1 and rows * own + min(N, 2 * -(-rows // group_size)) * prompt > budget:
+
+        def of_rows(n): return own * (n + ONE_BLOCK if n > ONE_BLOCK and blocks > 1 else n)     # the last of many are copied
+        while rows > 1 and of_rows(rows) + min(N, 2 * -(-rows // group_size)) * prompt > budget:
             rows -= 1
         if own + prompt > budget:
             raise ValueError(f"keys and values of one completion take {(own + prompt) / 2 ** 20:.0f} MB, the budget is "
                              f"{budget / 2 ** 20:.0f} MB: lower --max-new-tokens, or raise --kv-memory-mb, or free memory")
         # a prompt stays for its last straggler: as many as there is room for, so that none keeps a free slot waiting
-        return rows, min(N, rows, (budget - rows * own) // prompt)
+        return rows, min(N, rows, (budget - of_rows(rows)) // prompt)
 
 
 class InFlight:
@@ -331,6 +333,8 @@ class InFlight:
                 self.holder[gap], self.started[gap] = self.holder[k], self.started[k]
         del self.holder[left:], self.started[left:]
         self.row[left:], self.alive[left:], self.drawn[left:] = self.B, False, 1
+        if 0 < left <= ONE_BLOCK and not self.queue:
+            self.cache.join_blocks(self.step_rows())
         if self.static:         # all places are looked at, wherever the prompts are
             return
         self.forget_prompts()

@@ -62,6 +62,7 @@ def test_prefill_and_decode_give_the_logits_of_the_whole_sequence(monkeypatch, f
     after the third step, own keys in blocks of four. They begin at different steps, or (uniform) all at once, and then row 6
     stops mattering after the second."""
     monkeypatch.setattr(decode, "CPU_BLOCK", 4)
+    monkeypatch.setattr(decode, "ONE_BLOCK", 0)
     model, rng, own_tokens, R = small_model(family), random.Random(0), 6, 7
     owner = [0, 2, 1, 0, 3, 0, 2]
     texts = [PROMPTS[p] + [rng.randrange(50) for _ in range(own_tokens)] for p in owner]
@@ -312,9 +313,9 @@ def requests(draw, temperatures=(0.0, 1.0)):
 
 
 @contextmanager
-def route(leave_at=None, on_step=None, blocks=None, least=(1, 1), **attributes):
-    """Calls of generate inside have these attributes (of InFlight); yields the list of them. blocks: slots of each, at least.
-    least: rows and own slots of a step on accelerators."""
+def route(leave_at=None, on_step=None, blocks=None, one_block=0, least=(1, 1), **attributes):
+    """Calls of generate inside have these attributes (of InFlight); yields the list of them. blocks: slots of each, at least;
+    one_block: rows that have one block only. least: rows and own slots of a step on accelerators."""
     with pytest.MonkeyPatch.context() as patch:
         create, step, batches = InFlight.__init__, InFlight.step, []
 
@@ -334,9 +335,13 @@ def route(leave_at=None, on_step=None, blocks=None, least=(1, 1), **attributes):
             patch.setattr(rollout_file, "LEAST_ROWS", least[0])
             patch.setattr(rollout_file, "LEAST_SLOTS", least[1])
             for file in (decode, rollout_file):
-                patch.setattr(file, "own_blocks", lambda slots, device: (1, slots))
+                patch.setattr(file, "own_blocks", lambda slots, device, rows: (1, slots))
         elif blocks:
             patch.setattr(decode, "CPU_BLOCK", blocks)
+            for file in (decode, rollout_file):
+                patch.setattr(file, "ONE_BLOCK", one_block)
+            if one_block:
+                patch.setattr(rollout_file, "FEW_ROWS", min(one_block, rollout_file.FEW_ROWS))
         if leave_at is not None:
             patch.setattr(rollout_file, "LEAVE_AT", leave_at)
         yield batches
@@ -346,9 +351,9 @@ LEAVE = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(requests(), st.integers(1, 10), LEAVE, st.sampled_from([1, 10, 8192]), st.sampled_from([1, 3, 16]))
-def test_completions_are_those_of_each_prompt_alone(request, max_rows, leave_at, prefill_tokens, blocks):
-    with route(leave_at, blocks=blocks), pytest.MonkeyPatch.context() as patch:
+@given(requests(), st.integers(1, 10), LEAVE, st.sampled_from([1, 10, 8192]), st.sampled_from([1, 3, 16]), st.integers(0, 4))
+def test_completions_are_those_of_each_prompt_alone(request, max_rows, leave_at, prefill_tokens, blocks, one_block):
+    with route(leave_at, blocks=blocks, one_block=one_block), pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "PREFILL_TOKENS", prefill_tokens)
         out = request.together(max_rows=max_rows)
     request.check_alone(out)
@@ -435,19 +440,20 @@ def caches():
 
 
 def bytes_of(cache):
-    return sum(x.numel() * x.element_size() for x in (cache.k, cache.v, cache.prompt_k, cache.prompt_v))
+    joined = (cache.k, cache.v) if cache.k is not cache.memory[0] else ()
+    return sum(x.numel() * x.element_size() for x in (*cache.memory, *joined, cache.prompt_k, cache.prompt_v))
 
 
 TOKEN_BYTES = bytes_per_token(MODEL.config, torch.float32)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(requests(), st.integers(1, 400), st.sampled_from([3, 1000]), st.sampled_from([3, 16]))
-def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, blocks):
+@given(requests(), st.integers(1, 400), st.sampled_from([3, 1000]), st.sampled_from([3, 16]), st.sampled_from([0, 2, 16]))
+def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, blocks, few):
     """As many slots as fit, and with any number of them the same completions; else one line that says what helps."""
     budget = tokens * TOKEN_BYTES
-    with caches() as made, route(blocks=blocks):
-        own = math.prod(own_blocks(max(request.limits), torch.device("cpu")))
+    with caches() as made, route(blocks=blocks, one_block=few):
+        own = math.prod(own_blocks(max(request.limits), torch.device("cpu"), 1000))
         another = (own + 2 * max(len(p) for p in request.prompts)) * TOKEN_BYTES    # slot, at most
         try:
             out = request.together(max_rows=max_rows, kv_bytes=budget)
@@ -455,16 +461,26 @@ def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, block
             assert "lower --max-new-tokens" in str(error) and "\n" not in str(error) and budget < another
             return
     request.check(out)
-    most, slots = min(max_rows, len(request.limits)), made[0].k.shape[2]
-    assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or bytes_of(made[0]) + another > budget)
+    most, slots = min(max_rows, len(request.limits)), made[0].memory[0].shape[2]
+    spare = few * another if slots >= few else 0        # for the copy of the last few of more rows than those
+    assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or bytes_of(made[0]) + another + spare > budget)
 
 
 def test_slots_that_fill_up_the_last_block_are_in_the_budget():
     """17 tokens are two blocks of 9. With a prompt of three: 3 + 3 x 18 tokens for three rows; 3 + 4 x 17 are not four."""
     for tokens, slots in ((3 + 3 * 18 - 1, 2), (3 + 3 * 18, 3), (3 + 4 * 17, 3), (3 + 4 * 18, 4)):
-        with caches() as made:
+        with caches() as made, route(blocks=16):
             Request([[1, 2, 3]], 4, [17] * 4, [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
         assert made[0].k.shape[1:3] == (2, slots) and bytes_of(made[0]) <= tokens * TOKEN_BYTES
+
+
+def test_the_copy_of_the_last_few_rows_is_in_the_budget():
+    """The same, where two rows have one block: beside four, or three, there is room for two more."""
+    for tokens, slots in ((3 + 6 * 18 - 1, 3), (3 + 6 * 18, 4), (3 + 5 * 18 - 1, 2)):
+        with caches() as made, route(blocks=16, one_block=2):
+            Request([[1, 2, 3]], 4, [17, 2, 17, 5], [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
+        assert made[0].memory[0].shape[2] == slots and made[0].k.shape[1:3] == (1, 2)
+        assert bytes_of(made[0]) <= tokens * TOKEN_BYTES
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 5])
@@ -510,25 +526,45 @@ def test_free_bytes_are_this_process_s_share_of_what_is_available(monkeypatch):
 def test_blocks_by_hand():
     """At most eight of equal size, of at least 16 slots, and no more slots than that takes; one on accelerators."""
     cpu = torch.device("cpu")
-    assert [own_blocks(n, cpu) for n in (1, 16, 17, 64, 128, 130, 1024)] == [
+    assert [own_blocks(n, cpu, 17) for n in (1, 16, 17, 64, 128, 130, 1024)] == [
         (1, 1), (1, 16), (2, 9), (4, 16), (8, 16), (8, 17), (8, 128)]
-    assert own_blocks(1000, torch.device("meta")) == (1, 1000)
+    assert own_blocks(130, cpu, 16) == (1, 130) and own_blocks(1000, torch.device("meta"), 17) == (1, 1000)
 
 
-def test_memory_is_kept_for_the_next_rollout_and_what_lies_in_it_does_not_show(monkeypatch):
+def test_the_last_few_rows_have_one_block():
+    """As soon as nobody waits for their slots. Five slots, blocks of four tokens; eight completions of 2 to 16 tokens."""
+    seen, request = [], Request(PROMPTS, 2, [12, 3, 5, 7, 2, 16, 9, 15], [], 1.0, 4)
+    with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
+        out = request.together(max_rows=5)
+    assert [rows for rows, _, _ in seen].count(2) > 1 and any(queue for _, queue, _ in seen)
+    assert all(blocks == (1 if rows <= 2 and not queue else 4) for rows, queue, blocks in seen)
+    request.check_alone(out)
+
+
+def test_few_rows_that_leave_slots_free_for_the_queue_keep_their_blocks():
+    """Two prompts have room. Of each a completion stays long: then no place is free for the third, though two slots are."""
+    seen, request = [], Request([[1] * 5, [2] * 5, [3] * 5], 4, [12, 2, 2, 2] * 3, [], 1.0, 0)
+    with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
+        out = request.together(kv_bytes=((4 + 2) * 12 + 2 * 5) * TOKEN_BYTES)
+    assert (2, 4, 3) in seen and (2, 4, 1) not in seen and seen[-1][2] == 1
+    request.check_alone(out)
+
+
+@pytest.mark.parametrize("one_block", [0, 2, 4])
+def test_memory_is_kept_for_the_next_rollout_and_what_lies_in_it_does_not_show(one_block, monkeypatch):
     sampler = Sampler(MODEL, STOPS, max_rows=4)
-    with caches() as made:
+    with caches() as made, route(blocks=16, one_block=one_block):
         for limit in (20, 20, 21, 20):
             out = sampler.generate(PROMPTS, 3, limit, seed=limit)
             want = Sampler(MODEL, STOPS, max_rows=4).generate(PROMPTS, 3, limit, seed=limit)
             assert torch.equal(out.tokens, want.tokens) and torch.equal(out.logps, want.logps)
-        for name, few in (("KEEP_BYTES", 0), ("free_bytes", lambda device: 2 * 8 * made[-1].k.nbytes - 1)):
+        for name, few in (("KEEP_BYTES", 0), ("free_bytes", lambda device: 2 * 8 * made[-1].memory[0].nbytes - 1)):
             with monkeypatch.context() as patch:
                 patch.setattr(rollout_file, name, few)
                 sampler.generate(PROMPTS, 3, 20, seed=0)
                 assert sampler.kept is None
-    places = [cache.k.data_ptr() for cache in made[:8:2]]
-    assert places[0] == places[1] and made[4].k.shape != made[2].k.shape
+    places = [cache.memory[0].data_ptr() for cache in made[:8:2]]
+    assert places[0] == places[1] and made[4].memory[0].shape != made[2].memory[0].shape
 
 
 def test_memory_that_does_not_fit_is_given_up_before_the_next_rollout_begins():
