@@ -15,7 +15,7 @@ import torch
 
 from decode import bytes_per_token
 from logps import logit_chunk
-from rollout import KEEP_BYTES, ONE_BLOCK
+from rollout import KEEP_BYTES
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 MASTER = 4          # bytes of a float32 weight, as of each of Adam's two moments, and of a gradient
@@ -76,9 +76,7 @@ def memory(c, load, world, shard, size, whole=False, on_cpu=False):
     prompts = min(-(-load.prompts // world), 2 * -(-rows // load.group_size))
     of_token = bytes_per_token(c, DTYPE[size])
     own = rows * load.new_tokens * of_token
-    joined = ONE_BLOCK * load.new_tokens * of_token if on_cpu and rows > ONE_BLOCK else 0
-    part["kv_cache"] = own + joined + prompts * load.prompt_tokens * of_token
-    part["kv_kept"] = own if on_cpu and own <= KEEP_BYTES else 0
+    part["kv_cache"], part["kv_kept"] = own + prompts * load.prompt_tokens * of_token, own if on_cpu and own <= KEEP_BYTES else 0
     part["sampling"] = 4 * 3 * rows * c.vocab_size
     part["gradients"] = MASTER * everything / shard
     tokens = min(load.micro_batch_tokens, load.trained(world))

@@ -16,6 +16,7 @@ each id under the very logits that it was drawn from. Training rollouts use temp
 evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
 import ctypes
+import math
 import os
 import sys
 from collections import deque
@@ -100,8 +101,8 @@ class Sampler:
 
         temperature divides the logits; 0 is greedy. seed: a non-negative integer, or one seed a prompt (an integer or
         a tuple), which makes a prompt's completions the same in any batch. Ends at a stop id or after max_new_tokens: an
-        integer, or one for each completion. ValueError for no prompts, an empty one, a token outside the vocabulary, no
-        room in the context, or keys and values of one row beyond the budget."""
+        integer, or one for each completion (list, tuple, array, CPU tensor). ValueError for no prompts, an empty one, a token
+        outside the vocabulary, no room in the context, or keys and values of one row beyond the budget."""
         if self.weights is None:
             with self.loaded():
                 return self.generate(prompts, group_size, max_new_tokens, temperature, seed, top_k, top_p)
@@ -139,24 +140,24 @@ class Sampler:
                 self.kept = k, v
 
     def room(self, lengths, group_size, new_tokens):
-        """(rows, prompts) that the cache can hold: max_rows and the memory budget, which has to hold one row at least."""
-        model, N = self.model, len(lengths)
+        """(rows, prompts) that the cache can hold, and the bytes that are left: max_rows and the memory budget, which has to hold
+        one row at least."""
+        model, N, budget, logits = self.model, len(lengths), self.kv_bytes, 0
         of_token = bytes_per_token(model.config, model.dtype)
-        blocks, slots = own_blocks(new_tokens, model.device, self.max_rows)
-        own, prompt, budget = blocks * slots * of_token, prompt_slots(max(lengths), model.device) * of_token, self.kv_bytes
+        prompt = prompt_slots(max(lengths), model.device) * of_token
         if not budget:      # what is free, and room for each row's logits in float32, a few times over
-            own += 16 * model.config.vocab_size
-            budget = int(KV_SHARE * free_bytes(model.device))
+            logits, budget = 16 * model.config.vocab_size, int(KV_SHARE * free_bytes(model.device))
         rows = min(max(1, self.max_rows), N * group_size)
 
-        def of_rows(n): return own * (n + ONE_BLOCK if n > ONE_BLOCK and blocks > 1 else n)     # the last of many are copied
-        while rows > 1 and of_rows(rows) + min(N, 2 * -(-rows // group_size)) * prompt > budget:
+        def own(n): return n * (math.prod(own_blocks(new_tokens, model.device, n)) * of_token + logits)
+        while rows > 1 and own(rows) + min(N, 2 * -(-rows // group_size)) * prompt > budget:
             rows -= 1
-        if own + prompt > budget:
-            raise ValueError(f"keys and values of one completion take {(own + prompt) / 2 ** 20:.0f} MB, the budget is "
+        if own(1) + prompt > budget:
+            raise ValueError(f"keys and values of one completion take {(own(1) + prompt) / 2 ** 20:.0f} MB, the budget is "
                              f"{budget / 2 ** 20:.0f} MB: lower --max-new-tokens, or raise --kv-memory-mb, or free memory")
         # a prompt stays for its last straggler: as many as there is room for, so that none keeps a free slot waiting
-        return rows, min(N, rows, (budget - of_rows(rows)) // prompt)
+        places = min(N, rows, (budget - own(rows)) // prompt)
+        return rows, places, budget - own(rows) - places * prompt
 
 
 class InFlight:
@@ -178,7 +179,7 @@ class InFlight:
         self.static = self.device.type != "cpu"         # the same shapes step after step
         lengths = [len(p) for p in prompts]
         self.model, self.parameters = sampler.weights, parameters(model)
-        self.slots, self.places = sampler.room(lengths, G, self.T)
+        self.slots, self.places, self.spare_bytes = sampler.room(lengths, G, self.T)
         kept, sampler.kept = sampler.kept, None
         self.cache = Cache(model.config, self.places, max(lengths), self.slots, self.T, self.device, model.dtype, kept)
 
@@ -334,7 +335,7 @@ class InFlight:
         del self.holder[left:], self.started[left:]
         self.row[left:], self.alive[left:], self.drawn[left:] = self.B, False, 1
         if 0 < left <= ONE_BLOCK and not self.queue:
-            self.cache.join_blocks(self.step_rows())
+            self.cache.join_blocks(self.step_rows(), self.spare_bytes)
         if self.static:         # all places are looked at, wherever the prompts are
             return
         self.forget_prompts()

@@ -462,8 +462,9 @@ def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, block
             return
     request.check(out)
     most, slots = min(max_rows, len(request.limits)), made[0].memory[0].shape[2]
-    spare = few * another if slots >= few else 0        # for the copy of the last few of more rows than those
-    assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or bytes_of(made[0]) + another + spare > budget)
+    begun = bytes_of(made[0]) - (2 * made[0].k.nbytes if made[0].k is not made[0].memory[0] else 0)
+    rounding = slots * (own - max(request.limits)) * TOKEN_BYTES if slots == few else 0     # one row more, and all have blocks
+    assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or begun + another + rounding > budget)
 
 
 def test_slots_that_fill_up_the_last_block_are_in_the_budget():
@@ -474,13 +475,13 @@ def test_slots_that_fill_up_the_last_block_are_in_the_budget():
         assert made[0].k.shape[1:3] == (2, slots) and bytes_of(made[0]) <= tokens * TOKEN_BYTES
 
 
-def test_the_copy_of_the_last_few_rows_is_in_the_budget():
-    """The same, where two rows have one block: beside four, or three, there is room for two more."""
-    for tokens, slots in ((3 + 6 * 18 - 1, 3), (3 + 6 * 18, 4), (3 + 5 * 18 - 1, 2)):
+def test_the_last_few_rows_are_copied_only_within_the_budget():
+    """The same, where two rows have one block: beside four, or three, the copy of two takes 2 x 18."""
+    for tokens, slots, blocks in ((3 + 4 * 18, 4, 2), (3 + 6 * 18 - 1, 4, 2), (3 + 6 * 18, 4, 1), (3 + 2 * 17, 2, 1), (3 + 3 * 18 - 1, 2, 1)):
         with caches() as made, route(blocks=16, one_block=2):
-            Request([[1, 2, 3]], 4, [17, 2, 17, 5], [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
-        assert made[0].memory[0].shape[2] == slots and made[0].k.shape[1:3] == (1, 2)
-        assert bytes_of(made[0]) <= tokens * TOKEN_BYTES
+            out = Request([[1, 2, 3]], 4, [17, 2, 17, 5], [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
+        assert made[0].memory[0].shape[2] == slots and made[0].k.shape[1] == blocks
+        assert bytes_of(made[0]) <= tokens * TOKEN_BYTES and (out.lengths - out.prompt_lengths).tolist() == [17, 2, 17, 5]
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 5])
@@ -543,9 +544,9 @@ def test_the_last_few_rows_have_one_block():
 
 def test_few_rows_that_leave_slots_free_for_the_queue_keep_their_blocks():
     """Two prompts have room. Of each a completion stays long: then no place is free for the third, though two slots are."""
-    seen, request = [], Request([[1] * 5, [2] * 5, [3] * 5], 4, [12, 2, 2, 2] * 3, [], 1.0, 0)
+    seen, request = [], Request([[1] * 30, [2] * 30, [3] * 30], 4, [12, 2, 2, 2] * 3, [], 1.0, 0)
     with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
-        out = request.together(kv_bytes=((4 + 2) * 12 + 2 * 5) * TOKEN_BYTES)
+        out = request.together(kv_bytes=(4 * 12 + 2 * 30 + 2 * 12) * TOKEN_BYTES)
     assert (2, 4, 3) in seen and (2, 4, 1) not in seen and seen[-1][2] == 1
     request.check_alone(out)
 
