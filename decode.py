@@ -114,7 +114,8 @@ class Cache:
 
     prompt_k, prompt_v (layers, prompts, Hkv, slots, D); prompt_lengths (prompts,): how much of a prompt is there. k, v (layers,
     blocks, rows, Hkv, slots, D): slot s of block b holds a row's drawn token b x slots + s. On accelerators there is one block;
-    on the CPU of more than a few rows several: it reads a few whole blocks two to three times as fast as beginnings of long rows.
+    on the CPU more than ONE_BLOCK rows have several: it reads a few whole blocks two to three times as fast as the beginnings of
+    many long rows.
     memory: k and v as they were made; given: those of a cache that nobody reads any more, taken over where they fit."""
 
     def __init__(self, config, prompts, longest, rows, own_slots, device, dtype, memory=None):
@@ -163,7 +164,7 @@ class Cache:
 
     def join_blocks(self, rows, spare_bytes):
         """The blocks of the first `rows`, few, end to end in a copy, if there is room; there are no other rows from here on."""
-        if self.k.shape[1] > 1 and 2 * self.k[:, :, :rows].numel() * self.k.itemsize <= spare_bytes:
+        if self.k.shape[1] > 1 and 2 * self.k[:, :, :rows].nbytes <= spare_bytes:
             self.k, self.v = (x[:, :, :rows].movedim(1, 3).flatten(3, 4)[:, None] for x in (self.k, self.v))
             self.block = self.k.shape[4]
 

@@ -440,8 +440,9 @@ def caches():
 
 
 def bytes_of(cache):
-    joined = (cache.k, cache.v) if cache.k is not cache.memory[0] else ()
-    return sum(x.numel() * x.element_size() for x in (*cache.memory, *joined, cache.prompt_k, cache.prompt_v))
+    """With the copy of the last few rows, if there is one."""
+    copy = (cache.k, cache.v) if cache.k is not cache.memory[0] else ()
+    return sum(x.nbytes for x in (*cache.memory, *copy, cache.prompt_k, cache.prompt_v))
 
 
 TOKEN_BYTES = bytes_per_token(MODEL.config, torch.float32)
@@ -451,20 +452,19 @@ TOKEN_BYTES = bytes_per_token(MODEL.config, torch.float32)
 @given(requests(), st.integers(1, 400), st.sampled_from([3, 1000]), st.sampled_from([3, 16]), st.sampled_from([0, 2, 16]))
 def test_keys_and_values_stay_within_the_budget(request, tokens, max_rows, blocks, few):
     """As many slots as fit, and with any number of them the same completions; else one line that says what helps."""
-    budget = tokens * TOKEN_BYTES
+    budget, longest, cpu = tokens * TOKEN_BYTES, max(len(p) for p in request.prompts), torch.device("cpu")
     with caches() as made, route(blocks=blocks, one_block=few):
-        own = math.prod(own_blocks(max(request.limits), torch.device("cpu"), 1000))
-        another = (own + 2 * max(len(p) for p in request.prompts)) * TOKEN_BYTES    # slot, at most
+        def own(rows): return rows * math.prod(own_blocks(max(request.limits), cpu, rows))
         try:
             out = request.together(max_rows=max_rows, kv_bytes=budget)
         except ValueError as error:
-            assert "lower --max-new-tokens" in str(error) and "\n" not in str(error) and budget < another
+            assert "lower --max-new-tokens" in str(error) and "\n" not in str(error) and tokens < own(1) + longest
             return
+        most, slots = min(max_rows, len(request.limits)), made[0].memory[0].shape[2]
+        prompts = min(len(request.prompts), 2 * -(-(slots + 1) // request.G))       # with one row more: two for each group's rows
+        assert slots == most or slots < most and own(slots + 1) + prompts * longest > tokens
     request.check(out)
-    most, slots = min(max_rows, len(request.limits)), made[0].memory[0].shape[2]
-    begun = bytes_of(made[0]) - (2 * made[0].k.nbytes if made[0].k is not made[0].memory[0] else 0)
-    rounding = slots * (own - max(request.limits)) * TOKEN_BYTES if slots == few else 0     # one row more, and all have blocks
-    assert bytes_of(made[0]) <= budget and slots <= most and (slots == most or begun + another + rounding > budget)
+    assert bytes_of(made[0]) <= budget
 
 
 def test_slots_that_fill_up_the_last_block_are_in_the_budget():
@@ -477,7 +477,8 @@ def test_slots_that_fill_up_the_last_block_are_in_the_budget():
 
 def test_the_last_few_rows_are_copied_only_within_the_budget():
     """The same, where two rows have one block: beside four, or three, the copy of two takes 2 x 18."""
-    for tokens, slots, blocks in ((3 + 4 * 18, 4, 2), (3 + 6 * 18 - 1, 4, 2), (3 + 6 * 18, 4, 1), (3 + 2 * 17, 2, 1), (3 + 3 * 18 - 1, 2, 1)):
+    for tokens, slots, blocks in ((3 + 4 * 18, 4, 2), (3 + 6 * 18 - 1, 4, 2), (3 + 6 * 18, 4, 1), (3 + 2 * 17, 2, 1),
+                                  (3 + 3 * 18 - 1, 2, 1)):
         with caches() as made, route(blocks=16, one_block=2):
             out = Request([[1, 2, 3]], 4, [17, 2, 17, 5], [], 1.0, 0).together(kv_bytes=tokens * TOKEN_BYTES)
         assert made[0].memory[0].shape[2] == slots and made[0].k.shape[1] == blocks
@@ -525,30 +526,33 @@ def test_free_bytes_are_this_process_s_share_of_what_is_available(monkeypatch):
 
 
 def test_blocks_by_hand():
-    """At most eight of equal size, of at least 16 slots, and no more slots than that takes; one on accelerators."""
+    """At most eight of equal size, of at least 16 slots, and no more slots than that takes; one of few rows and on accelerators."""
     cpu = torch.device("cpu")
     assert [own_blocks(n, cpu, 17) for n in (1, 16, 17, 64, 128, 130, 1024)] == [
         (1, 1), (1, 16), (2, 9), (4, 16), (8, 16), (8, 17), (8, 128)]
     assert own_blocks(130, cpu, 16) == (1, 130) and own_blocks(1000, torch.device("meta"), 17) == (1, 1000)
 
 
-def test_the_last_few_rows_have_one_block():
-    """As soon as nobody waits for their slots. Five slots, blocks of four tokens; eight completions of 2 to 16 tokens."""
-    seen, request = [], Request(PROMPTS, 2, [12, 3, 5, 7, 2, 16, 9, 15], [], 1.0, 4)
+def blocks_by_step(request, **limits):
+    """(slots in use, completions that wait, blocks) of each step, where two rows have one block and blocks are of four slots."""
+    seen = []
     with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
-        out = request.together(max_rows=5)
+        request.check_alone(request.together(**limits))
+    return seen
+
+
+def test_the_last_few_rows_have_one_block():
+    """As soon as nobody waits for their slots. Five slots; eight completions of 2 to 16 tokens."""
+    seen = blocks_by_step(Request(PROMPTS, 2, [12, 3, 5, 7, 2, 16, 9, 15], [], 1.0, 4), max_rows=5)
     assert [rows for rows, _, _ in seen].count(2) > 1 and any(queue for _, queue, _ in seen)
     assert all(blocks == (1 if rows <= 2 and not queue else 4) for rows, queue, blocks in seen)
-    request.check_alone(out)
 
 
 def test_few_rows_that_leave_slots_free_for_the_queue_keep_their_blocks():
     """Two prompts have room. Of each a completion stays long: then no place is free for the third, though two slots are."""
-    seen, request = [], Request([[1] * 30, [2] * 30, [3] * 30], 4, [12, 2, 2, 2] * 3, [], 1.0, 0)
-    with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
-        out = request.together(kv_bytes=(4 * 12 + 2 * 30 + 2 * 12) * TOKEN_BYTES)
+    request = Request([[1] * 30, [2] * 30, [3] * 30], 4, [12, 2, 2, 2] * 3, [], 1.0, 0)
+    seen = blocks_by_step(request, kv_bytes=(4 * 12 + 2 * 30 + 2 * 12) * TOKEN_BYTES)
     assert (2, 4, 3) in seen and (2, 4, 1) not in seen and seen[-1][2] == 1
-    request.check_alone(out)
 
 
 @pytest.mark.parametrize("one_block", [0, 2, 4])
