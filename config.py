@@ -99,7 +99,7 @@ class Config:
     max_prompt_tokens: int = 512        # problems with longer prompts are dropped, and counted
     temperature: float = 1.0            # of training rollouts and of the trained distribution
     rows_at_once: int = 1024            # completions drawn at the same time, at most; memory may allow fewer
-    template: str = "auto"              # prompt: auto, chat, plain, reasoning (data.prompt_text)
+    template: str = "auto"              # prompt: auto, chat, plain, reasoning (prompts.prompt_text)
     # rewards: 1 for a verified answer, plus
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result

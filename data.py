@@ -1,13 +1,8 @@
-"""Problems as token ids: jsonl files, hub datasets, the built-in arithmetic task, prompt templates, tokenizers.
+"""Problems: from jsonl files, hub datasets and the built-in task, and the order in which training takes them.
 
 A problem is a dict with "problem", "answer" and, where the source has one, "solution", "level" and "id". Every source
 gives a plain list of them, so GSM8K, MATH, your own file and the built-in task take the same road from here on.
 Left out: streaming from disk (GSM8K and MATH are megabytes) and few-shot prompts.
-
-The built-in task needs no download: stories of several steps such as
-    "Mia has 7 shells. She finds 5 more. She gives half of them to Ben. How many shells does Mia have?"
-whose single steps a tiny model learns, while their composition, told step by step or guessed at once, it does not.
-Training and held-out stories differ in start and operations, not only in words: see `_held_out`.
 """
 import json
 import math
@@ -15,6 +10,7 @@ import random
 import zlib
 from pathlib import Path
 
+import tasks
 from reward import extract_answer
 
 HUB = {   # name -> split -> [(dataset, configuration, split on the hub)]
@@ -23,10 +19,6 @@ HUB = {   # name -> split -> [(dataset, configuration, split on the hub)]
         "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
         "precalculus")], "test": [("HuggingFaceH4/MATH-500", None, "test")]},
 }
-EOS = "<|endoftext|>"
-BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-REASONING_PROMPT = ("Answer the question. First write your reasoning, then only the final answer, in this form:\n"
-                    "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
 
 # ------------------------------------------------------------------------------------------------------ sources
@@ -38,7 +30,7 @@ def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, repor
     many problems were dropped for want of an answer. Returns a list of problems in the order of the source.
     FileNotFoundError or ValueError, one line, when there is nothing usable."""
     if data == "arithmetic":
-        return arithmetic(count, split, seed, levels)
+        return tasks.arithmetic(count, split, seed, levels)
     problems = from_hub(data, split, report) if data in HUB else from_jsonl(data)
     kept = [p for p in problems if p["answer"].strip()]
     if len(kept) < len(problems):
@@ -129,139 +121,6 @@ def from_hub(name, split, report):
     return problems
 
 
-# ------------------------------------------------------------------------------------------- the built-in task
-
-LARGEST = 20      # no number in a story exceeds it: the single steps form a small table that can be learned
-NAMES = {"Mia": "She", "Ben": "He", "Ana": "She", "Tom": "He", "Eva": "She", "Sam": "He", "Lily": "She", "Max": "He",
-         "Zoe": "She", "Leo": "He", "Ruth": "She", "Omar": "He", "Ines": "She", "Hugo": "He", "Nora": "She", "Ivan": "He"}
-THINGS = ("shells", "apples", "coins", "books", "stamps", "marbles", "pens", "cards", "beads", "plums", "stones",
-          "buttons", "tickets", "cookies", "candles", "roses")
-OPENINGS = ("{name} has {n} {things}.", "{name} starts with {n} {things}.", "There are {n} {things} on the table of {name}.",
-            "{name} owns {n} {things}.", "In the box of {name} there are {n} {things}.")
-WORDINGS = {
-    "+": ("{She} finds {n} more.", "{She} buys {n} more.", "{friend} brings {n}.", "{She} gets {n} from {friend}.",
-          "Then {n} more arrive.", "{She} wins {n} of them.", "{friend} adds {n}."),
-    "-": ("{She} loses {n}.", "{She} gives {n} to {friend}.", "{She} sells {n} of them.", "{friend} takes {n}.",
-          "Then {n} break.", "{She} puts {n} away.", "{She} drops {n} of them."),
-    "*": ("Then the number doubles.", "{friend} brings as many again.", "{She} gets twice as many."),
-    "/": ("{She} loses half of them.", "{She} gives half to {friend}.", "{friend} takes half of them."),
-}
-QUESTIONS = ("How many {things} does {name} have?", "How many {things} are left?", "How many {things} are there now?",
-             "What is the number of {things} now?", "How many {things} does {name} have in the end?")
-
-
-def arithmetic(count, split="train", seed=0, levels=(4, 6)):
-    """`count` word problems; level = number of steps. The same arguments give the same problems.
-
-    split "test" holds stories whose start and operations never occur in "train", whatever the seeds. The solution is
-    in GSM8K's format: one equation a line, then "#### answer". Terse answers are made of it by sft.py."""
-    low, high = levels
-    if not 1 <= low <= high:
-        raise ValueError(f"levels must be 1 <= fewest <= most, not {low}-{high}")
-    rng = random.Random(f"arithmetic/{split}/{seed}")
-    problems = []
-    while len(problems) < count:
-        start, steps = _chain(rng, rng.randint(low, high))
-        if _held_out(start, steps) == (split == "test"):
-            problems.append(_story(rng, start, steps, f"arithmetic/{split}/{seed}/{len(problems)}"))
-    return problems
-
-
-def _chain(rng, length):
-    """A start and `length` operations (sign, number) whose results stay between 1 and LARGEST."""
-    start = value = rng.randint(2, LARGEST)
-    steps = []
-    while len(steps) < length:
-        sign, n = rng.choice("++--*/"), rng.randint(1, 9)
-        n = 2 if sign in "*/" else n
-        result = {"+": value + n, "-": value - n, "*": value * n, "/": value // 2 if value % 2 == 0 else 0}[sign]
-        if 1 <= result <= LARGEST:
-            steps.append((sign, n))
-            value = result
-    return start, steps
-
-
-def _held_out(start, steps):
-    """One story in ten, by a checksum of its numbers and operations: words can not move it to the other side."""
-    return zlib.crc32(repr((start, steps)).encode()) % 10 == 0
-
-
-def _story(rng, start, steps, name):
-    who, friend = rng.sample(sorted(NAMES), 2)
-    words = {"name": who, "friend": friend, "She": NAMES[who], "things": rng.choice(THINGS)}
-    sentences = [rng.choice(OPENINGS).format(n=start, **words)]
-    lines, value = [], start
-    for sign, n in steps:
-        sentences.append(rng.choice(WORDINGS[sign]).format(n=n, **words))
-        result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[sign]
-        lines.append(f"{value}{sign}{n}={result}")
-        value = result
-    sentences.append(rng.choice(QUESTIONS).format(**words))
-    return {"problem": " ".join(sentences), "answer": str(value), "solution": "\n".join([*lines, f"#### {value}"]),
-            "level": len(steps), "id": name}
-
-
-# ------------------------------------------------------------------------------------------ prompts and batches
-
-def uses_chat(tokenizer, template):
-    """Does this template go through the tokenizer's chat template? ValueError for an unknown or impossible one."""
-    if template not in ("auto", "chat", "plain", "reasoning"):
-        raise ValueError(f"--template must be auto, chat, plain or reasoning, not {template!r}")
-    has_chat = bool(getattr(tokenizer, "chat_template", None))
-    if template == "chat" and not has_chat:
-        raise ValueError("--template chat, but this tokenizer has no chat template; use plain or reasoning")
-    return has_chat and template != "plain" and (template != "auto" or speaks_chat(tokenizer))
-
-
-def prompt_text(question, tokenizer, template="auto"):
-    """The text that a completion continues.
-
-    "chat": the tokenizer's chat template, with BOXED_PROMPT as system message; "reasoning": the same (or plain text)
-    with REASONING_PROMPT; "plain": the question and a newline, for base models; "auto": chat for instruct models."""
-    system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
-    if uses_chat(tokenizer, template):
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-        return render(tokenizer, messages, add_generation_prompt=True)
-    return f"{system}\n\n{question}\n" if template == "reasoning" else question + "\n"
-
-
-def render(tokenizer, messages, **options):
-    """A conversation as text. Llama's template would put today's date in: a fixed one keeps runs repeatable."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **options)
-    except Exception as error:      # a template is a program: some refuse a system message
-        raise ValueError(f"the chat template refuses this prompt ({error}): use --template plain") from None
-
-
-def speaks_chat(tokenizer):
-    """Is this an instruct model? Base checkpoints carry a chat template too, but their eos does not end its turns."""
-    turns = render(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}])
-    return tokenizer.eos_token is not None and tokenizer.eos_token in turns
-
-
-def encode_prompts(problems, tokenizer, template):
-    """Token ids of each problem's prompt. A chat template writes its own bos; other text gets the tokenizer's, if any."""
-    chat = uses_chat(tokenizer, template)
-    if template == "auto":          # decided once, not for every problem
-        template = "chat" if chat else "plain"
-    texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
-    return tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-
-
-def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
-    """Problems with "prompt" (token ids) added; those above max_length tokens are dropped, and the count reported.
-
-    report: a function of one line. ValueError when nothing is left."""
-    ids = encode_prompts(problems, tokenizer, template)
-    kept = [{**p, "prompt": i} for p, i in zip(problems, ids) if len(i) <= max_length]
-    if len(kept) < len(problems):
-        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
-               f"their prompts exceed --max-prompt-tokens {max_length}")
-    if not kept:
-        raise ValueError(f"no problem is left: every prompt exceeds --max-prompt-tokens {max_length}")
-    return kept
-
-
 class Stream:
     """Problems in a new order every epoch, decided by seed alone; `cursor` is all that a checkpoint has to keep."""
 
@@ -280,58 +139,3 @@ class Stream:
             picked.append(self.problems[self._order[position]])
             self.cursor += 1
         return picked
-
-
-# --------------------------------------------------------------------------------------------------- tokenizers
-
-def train_tokenizer(texts, vocab_size=512):
-    """A byte-level BPE tokenizer (arXiv 1508.07909) with digits one by one, as a transformers tokenizer.
-
-    Any text can be encoded and decoded back exactly. eos and pad are EOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
-
-
-def save_tokenizer(tokenizer, folder):
-    """Write the tokenizer's files, under the class name that transformers of any recent version knows."""
-    tokenizer.save_pretrained(folder)
-    file = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    if settings.get("tokenizer_class") == "TokenizersBackend":       # transformers 5's name for the same thing
-        file.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a checkpoint folder (no remote code). ValueError when there is none."""
-    from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not tokenizer("1 + 1")["input_ids"]:     # without its files transformers gives an empty tokenizer, not an error
-            raise ValueError("it has no vocabulary: are the tokenizer files missing?")
-        return tokenizer
-    except Exception as error:   # transformers raises many types; all mean the same to the user
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder}: cannot read its tokenizer ({reason})") from None
-
-
-def stop_ids(model, tokenizer):
-    """Every id that ends a completion: of config.json, generation_config.json and the tokenizer."""
-    try:
-        generation = json.loads(model.files.get("generation_config.json", b"{}"))
-    except ValueError as error:
-        raise ValueError(f"generation_config.json is not valid JSON: {error}") from None
-    ids, named = set(), generation.get("eos_token_id") if isinstance(generation, dict) else None
-    for value in (model.config.eos_token_id, named, tokenizer.eos_token_id):
-        ids |= set(value) if isinstance(value, list) else {value}
-    ids = {i for i in ids if isinstance(i, int) and 0 <= i < model.config.vocab_size}
-    if not ids:
-        raise ValueError("no stop token: neither config.json, generation_config.json nor the tokenizer names an eos id")
-    return sorted(ids)

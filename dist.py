@@ -16,7 +16,6 @@ import datetime
 import gc
 import os
 import re
-import resource
 import socket
 import sys
 import threading
@@ -25,7 +24,7 @@ import uuid
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
+import torch.distributed as c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -48,9 +47,9 @@ def setup(device_name="", timeout=1800):
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         torch.accelerator.set_device_index(local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not c10d.is_initialized():
         try:
-            dist.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout),
+            c10d.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout),
                                     **meeting_point(min(timeout, 600)))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: {first_line(error)}") from None
@@ -65,7 +64,7 @@ def meeting_point(timeout):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":        # rank 0 makes a new store
         return {}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+    store = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                           timeout=datetime.timedelta(seconds=timeout))
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank > 0:
@@ -82,27 +81,27 @@ def meeting_point(timeout):
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {sorted(missing)} have not come in {timeout} s")
         time.sleep(0.01)
-    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
+    return {"store": c10d.PrefixStore(name, store), "rank": rank, "world_size": world}
 
 
 def backends(kind):
     """Gloo beside the device's own: objects of the host travel over it."""
-    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{c10d.get_default_backend_for_device(kind)}"
 
 
 def close():
     """Leave the process group, if there is one. Drop sharded models before: what holds the group keeps its threads alive."""
-    if dist.is_initialized():
+    if c10d.is_initialized():
         gc.collect()
-        dist.destroy_process_group()
+        c10d.destroy_process_group()
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return c10d.get_rank() if c10d.is_initialized() else 0
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return c10d.get_world_size() if c10d.is_initialized() else 1
 
 
 def split(count):
@@ -126,13 +125,13 @@ class Sharding:
             raise ValueError(f"--shard {shard}: {world()} rank{'s' * (world() > 1)} cannot be cut into groups of {shard}")
         if offload and device.type == "cpu":
             raise ValueError("--offload moves the optimizer's state from an accelerator to the host: leave it out on the CPU")
-        self.active = dist.is_initialized() or dtype != torch.float32 or offload
+        self.active = c10d.is_initialized() or dtype != torch.float32 or offload
         if not self.active:         # the model is its own master
             return
-        if not dist.is_initialized():
-            dist.init_process_group(backends(device.type), store=dist.HashStore(), rank=0, world_size=1)
+        if not c10d.is_initialized():
+            c10d.init_process_group(backends(device.type), store=c10d.HashStore(), rank=0, world_size=1)
         if shard == world():
-            self.mesh = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+            self.mesh = DeviceMesh.from_group(c10d.group.WORLD, device.type, mesh_dim_names=("shard",))
             return
         ranks = torch.arange(world()).view(-1, shard)
         groups = [own_group(rows, timeout) for rows in (ranks.T.tolist(), ranks.tolist())]
@@ -161,7 +160,7 @@ class Sharding:
 def own_group(rows, timeout):
     """This rank's process group among those of the rows (lists of ranks). Every rank makes all of them, in this order; a mesh
     would make them as well, but with a timeout of its own."""
-    groups = [dist.new_group(row, timeout=datetime.timedelta(seconds=timeout)) for row in rows]
+    groups = [c10d.new_group(row, timeout=datetime.timedelta(seconds=timeout)) for row in rows]
     return next(group for row, group in zip(rows, groups) if rank() in row)
 
 
@@ -194,36 +193,36 @@ def total(value):
 # --------------------------------------------------------------------------------------------------------- collectives
 
 def barrier():
-    if dist.is_initialized():
+    if c10d.is_initialized():
         with waiting("barrier"):
-            dist.barrier()
+            c10d.barrier()
 
 
 def all_reduce(values, device, op="sum"):
     """A list of numbers, reduced over ranks ("sum" or "max"), as floats. float32: counts stay exact to 16 million."""
     t = torch.tensor(values, dtype=torch.float32, device=device)
-    if dist.is_initialized():
+    if c10d.is_initialized():
         with waiting("all_reduce"):
-            dist.all_reduce(t, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+            c10d.all_reduce(t, op=c10d.ReduceOp.SUM if op == "sum" else c10d.ReduceOp.MAX)
     return t.tolist()
 
 
 def broadcast_object(value):
     """Rank 0's value, on every rank."""
     box = [value]
-    if dist.is_initialized():
+    if c10d.is_initialized():
         with waiting("broadcast"):
-            dist.broadcast_object_list(box, src=0)
+            c10d.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather_objects(value):
     """Every rank's value, in a list by rank, on every rank. Between our own processes only: it pickles."""
     box = [value]
-    if dist.is_initialized():
+    if c10d.is_initialized():
         box = [None] * world()
         with waiting("all_gather"):
-            dist.all_gather_object(box, value)
+            c10d.all_gather_object(box, value)
     return box
 
 
@@ -313,35 +312,3 @@ def fail(error):
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# --------------------------------------------------------------------------------------------------------- machine
-
-def peak_memory_mb(device):
-    """Largest memory so far in MB: of the accelerator's allocator, or of the process on CPU."""
-    if device.type == "cpu":
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10         # macOS counts bytes, Linux kilobytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return torch.accelerator.max_memory_allocated() / 2 ** 20
-
-
-def choose_threads():
-    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be slower than one.
-
-    At most PyTorch's own choice, which follows OMP_NUM_THREADS (torchrun sets it to 1)."""
-    limit = torch.get_num_threads()
-    x, w = torch.randn(2048, 128), torch.randn(128, 384)
-    best, best_time = 1, float("inf")
-    for threads in sorted({1, *(2 ** k for k in range(1, 7) if 2 ** k <= limit), limit}):
-        torch.set_num_threads(threads)
-        times = []
-        for _ in range(12):
-            start = time.perf_counter()
-            for _ in range(4):
-                (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
-            times.append(time.perf_counter() - start)
-        median = sorted(times[2:])[5]
-        if median < 0.75 * best_time:        # more threads only for a clear gain: they lose most when others compute
-            best, best_time = threads, median
-    torch.set_num_threads(best)
-    return best

@@ -24,15 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: waiting threads soon sleep (LOG.md)
+
+from engine import machine      # before torch: it tells OpenMP's threads how to wait
 import torch
 from tqdm import tqdm
 
 import data
+import prompts
 import dist
 import reward
 from config import check_settings, command_line, parse_levels, refuse_torchrun
 from model import Transformer
+from report import standard_error
 from rollout import Sampler
 
 SUBSETS = 1000                          # maj@k looks at all k-subsets up to this number, else at so many random ones
@@ -52,7 +55,7 @@ class EvalConfig:
     max_new_tokens: int = 256           # a longer completion is cut and counted in truncated_frac
     max_prompt_tokens: int = 512        # problems with longer prompts are left out, and counted as dropped
     limit: int = 0                      # only the first problems of the file; 0: all (arithmetic: 1000)
-    template: str = "auto"              # prompt: auto, chat, plain, reasoning (data.prompt_text)
+    template: str = "auto"              # prompt: auto, chat, plain, reasoning (prompts.prompt_text)
     levels: str = "4-6"                 # fewest-most steps of an arithmetic story
     seed: int = 0                       # of the samples; the problems stay the same
     device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
@@ -115,14 +118,6 @@ def subsets(n, k):
     return (rows[:, :, None] == np.arange(n)).any(1).astype(np.float32)
 
 
-def standard_error(values):
-    """Standard error of the mean of values (N,), one a problem: sample standard deviation / sqrt(N).
-
-    For 0/1 values sqrt(p (1 - p) / (N - 1)). None for fewer than two. With all values equal it is 0, which is too
-    sure of itself: N right ones in a row still allow an accuracy of 1 - 3/N."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
 def metrics(greedy, sampled, kind):
     """Graded completions of N problems -> {name: {"mean", "se"}} for one of KINDS; names as in the file's docstring."""
     n = len(sampled[0][kind]["right"])
@@ -167,11 +162,11 @@ def start(c):
     problems = data.load_problems(c.data, "test", 0, levels, c.limit or ENDLESS, warn)
     problems = [{**p, "index": i} for i, p in enumerate(problems[:c.limit or None])]
     model = Transformer.from_pretrained(c.model, device, getattr(torch, c.dtype))
-    tokenizer = data.load_tokenizer(c.model)
-    kept = data.tokenize_prompts(problems, tokenizer, c.template, c.max_prompt_tokens, warn)
-    c.threads = c.threads or dist.choose_threads()
+    tokenizer = prompts.load_tokenizer(c.model)
+    kept = prompts.tokenize_prompts(problems, tokenizer, c.template, c.max_prompt_tokens, warn)
+    c.threads = c.threads or machine.choose_threads()
     torch.set_num_threads(c.threads)
-    return Sampler(model, data.stop_ids(model, tokenizer), c.rows_at_once), tokenizer, kept, len(problems) - len(kept)
+    return Sampler(model, prompts.stop_ids(model, tokenizer), c.rows_at_once), tokenizer, kept, len(problems) - len(kept)
 
 
 def warn(line):

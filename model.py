@@ -23,9 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import Sequences, attention, rms_norm, rope_tables, rotate
-from logps import chunked_logps, embed
-from weights import CARRIED, find_checkpoint, open_shard, own_rows, read_json, weight_files, whole, write_shards
+from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
+from engine.logps import chunked_logps, embed
+from engine.weights import CARRIED, find_checkpoint, open_shard, own_rows, read_json, weight_files, whole, write_shards
 
 SUPPORTED = ("qwen2", "qwen3", "llama")
 
@@ -113,19 +113,6 @@ class ModelConfig:
 
 
 # ------------------------------------------------------------------------------------------------------ the modules
-
-def inverse_frequencies(config, device):
-    """RoPE's (D/2,) frequencies; "llama3" slows the low ones down and blends in between."""
-    d = config.head_dim
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device).float() / d)
-    s = config.rope_scaling
-    if s is None:
-        return freq
-    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # over the original context
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * freq / s["factor"] + blend * freq
-
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import dist
 from config import Parser
-from evaluate import standard_error
 
 
 def write_samples(run, problems, groups, scores):
@@ -93,6 +92,15 @@ def read_log(path):
         line["seconds"] = seconds
     lines[0].setdefault("num_samples", 0)
     return re.sub(r"-s(eed)?\d+$", "", path.name if path.is_dir() else path.stem), lines
+
+
+def standard_error(values):
+    """Standard error of the mean of values (N,), one a problem: sample standard deviation / sqrt(N).
+
+    For 0/1 values sqrt(p (1 - p) / (N - 1)). None for fewer than two. With all values equal it is 0, which is too
+    sure of itself: N right ones in a row still allow an accuracy of 1 - 3/N."""
+    import numpy as np
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def mean_se(values):

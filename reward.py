@@ -36,7 +36,7 @@ Left out: number words, unit conversion, limits, integrals, piecewise functions.
 
 import re
 
-from answers import MAX_ANSWER, MAX_ITEMS, equal
+from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
 
 TAIL = 20_000        # characters of a completion that are searched, from its end
 MAX_PLACES = 50      # of the word "answer", from the end, where a statement is looked for

@@ -15,9 +15,7 @@ What is recorded is what was drawn: token ids (text is never tokenized again) an
 each id under the very logits that it was drawn from. Training rollouts use temperature only. top_k and top_p are for
 evaluation: with them mu is a truncated policy that no trainer log-prob equals.
 """
-import ctypes
 import math
-import os
 import sys
 from collections import deque
 from contextlib import contextmanager
@@ -27,8 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decode import ONE_BLOCK, Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks, prompt_slots
-from sampling import draw, row_uniforms
+from engine.decode import ONE_BLOCK, Cache, Groups, InferenceModel, bytes_per_token, capture, own_blocks, prompt_slots
+from engine.machine import free_bytes, give_memory_back
+from engine.sampling import draw, row_uniforms
 
 LEAVE_AT = 0.9      # stopped rows leave when at most this share is alive: leaving copies keys, staying costs compute
 LOOK_EVERY = 8      # steps between two looks at which rows have stopped, on accelerators (a look waits for the device)
@@ -391,32 +390,6 @@ def bucket(n, top, least=1):
     while n <= -(-size // 2) < size:
         size = -(-size // 2)
     return -(-size * 3 // 4) if n <= -(-size * 3 // 4) else size
-
-
-def give_memory_back():
-    """Freed memory to the system: else holes where the sampler's weights were stay beside what training allocates."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):       # not glibc
-        pass
-
-
-def free_bytes(device):
-    """Memory that a new tensor could take: of the device, or on the CPU of this process's share of the machine."""
-    if device.type != "cpu":
-        backend = getattr(torch, device.type)
-        return backend.mem_get_info()[0] + backend.memory_reserved() - backend.memory_allocated()
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):        # macOS
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:        # a container may have less
-        used, limit = (open(f"/sys/fs/cgroup/memory.{name}").read().strip() for name in ("current", "max"))
-        free = free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except OSError:
-        pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_request(prompts, group_size, max_new_tokens, temperature, config):

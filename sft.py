@@ -10,17 +10,17 @@ the rest is told step by step. Which habit earns rewards is left for train.py to
     python sft.py --data FILE.jsonl --model DIR --out DIR        or an existing checkpoint
 """
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: waiting threads soon sleep (LOG.md)
+from engine import machine      # before torch: it tells OpenMP's threads how to wait
 import torch
 from tqdm import tqdm
 
 import data
+import prompts
 import dist
 from config import check_settings, command_line, parse_levels, refuse_torchrun
 from model import ModelConfig, Transformer
@@ -44,7 +44,7 @@ class SFTConfig:
     batch_size: int = 16              # sequences an optimizer step
     lr: float = 2e-3                  # peak; linear warm-up over a tenth, then cosine to a tenth
     weight_decay: float = 0.01
-    template: str = "auto"            # auto, chat, plain, reasoning: see data.prompt_text
+    template: str = "auto"            # auto, chat, plain, reasoning: see prompts.prompt_text
     seed: int = 0
     device: str = ""                  # cpu, cuda, npu; empty: the accelerator that is here
     threads: int = 0                  # CPU threads; 0: measured
@@ -59,10 +59,10 @@ def completion_text(problem, terse):
 def corpus(problems, tokenizer, config, terse_share=0.0):
     """Problems -> [(prompt ids, completion ids with eos)], a share of them terse, chosen by seed."""
     rng = random.Random(f"terse/{config.seed}")
-    prompts = data.encode_prompts(problems, tokenizer, config.template)
+    questions = prompts.encode_prompts(problems, tokenizer, config.template)
     texts = [completion_text(p, rng.random() < terse_share) for p in problems]
     completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    pairs = [(p, c + [tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
+    pairs = [(p, c + [tokenizer.eos_token_id]) for p, c in zip(questions, completions)]
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= config.max_length]
     if len(kept) < len(pairs):
         tqdm.write(f"sft: dropped {len(pairs) - len(kept)} of {len(pairs)} solutions longer than {config.max_length} tokens")
@@ -131,7 +131,7 @@ def train(model, pairs, config, progress=True):
 def build(problems, config):
     """A new tokenizer, trained on the problems and solutions, and a new random model of the configured shape."""
     texts = [t for p in problems for t in (p["problem"] + "\n", completion_text(p, False))]
-    tokenizer = data.train_tokenizer(texts, config.vocab_size)
+    tokenizer = prompts.train_tokenizer(texts, config.vocab_size)
     shape = ModelConfig(vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.layers,
                         intermediate_size=3 * config.hidden_size, num_attention_heads=config.heads,
                         num_key_value_heads=max(1, config.heads // 2), head_dim=config.hidden_size // config.heads,
@@ -145,7 +145,7 @@ def warm_start(config, progress=True):
     problems = data.load_problems(config.data, "train", config.seed, levels, config.problems)
     if config.model:
         model = Transformer.from_pretrained(config.model, device)
-        tokenizer = data.load_tokenizer(config.model)
+        tokenizer = prompts.load_tokenizer(config.model)
     else:
         model, tokenizer = build(problems, config)
         model.to(device)
@@ -154,7 +154,7 @@ def warm_start(config, progress=True):
         second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
         loss = train(model, corpus(problems, tokenizer, config, config.terse_share), second, progress)
     model.save_pretrained(config.out)
-    data.save_tokenizer(tokenizer, config.out)
+    prompts.save_tokenizer(tokenizer, config.out)
     tqdm.write(f"sft: loss {loss:.3f} nats a token after {config.steps + config.terse_steps} steps, model in {config.out}")
     return model, tokenizer
 
@@ -172,7 +172,7 @@ def main(argv=None):
         if not (0 < config.lr < math.inf and 0 <= config.terse_share <= 1):
             raise ValueError(f"--lr {config.lr} must be above 0 and --terse-share {config.terse_share} between 0 and 1")
         config.device = str(dist.setup(config.device))
-        torch.set_num_threads(config.threads or dist.choose_threads())
+        torch.set_num_threads(config.threads or machine.choose_threads())
         warm_start(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import grpo
 from rollout import Rollout
 from train import Config
-from update import parts_of
+from learner import parts_of
 
 torch.set_num_threads(1)
 LOGP = torch.tensor([[-.1, -.5, -1.], [-.2, -.3, 0.]], dtype=torch.float64)

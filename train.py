@@ -19,11 +19,12 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # before torch: waiting threads soon sleep (LOG.md)
+from engine import machine      # before torch: it tells OpenMP's threads how to wait
 import torch
 from tqdm import tqdm
 
 import data
+import prompts
 import dist
 import grpo
 import gtpo
@@ -31,11 +32,11 @@ import offpolicy
 import report
 import reward
 import sft
-from checkpoint import agree_on_run, checkpoints, claim, load_checkpoint, release, save_checkpoint, write_whole
+from engine.checkpoint import agree_on_run, checkpoints, claim, load_checkpoint, release, save_checkpoint, write_whole
 from config import Config, parse, parse_levels
 from model import Transformer
 from rollout import Sampler, check_request, empty_rollout
-from update import adamw, learn
+from learner import adamw, learn
 
 ALGOS = {"grpo": grpo, "gtpo": gtpo, "offpolicy": offpolicy}
 BEGIN = time.perf_counter()
@@ -54,9 +55,9 @@ def start(c, folder, device):
     source = c.model or warm_start(c, folder, device)
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
-    model, tokenizer = Transformer.from_pretrained(source, place.home, shard=place), data.load_tokenizer(source)
-    train = data.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
-    held_out = data.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
+    model, tokenizer = Transformer.from_pretrained(source, place.home, shard=place), prompts.load_tokenizer(source)
+    train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
+    held_out = prompts.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
     for p in (train, held_out):
         check_request([x["prompt"] for x in p], c.group_size, c.max_new_tokens, c.temperature, model.config)
     claim(c, folder)
@@ -65,7 +66,7 @@ def start(c, folder, device):
     reference = frozen() if c.beta > 0 else None
     optimizer = adamw(model, c.lr, c.weight_decay)
     room = c.rows_at_once, int(c.kv_memory_mb * 2 ** 20), {"on": True, "off": False}.get(c.graph)
-    sampler = behaviour = Sampler(model, data.stop_ids(model, tokenizer), *room)
+    sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), *room)
     if c.sync_every > 1:        # a second copy of the weights, which lags behind
         behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), *room)
     buffer = offpolicy.ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse, c.min_ess, c.priority,
@@ -152,7 +153,7 @@ def train_step(run):
     dist.phase(f"step {run.step}: training")
     line.update(learn(run, rollout, rewards, line["entropy"]), lr=lr)
     end = time.perf_counter()
-    peak = dist.all_reduce([dist.peak_memory_mb(run.device)], run.device, "max")[0]
+    peak = dist.all_reduce([machine.peak_memory_mb(run.device)], run.device, "max")[0]
     line.update(train_time=end - middle, step_time=end - begin, peak_memory_mb=peak)
     return line
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the repository
 import data
+import prompts
 import reward
 from model import Transformer
 from rollout import Sampler
 
 for run in sys.argv[1:]:
     for name in ("warm_start", "model"):
-        model, tokenizer = Transformer.from_pretrained(f"{run}/{name}"), data.load_tokenizer(f"{run}/{name}")
-        problems = data.tokenize_prompts(data.load_problems("arithmetic", "test", count=200), tokenizer, "auto", 512)
+        model, tokenizer = Transformer.from_pretrained(f"{run}/{name}"), prompts.load_tokenizer(f"{run}/{name}")
+        problems = prompts.tokenize_prompts(data.load_problems("arithmetic", "test", count=200), tokenizer, "auto", 512)
         rollout = Sampler(model, [tokenizer.eos_token_id]).generate(
             [p["prompt"] for p in problems], 4, 64, seed=[(0, i) for i in range(200)])
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)

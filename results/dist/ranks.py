@@ -1,7 +1,7 @@
 """train.py on 20 ranks of this machine against one process: the same losses and gradient norms, on every mesh.
 
     python results/dist/ranks.py --json results/dist/ranks-cpu.json
-    python results/dist/ranks.py --json results/dist/ranks-npu.json --device npu --algos grpo --with npu_standin/with_npu
+    python results/dist/ranks.py --json results/dist/ranks-npu.json --device npu --algos grpo --with tests/npu_standin/with_npu
 
 Each run makes 5 steps of a tiny model with 16 prompts (fewer than ranks) of 4 completions: as one torchrun, and as three that
 stand for nodes of 8, 8 and 4 devices. A shard size S means a mesh of (20 / S, S).

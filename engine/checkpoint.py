@@ -1,0 +1,202 @@
+"""A run's folder, and checkpoints that survive anything: a crash at any moment, a full disk, another number of ranks.
+
+    folder/config.json          the run's settings          folder/.lock        held while a run writes here
+    folder/checkpoints/step-000020/     *.distcp, .metadata     weights, Adam's moments, the lagging weights: each rank its part
+                                        extra.pt                the replay buffer, the same on every rank
+                                        state.json              step, data cursor, ..., and the size of every file
+
+A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is whole or absent. Tensors are
+saved by torch.distributed.checkpoint under their names, whatever part of them a rank held, so that any number of ranks can
+go on from them. Several nodes need a folder that all of them see. (Its index is a pickle: resume only your own runs.)
+"""
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dist import Agreed, barrier, broadcast_object, first_line, gather_objects, rank
+from engine.machine import choose_threads
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+_lock = []      # the open lock file of this process
+
+
+def open_run(c, restarted):
+    """(this run's settings, its folder), not yet written to; ValueError when it is another run's.
+
+    restarted: torchrun started the processes again after one of them was lost; a run of these settings then goes on by
+    itself. One of others is left alone."""
+    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    folder = Path(c.out)
+    if restarted and not c.resume and (folder / "config.json").exists():
+        stored = json.loads((folder / "config.json").read_text())
+        if stored == {**asdict(c), "threads": stored.get("threads")}:
+            c = replace(c, resume=True, threads=stored["threads"])
+    if not c.resume and folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
+        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
+        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
+    if c.resume:
+        lock(folder)
+    c.threads = c.threads or choose_threads()
+    return c, folder
+
+
+def agree_on_run(c):
+    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
+    restarted = any(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))     # of any node's torchrun
+    return together(lambda: open_run(c, restarted))
+
+
+def together(act):
+    """Rank 0 acts; every rank gets its result, or the error that it met."""
+    result = problem = None
+    if rank() == 0:
+        try:
+            result = act()
+        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
+            problem = first_line(error)
+    result, problem = broadcast_object((result, problem))
+    if problem:
+        raise Agreed(problem)
+    return result
+
+
+def lock(folder):
+    """Hold the folder until this process ends, however it ends; ValueError when another one holds it."""
+    if _lock and Path(_lock[0].name) == folder / ".lock":
+        return
+    _lock[:] = [open(folder / ".lock", "a")]
+    try:
+        fcntl.flock(_lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _lock.clear()
+        raise ValueError(f"{folder}: another run is writing there; stop it, or choose another --out") from None
+    except OSError:         # a file system without locks
+        pass
+
+
+def release():
+    """Let another run of this process have the folder."""
+    _lock.clear()
+
+
+def claim(c, folder):
+    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
+    def write():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        write_whole(folder / "config.json", json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+    together(write)
+
+
+def write_whole(file, text):
+    """Never half a file."""
+    part = file.with_name("." + file.name)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+def checkpoints(folder):
+    """The whole checkpoints of a folder, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
+    """Write folder/step-NNNNNN, whole or not at all. Every rank enters.
+
+    tensors: {name: tensor, sharded or the same on every rank}; state: a JSON-able dict; extra: a dict of tensors, lists and
+    numbers, of which rank 0's is written. The newest `keep` stay. ValueError on every rank when it cannot be written."""
+    final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
+    try:
+        together(lambda: prepare(folder, part))
+        blind = [i for i, sees in enumerate(gather_objects(part.is_dir())) if not sees]
+        if blind:
+            raise OSError(f"ranks {blind} do not see {folder}: give an --out that all nodes share")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of dcp: that there is one process only
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
+        together(lambda: complete(folder, part, final, {**state, "step": step}, extra, keep))
+    except (Exception, dcp.CheckpointException) as error:       # the latter, no Exception, holds those of all ranks
+        barrier()
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)     # on a full disk, room for others
+        whole, there = checkpoints(folder), next(path for path in Path(folder).absolute().parents if path.exists())
+        free = shutil.disk_usage(there).free // 2 ** 20
+        raise Agreed(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
+                     + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
+
+
+def prepare(folder, part):
+    for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
+        shutil.rmtree(left_over, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def complete(folder, part, final, state, extra, keep):
+    """What rank 0 adds, then the rename, then the oldest go."""
+    torch.save(extra or {}, part / "extra.pt")
+    sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
+    (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
+    for path in (*part.iterdir(), part):
+        sync(path)
+    os.replace(part, final)
+    try:
+        sync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            gone = Path(folder) / f".part-{old.name}"       # half of it must not look whole
+            os.replace(old, gone)
+            shutil.rmtree(gone)
+    except OSError as error:        # the new one is whole all the same
+        print(f"warning: {folder}: {error}", file=sys.stderr)
+
+
+def sync(path):
+    """Wait until a file or folder is on disk: a rename must not get there before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@torch.no_grad()
+def load_checkpoint(path, tensors):
+    """Fill the tensors {name: tensor} in place, each rank its part; returns (state, extra). Every rank enters. ValueError on
+    every rank when a file is missing, cut, or does not fit."""
+    try:
+        problem = state = extra = None
+        try:
+            state = json.loads((path / "state.json").read_text())
+            for name, size in state.pop("files").items():
+                if (path / name).stat().st_size != size:
+                    raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, {size} were written")
+            extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+        except Exception as error:      # foreign or misshapen files raise many types; all mean the same here
+            problem = first_line(error)
+        problem = next(filter(None, gather_objects(problem)), None)
+        if problem:
+            raise ValueError(problem)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+    except (ValueError, dcp.CheckpointException) as error:
+        older = [x for x in checkpoints(path.parent) if x != path]
+        raise Agreed(f"checkpoint {path} cannot be read ({reason(error)}); remove that folder to resume from " + (
+            older[-1].name if older else "the start: there is no other")) from None
+    return state, extra
+
+
+def reason(error):
+    """The first line that says something; dcp.CheckpointException collects one error a rank."""
+    failures = getattr(error, "failures", None)
+    return first_line(next(iter(failures.values()))[0] if failures else error)

@@ -1,0 +1,1 @@
+"""The measurements behind bench.py, and capacity.py, which predicts what some of them find."""

@@ -1,0 +1,340 @@
+"""Sources, the built-in task, templates, order and tokenizers."""
+import builtins
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import prompts
+import tasks
+import reward
+import sft
+from model import ModelConfig, Transformer
+
+torch.set_num_threads(1)
+PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "problems"
+
+
+def write(folder, *lines):
+    file = folder / "problems.jsonl"
+    file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    problems = tasks.arithmetic(500)
+    return prompts.train_tokenizer([t for p in problems for t in (p["problem"] + "\n", p["solution"])])
+
+
+# ------------------------------------------------------------------------------------------------------- jsonl
+
+@pytest.mark.parametrize("row, answer", [
+    ({"problem": "48 + 24?", "answer": "72"}, "72"),
+    ({"question": "48 + 24?", "answer": "48+24 = <<48+24=72>>72 clips.\n#### 72"}, "72"),            # GSM8K
+    ({"problem": "48 + 24?", "solution": "It is $48+24=\\boxed{72}$."}, "72"),                         # MATH
+    ({"problem": "Half?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1"}, "\\frac{1}{2}"),
+    ({"problem": "48 + 24?", "answer": 72}, "72"),
+    ({"problem": "48 + 24?", "answer": "72", "solution": "Because.\n#### 71"}, "72"),                 # the answer field rules
+])
+def test_every_layout_gives_problem_and_answer(tmp_path, row, answer):
+    problem, = data.load_problems(str(write(tmp_path, row)))
+    assert problem["answer"] == answer and problem["problem"] == (row.get("problem") or row["question"])
+
+
+@pytest.mark.parametrize("line, reason", [
+    ('{"problem": "half', "Unterminated string"), ('["a"]', "not a JSON object"), ('{"answer": "1"}', '"problem" or "question"'),
+    ('{"problem": "x", "solution": "no end"}', 'no "answer"'), ('{"problem": "", "answer": "1"}', "no text"),
+    ('{"problem": "x", "answer": true}', 'no "answer"')])
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, reason):
+    file = write(tmp_path, {"problem": "1?", "answer": "1"}, "", line)
+    with pytest.raises(ValueError) as error:
+        data.load_problems(str(file))
+    assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl: no such file"):
+        data.load_problems(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="holds no problems"):
+        data.load_problems(str(write(tmp_path, "")))
+
+
+def test_other_encodings_are_named_and_a_byte_order_mark_is_not_minded(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '{"problem": "1?", "answer": "1"}'.encode())
+    assert data.load_problems(str(file))[0]["answer"] == "1"
+    file.write_bytes('{"problem": "caf\u00e9?", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="p.jsonl: not UTF-8"):
+        data.load_problems(str(file))
+
+
+def test_line_separators_inside_a_string_do_not_cut_it(tmp_path):
+    """U+2028, as in GSM8K: str.splitlines would cut there."""
+    problem, = data.load_problems(str(write(tmp_path, '{"problem": "a\u2028b", "answer": "1"}')))
+    assert problem["problem"] == "a\u2028b"
+
+
+def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__",
+                        lambda name, *a, **k: (_ for _ in ()).throw(ImportError()) if name == "datasets" else real(name, *a, **k))
+    with pytest.raises(FileNotFoundError, match=r"pip install datasets.*--data gsm8k_train\.jsonl"):
+        data.load_problems("gsm8k")
+
+
+def fake_hub(monkeypatch, rows):
+    import sys
+    from types import SimpleNamespace
+    calls = []
+
+    def load_dataset(*args, split):
+        calls.append((*args, split))
+        return rows
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_the_hub_gives_gsm8k_and_math_and_rows_without_an_answer_are_dropped_loudly(monkeypatch):
+    said = []
+    calls = fake_hub(monkeypatch, [{"question": "2+2?", "answer": "2+2=4\n#### 4"}])
+    assert data.load_problems("gsm8k", "test")[0]["answer"] == "4" and calls == [("openai/gsm8k", "main", "test")]
+    rows = [{"problem": "Two?", "solution": "It is $\\boxed{2}$."}, {"problem": "How many?", "solution": "There are $\\boxed{}$."}]
+    calls = fake_hub(monkeypatch, rows)
+    problems = data.load_problems("math", "train", report=said.append)
+    assert len(calls) == 7 and [p["answer"] for p in problems] == ["2"] * 7 and len(said) == 7 and "math/train/1" in said[0]
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    def load_dataset(*args, split):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(FileNotFoundError, match="--data math_train.jsonl") as error:
+        data.load_problems("math")
+    assert "\n" not in str(error.value)
+
+
+def test_problems_with_an_empty_answer_are_dropped_and_counted(tmp_path):
+    said = []
+    file = write(tmp_path, {"problem": "1?", "answer": "1"}, {"problem": "2?", "answer": " "})
+    assert len(data.load_problems(str(file), report=said.append)) == 1 and "dropped 1 of 2" in said[0]
+
+
+def test_held_out_problems_of_a_file_never_overlap_with_training():
+    problems = [{"problem": f"question {i % 90}", "answer": "1"} for i in range(100)]       # ten duplicates
+    train, held_out = data.hold_out(problems, 5)
+    assert len(train) + len(held_out) == 100 and 5 <= len(held_out) <= 10
+    assert not {p["problem"] for p in train} & {p["problem"] for p in held_out}
+    assert data.hold_out(problems[::-1], 5)[1][0]["problem"] in {p["problem"] for p in held_out}
+    with pytest.raises(ValueError, match="--eval-data"):
+        data.hold_out(problems[:3], 5)
+
+
+@pytest.mark.skipif(not PROBLEMS.exists(), reason="GSM8K and MATH are not here")
+@pytest.mark.parametrize("name, count", [("gsm8k_train", 7473), ("gsm8k_test", 1319), ("math500", 500)])
+def test_the_real_files_load_whole(name, count):
+    problems = data.load_problems(str(PROBLEMS / f"{name}.jsonl"))
+    assert len(problems) == count and all(p["answer"] for p in problems)
+
+
+# ------------------------------------------------------------------------------------------ the built-in task
+
+def follow(problem):
+    """Read the story with nothing but regular expressions, and return its result: an independent solver."""
+    first, *sentences = [s.strip() for s in problem["problem"].rstrip("?").split(".")[:-1]]
+    value = int(re.search(r"\d+", first)[0])
+    for s in sentences:
+        if "half" in s:
+            value //= 2
+        elif re.search(r"doubles|as many again|twice", s):
+            value *= 2
+        elif re.search(r"finds|buys|brings|gets|arrive|wins|adds", s):
+            value += int(re.search(r"\d+", s)[0])
+        else:
+            assert re.search(r"loses|gives|sells|takes|break|puts|drops", s), s
+            value -= int(re.search(r"\d+", s)[0])
+    return value
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_stories_mean_what_their_answers_say(split):
+    for p in tasks.arithmetic(2000, split, seed=3, levels=(2, 8)):
+        assert follow(p) == int(p["answer"])
+        *lines, last = p["solution"].splitlines()
+        assert len(lines) == p["level"] and last == "#### " + p["answer"]
+        for line in lines:
+            a, sign, b, c = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign] == int(c)
+            assert 1 <= int(c) <= tasks.LARGEST
+        assert reward.verify(p["solution"], p["answer"])
+
+
+def test_held_out_stories_never_occur_in_training_even_with_other_words():
+    def numbers(problem):
+        lines = problem["solution"].splitlines()[:-1]
+        return tuple(re.fullmatch(r"(\d+)(.+)=\d+", x).groups() if not i else re.sub(r"^\d+|=.*", "", x) for i, x in enumerate(lines))
+    train = {numbers(p) for seed in range(3) for p in tasks.arithmetic(5000, "train", seed, (2, 3))}
+    test = {numbers(p) for p in tasks.arithmetic(1000, "test", 0, (2, 3))}
+    assert not train & test
+
+
+def test_the_task_depends_on_its_seed_alone_and_has_many_surface_forms():
+    assert tasks.arithmetic(50, seed=1) == tasks.arithmetic(50, seed=1) != tasks.arithmetic(50, seed=2)
+    problems = tasks.arithmetic(3000, levels=(2, 8))
+    assert {p["level"] for p in problems} == set(range(2, 9))
+    assert len({p["problem"] for p in problems}) > 2900
+    with pytest.raises(ValueError, match="fewest <= most"):
+        tasks.arithmetic(1, levels=(4, 2))
+
+
+# ---------------------------------------------------------------------------------------------- prompts and order
+
+def test_templates(tokenizer):
+    assert prompts.prompt_text("How many?", tokenizer) == prompts.prompt_text("How many?", tokenizer, "plain") == "How many?\n"
+    text = prompts.prompt_text("How many?", tokenizer, "reasoning")
+    assert "<reasoning>" in text and "<answer>" in text and text.endswith("How many?\n")
+    with pytest.raises(ValueError, match="no chat template"):
+        prompts.prompt_text("How many?", tokenizer, "chat")
+    with pytest.raises(ValueError, match="auto, chat, plain or reasoning"):
+        prompts.prompt_text("How many?", tokenizer, "r1")
+
+
+def test_chat_template_where_there_is_one(tokenizer):
+    from copy import deepcopy
+    chat = deepcopy(tokenizer)
+    chat.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + prompts.EOS + "{% endfor %}"
+                          "{% if add_generation_prompt %}<assistant>{% endif %}")
+    expected = f"<system>{prompts.BOXED_PROMPT}{prompts.EOS}<user>How many?{prompts.EOS}<assistant>"
+    assert prompts.prompt_text("How many?", chat, "auto") == prompts.prompt_text("How many?", chat, "chat") == expected
+    assert prompts.REASONING_PROMPT in prompts.prompt_text("How many?", chat, "reasoning")
+    assert prompts.prompt_text("How many?", chat, "plain") == "How many?\n"
+
+
+def test_a_base_model_with_a_chat_template_gets_the_plain_question(tokenizer):
+    """Qwen's base tokenizers carry the template of their instruct siblings, whose turns their own eos does not end."""
+    from copy import deepcopy
+    base = deepcopy(tokenizer)
+    base.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    assert prompts.prompt_text("How many?", base, "auto") == "How many?\n"
+    assert "<|im_start|>" in prompts.prompt_text("How many?", base, "chat")
+
+
+def test_bos_is_written_once(tokenizer):
+    """Plain text gets the tokenizer's bos (Llama); a chat template writes its own."""
+    from copy import deepcopy
+    from tokenizers.processors import TemplateProcessing
+    llama = deepcopy(tokenizer)
+    llama.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 5)])
+    problem = [{"problem": "How many?"}]
+    plain, = prompts.encode_prompts(problem, llama, "plain")
+    llama.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat, = prompts.encode_prompts(problem, llama, "chat")
+    assert plain[0] == 5 and 5 not in plain[1:] and chat[0] != 5
+
+
+def test_the_date_in_a_template_is_fixed(tokenizer):
+    from copy import deepcopy
+    dated = deepcopy(tokenizer)
+    dated.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    assert prompts.prompt_text("How many?", dated, "chat").startswith("26 Jul 2024")
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer):
+    problems = [{"problem": "x " * n, "answer": "1"} for n in (1, 2, 50)]
+    said = []
+    kept = prompts.tokenize_prompts(problems, tokenizer, "plain", 20, said.append)
+    assert len(kept) == 2 and "dropped 1 of 3" in said[0]
+    assert tokenizer.decode(kept[0]["prompt"]) == "x \n"
+
+
+@given(st.integers(1, 30), st.integers(0, 5), st.lists(st.integers(1, 9), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_every_epoch_is_a_permutation_and_the_cursor_resumes_it(size, seed, counts):
+    problems = list(range(size))
+    whole = data.Stream(problems, seed).next(sum(counts))
+    stream, pieces = data.Stream(problems, seed), []
+    for count in counts:                                    # a fresh stream at every cursor: as after a crash
+        pieces += stream.next(count)
+        stream = data.Stream(problems, seed, stream.cursor)
+    assert pieces == whole
+    for k in range(0, len(whole) - size + 1, size):
+        assert sorted(whole[k:k + size]) == problems
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+@given(st.text(max_size=200))
+@settings(deadline=None, max_examples=25)
+def test_any_text_survives_the_tokenizer(text):
+    tokenizer = prompts.train_tokenizer(["She has 12 shells.\n"], 300)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_digits_are_tokens_of_their_own(tokenizer):
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("She has 1234 shells, 56+7=63")["input_ids"])
+    assert [p for p in pieces if any(c.isdigit() for c in p)] == list("1234567" "63")
+
+
+def test_the_tokenizer_is_saved_like_any_other(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = prompts.load_tokenizer(tmp_path)
+    text = "Mia has 7 shells."
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.eos_token == prompts.EOS
+    with pytest.raises(ValueError, match="cannot read its tokenizer"):
+        prompts.load_tokenizer(tmp_path / "none")
+
+
+def test_a_checkpoint_without_tokenizer_files_is_not_given_an_empty_tokenizer(tmp_path):
+    Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot read its tokenizer"):
+        prompts.load_tokenizer(tmp_path)
+
+
+def test_the_stop_set_is_the_union_of_all_sources(tokenizer):
+    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, eos_token_id=7))
+    model.files["generation_config.json"] = b'{"eos_token_id": [9, 11]}'
+    assert prompts.stop_ids(model, tokenizer) == sorted({7, 9, 11, tokenizer.eos_token_id})
+
+
+# -------------------------------------------------------------------------------------------------- warm start
+
+def test_terse_completions_are_the_last_line_and_all_are_correct(tokenizer):
+    problems = tasks.arithmetic(400, seed=5)
+    pairs = sft.corpus(problems, tokenizer, sft.SFTConfig(), terse_share=0.7)
+    texts = [tokenizer.decode(c) for _, c in pairs]
+    assert all(t.endswith(prompts.EOS) and reward.verify(t.removesuffix(prompts.EOS), p["answer"]) for t, p in zip(texts, problems))
+    assert 0.6 < sum("=" not in t for t in texts) / len(texts) < 0.8
+
+
+def test_batches_are_full_and_visit_everything_once_an_epoch():
+    pairs = [([1] * (1 + i % 7), [2] * (i % 5 + 1)) for i in range(64)]
+    seen = [id(pair) for batch in sft.batches(pairs, 4, 16, seed=0) for pair in batch]
+    assert len(seen) == 64 and set(seen) == {id(pair) for pair in pairs}
+
+
+def test_collate_marks_completions_only():
+    tokens, mask = sft.collate([([5, 6], [7]), ([8], [9, 10, 11])], "cpu")
+    assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]] and mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+
+
+def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path):
+    losses = []
+    for name in "ab":
+        config = sft.SFTConfig(out=str(tmp_path / name), steps=15, problems=200, hidden_size=32, layers=1, heads=2)
+        model, _ = sft.warm_start(config, progress=False)
+        losses.append([p.detach().sum().item() for p in model.parameters()])
+    assert losses[0] == losses[1]
+    problems = tasks.arithmetic(200)
+    tokenizer = prompts.load_tokenizer(tmp_path / "a")
+    tokens, mask = sft.collate(sft.corpus(problems, tokenizer, config)[:32], "cpu")
+    trained = -model.token_logps(tokens, mask)[0].sum() / mask.sum()
+    fresh, _ = sft.build(problems, config)
+    assert trained < 0.9 * -fresh.token_logps(tokens, mask)[0].sum() / mask.sum()

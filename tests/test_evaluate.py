@@ -1,0 +1,344 @@
+"""The metrics by worked numbers and by enumeration, and the command line from a checkpoint to the JSON file."""
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evaluate
+import reward
+import sft
+import train
+from evaluate import majority_at_k, pass_at_k, subsets, vote_labels
+from report import standard_error
+
+HERE = Path(__file__).parents[1]
+
+
+# -------------------------------------------------------------------------------------------------------- pass@k
+
+def test_pass_at_k_worked_numbers():
+    """8 samples, 2 right: 1 - C(6, k) / C(8, k); the plug-in estimate 1 - (6/8)^k is lower from k = 2 on."""
+    expected = {1: .25, 2: 13 / 28, 4: 11 / 14, 7: 1., 8: 1.}
+    for k, value in expected.items():
+        assert pass_at_k(8, 2, k) == pytest.approx(value, abs=1e-12)
+    assert round(pass_at_k(8, 2, 2), 6) == .464286 and round(pass_at_k(8, 2, 4), 6) == .785714
+    assert 1 - .75 ** 2 == .4375 < pass_at_k(8, 2, 2) and 1 - .75 ** 4 < .6836 < pass_at_k(8, 2, 4)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        held = [any(i < c for i in subset) for subset in itertools.combinations(range(n), k)]
+        assert pass_at_k(n, c, k) == pytest.approx(sum(held) / len(held), abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow():
+    assert pass_at_k(100_000, 1, 50_000) == pytest.approx(.5)
+    assert pass_at_k(10_000, 0, 100) == 0 and pass_at_k(10_000, 10_000, 1) == 1
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match="pass_at_k needs"):
+        pass_at_k(n, c, k)
+
+
+# --------------------------------------------------------------------------------------------------------- maj@k
+
+def vote(answers, gold, k=None):
+    """maj@k from answer texts, as grade() and metrics() do it."""
+    right = [a is not None and reward.equal(a, gold) for a in answers]
+    return majority_at_k(vote_labels(answers), right, k or len(answers))
+
+
+def test_majority_worked_numbers():
+    assert vote(["5", "5", "7"], "5") == 1
+    assert vote(["7", "5", "7"], "5") == 0
+    assert vote(["5", "5", "7", "7"], "5") == .5                        # a tie of two
+    assert vote(["5", "6", "7", "8"], "5") == .25                       # of four
+    assert vote(["6", "6", "7", "7", "5"], "5") == 0                    # a tie of others
+    assert vote(["5", "5", "7"], "5", 1) == pytest.approx(2 / 3)        # maj@1 is the mean
+    # pairs of 5, 5, 7, 7: one pair of 5s, one of 7s, four that are split
+    assert vote(["5", "5", "7", "7"], "5", 2) == pytest.approx((1 + 0 + 4 * .5) / 6)
+    # three of 5, 5, 7, 7, 7: 5-5-7 wins three times, 5-7-7 and 7-7-7 lose seven times
+    assert vote(["5", "5", "7", "7", "7"], "5", 3) == pytest.approx(.3)
+
+
+def test_equivalent_answers_are_one_candidate():
+    assert vote_labels(["1/2", "7", "0.5", r"\frac{1}{2}", "7", "x"]) == [0, 1, 0, 0, 1, 2]
+    assert vote(["1/2", "0.5", "7", "7", r"\frac12"], "0.5") == 1       # by their spelling 7 would win
+
+
+def test_no_answer_casts_no_vote():
+    assert vote_labels([None, "3", None, "4"]) == [-1, 0, -1, 1]
+    assert vote([None, None, None, "5"], "5") == 1
+    assert vote([None, None, "5", "7"], "5") == .5
+    assert vote([None, None], "5") == 0
+    # of the pairs of (None, None, 5) one holds no vote and two elect 5
+    assert vote([None, None, "5"], "5", 2) == pytest.approx(2 / 3)
+
+
+def enumerated(labels, right_label, k):
+    """maj@k by its definition: every k-subset, every tied winner."""
+    total = count = 0
+    for subset in itertools.combinations(labels, k):
+        cast = [a for a in subset if a >= 0]
+        most = max((cast.count(a) for a in cast), default=0)
+        winners = {a for a in cast if cast.count(a) == most}
+        total += (right_label in winners) / max(len(winners), 1)
+        count += 1
+    return total / count
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=9), right_label=st.integers(0, 3), data=st.data())
+def test_majority_equals_enumeration(labels, right_label, data):
+    k = data.draw(st.integers(1, len(labels)))
+    right = [label == right_label for label in labels]
+    assert majority_at_k(labels, right, k) == pytest.approx(enumerated(labels, right_label, k), abs=1e-6)
+    assert majority_at_k(labels, right, 1) == pytest.approx(sum(right) / len(right), abs=1e-6)
+
+
+def test_random_subsets_are_fixed_and_near_the_enumeration():
+    """C(16, 8) = 12870 subsets exceed SUBSETS: 1000 random ones, standard error below .5 / sqrt(1000) = .016."""
+    labels = [0] * 5 + [1] * 5 + [2] * 3 + [-1] * 3
+    random.Random(0).shuffle(labels)
+    right = [label == 0 for label in labels]
+    assert subsets(16, 8).shape == (evaluate.SUBSETS, 16) and (subsets(16, 8).sum(1) == 8).all()
+    value = majority_at_k(labels, right, 8)
+    assert value == pytest.approx(enumerated(labels, 0, 8), abs=.05)
+    subsets.cache_clear()
+    assert majority_at_k(labels, right, 8) == value
+    assert len(np.unique(subsets(8, 4), axis=0)) == 70                  # few: each of the C(8, 4) once
+
+
+def test_majority_refuses_impossible_counts():
+    for labels, right, k in (([0], [1], 2), ([0], [1], 0), ([0, 1], [1], 1), ([], [], 1)):
+        with pytest.raises(ValueError, match="majority_at_k needs"):
+            majority_at_k(labels, right, k)
+
+
+# ------------------------------------------------------------------------------------- standard errors, the metrics
+
+def test_standard_error_by_hand():
+    assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(.25 / 3))    # sqrt(p (1 - p) / (N - 1))
+    assert standard_error([0., .5, 1.]) == pytest.approx(.5 / math.sqrt(3))
+    assert standard_error([1, 1, 1]) == 0
+    assert standard_error([1]) is None
+
+
+def test_grading_is_reward_verify_in_both_columns():
+    texts = ["#### 4", "it is 4", "#### 4\nor 5", "nothing", r"so \boxed{8/2}", "#### 5 and not 4"]
+    graded = evaluate.grade(texts, "4")
+    for kind in evaluate.KINDS:
+        assert graded[kind]["right"] == [reward.verify(t, "4", lenient=kind == "lenient") for t in texts]
+    assert graded["strict"]["labels"] == [0, -1, 0, -1, 0, 1]
+    assert graded["lenient"]["labels"][:5] == [0, 0, 0, -1, 0]
+
+
+def test_metrics_of_two_problems():
+    """Four samples; answers a a b - (a right) and c d d d (c right)."""
+    def one(right, labels):
+        return {"strict": {"right": right, "labels": labels}}
+
+    sampled = [one([1, 1, 0, 0], [0, 0, 1, -1]), one([1, 0, 0, 0], [0, 1, 1, 1])]
+    m = evaluate.metrics([one([1], [0]), one([0], [0])], sampled, "strict")
+    means = {"greedy": .5, "avg@4": 3 / 8, "pass@1": 3 / 8, "pass@2": (5 / 6 + 1 / 2) / 2, "pass@4": 1., "maj@4": .5,
+             "maj@2": ((1 + 2 * .5 + 2 * 1 + 0) / 6 + 3 * .5 / 6) / 2}   # aa, ab ab, a- a-, b-; cd cd cd, dd dd dd
+    assert {k: v["mean"] for k, v in m.items()} == pytest.approx(means)
+    assert m["greedy"]["se"] == pytest.approx(.5) and m["avg@4"]["se"] == pytest.approx(.125)
+    assert m["pass@4"]["se"] == 0
+
+
+@pytest.mark.parametrize("n, ks", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_which_k(n, ks):
+    graded = [{"strict": {"right": [0] * n, "labels": [0] * n}}]
+    names = list(evaluate.metrics([{"strict": {"right": [0]}}], graded, "strict"))
+    assert names == ["greedy", f"avg@{n}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks[1:])]
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """model/: a tiny model that guesses among three answers; problems.jsonl: prompts of many lengths, not in order."""
+    torch.set_num_threads(1)                # on a busy machine two are slower
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = [{"problem": f"Which{' one' * (7 * i % 5)}, {i}?", "answer": str(i % 3), "id": f"p{i}"} for i in range(30)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config = sft.SFTConfig(data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32,
+                           layers=1, heads=2, vocab_size=280, lr=8e-3)
+    sft.warm_start(config, progress=False)
+    return folder
+
+
+def options(folder, *more):
+    given = {"--model": folder / "model", "--data": folder / "problems.jsonl", "--samples": 4, "--max-new-tokens": 8,
+             "--device": "cpu", "--threads": 1, **dict(zip(more[::2], more[1::2]))}
+    return [str(x) for pair in given.items() for x in pair]
+
+
+def run(folder, tmp_path, *more):
+    """The JSON of one evaluation, without what may differ between equal runs."""
+    file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    evaluate.main(options(folder, *more, "--json", file))
+    result = json.loads(file.read_text())
+    for part in ("greedy", "sampled"):
+        assert result[part].pop("tokens_per_s") > 0
+    result.pop("config")
+    return result
+
+
+@pytest.fixture(scope="module")
+def first(folder, tmp_path_factory):
+    return run(folder, tmp_path_factory.mktemp("first"))
+
+
+def test_json_in_the_files_order_and_consistent(first):
+    assert first["num_problems"] == 30 and first["num_dropped"] == 0
+    assert [p["id"] for p in first["problems"]] == [f"p{i}" for i in range(30)]
+    counts = [p["c"] for p in first["problems"]]
+    assert all(p["n"] == 4 for p in first["problems"]) and 0 < sum(counts) < 120
+    strict = {name: cell["mean"] for name, cell in first["strict"].items()}
+    assert list(strict) == ["greedy", "avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"] == list(first["lenient"])
+    assert strict["greedy"] == pytest.approx(np.mean([p["greedy_correct"] for p in first["problems"]]))
+    assert strict["avg@4"] == pytest.approx(sum(counts) / 120) == strict["pass@1"]
+    assert strict["pass@4"] == pytest.approx(np.mean([c > 0 for c in counts]))
+    assert first["strict"]["avg@4"]["se"] == pytest.approx(np.std([c / 4 for c in counts], ddof=1) / math.sqrt(30))
+    assert first["lenient"]["avg@4"]["mean"] >= strict["avg@4"]
+    assert 1 <= first["sampled"]["completion_length"] <= 8 and 0 <= first["sampled"]["truncated_frac"] < 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20, 1000])
+def test_the_chunk_size_does_not_change_a_number(folder, first, tmp_path, rows):
+    assert run(folder, tmp_path, "--rows-at-once", rows) == first
+
+
+def test_seeds(folder, first, tmp_path):
+    assert run(folder, tmp_path) == first
+    other = run(folder, tmp_path, "--seed", 1)
+    assert other["strict"]["greedy"] == first["strict"]["greedy"] and other["problems"] != first["problems"]
+
+
+def test_a_problems_numbers_do_not_depend_on_the_others(folder, first, tmp_path):
+    """Neither on those after it (--limit) nor on those that are dropped."""
+    limited = run(folder, tmp_path, "--limit", 7)
+    assert limited["num_problems"] == 7 and limited["problems"] == first["problems"][:7]
+    shorter = run(folder, tmp_path, "--max-prompt-tokens", 7)
+    assert 0 < shorter["num_dropped"] == 30 - shorter["num_problems"] < 30
+    by_id = {p["id"]: p for p in first["problems"]}
+    assert all(p == by_id[p["id"]] for p in shorter["problems"])
+
+
+def test_the_training_log_and_this_file_agree(folder, first):
+    """eval_greedy and eval_pass@1 of log.jsonl are the same numbers, when the problems are."""
+    c = evaluate.EvalConfig(model=str(folder / "model"), data=str(folder / "problems.jsonl"), device="cpu", threads=1)
+    sampler, tokenizer, problems, _ = evaluate.start(c)
+    config = train.Config(max_new_tokens=8, eval_samples=4)
+    line = train.evaluate(SimpleNamespace(c=config, held_out=problems, sampler=sampler, tokenizer=tokenizer,
+                                          device=sampler.model.device))
+    assert line["eval_greedy"] == pytest.approx(first["strict"]["greedy"]["mean"])
+    assert line["eval_pass@1"] == pytest.approx(first["strict"]["pass@1"]["mean"])
+    assert line["eval_length"] == pytest.approx(first["sampled"]["completion_length"])
+
+
+def test_top_k_of_one_is_greedy(folder, tmp_path):
+    result = run(folder, tmp_path, "--top-k", 1, "--samples", 2)
+    assert all(p["c"] == 2 * p["greedy_correct"] for p in result["problems"])
+
+
+def test_one_sample_and_one_problem(folder, tmp_path, capsys):
+    result = run(folder, tmp_path, "--samples", 1, "--limit", 1)
+    assert list(result["strict"]) == ["greedy", "avg@1", "pass@1"]
+    assert result["strict"]["greedy"]["se"] is None
+    assert "greedy" in capsys.readouterr().out
+
+
+def test_every_completion_cut_is_said(folder, capsys):
+    evaluate.main(options(folder, "--max-new-tokens", 1, "--limit", 3))
+    assert "every completion was cut at --max-new-tokens 1" in capsys.readouterr().err
+
+
+def test_the_built_in_task_from_a_shell(folder, tmp_path):
+    """As a user types it: the table on stdout, the bar on stderr, the same numbers in the file."""
+    arguments = options(folder, "--data", "arithmetic", "--limit", 3, "--samples", 2, "--json", tmp_path / "a.json")
+    done = subprocess.run([sys.executable, str(HERE / "evaluate.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    lines = done.stdout.splitlines()
+    assert result["num_problems"] == 3 and "3 problems" in lines[0] and "completions" in done.stderr
+    shown = {line.split()[0]: line.split()[1] for line in lines[2:2 + len(result["strict"])]}
+    for name, cell in result["strict"].items():
+        assert shown[name] == f"{cell['mean']:.4f}"
+    assert list(result["config"]) == [f.name for f in fields(evaluate.EvalConfig)]
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+def fails(capsys, arguments):
+    """The one line of a refused command; nothing on stdout, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    captured = capsys.readouterr()
+    line = stop.value.code if isinstance(stop.value.code, str) else captured.err.splitlines()[-1]
+    assert stop.value.code not in (0, None) and not captured.out and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("option, value, message", [
+    ("--samples", 0, "--samples 0: must be at least 1"),
+    ("--samples", "x", "invalid int value"),
+    ("--limit", -1, "--limit -1: must be at least 0"),
+    ("--temperature", 0, "--temperature 0.0: must be above 0"),
+    ("--temperature", "nan", "--temperature nan: must be a finite number"),
+    ("--top-p", 0, "--top-p 0.0: must be above 0"),
+    ("--template", "fancy", "choose auto, chat"),
+    ("--template", "chat", "no chat template"),
+    ("--dtype", "float8", "choose float32"),
+    ("--device", "tpu", "choose cpu"),
+    ("--levels", "4", "such as 4-6"),
+    ("--sample", 4, "unrecognized arguments: --sample"),
+    ("--model", "", "give --model"),
+    ("--model", "./absent", "neither a checkpoint folder nor a hub id"),
+    ("--data", "absent.jsonl", "absent.jsonl: no such file"),
+    ("--json", "absent/folder/a.json", "does not exist"),
+    ("--max-prompt-tokens", 1, "no problem is left"),
+    ("--max-new-tokens", 5000, "lower --max-new-tokens"),
+])
+def test_bad_options(folder, capsys, option, value, message):
+    assert message in fails(capsys, options(folder, option, value))
+
+
+def test_bad_files(folder, tmp_path, capsys):
+    (tmp_path / "broken.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": \n')
+    assert "broken.jsonl:2: " in fails(capsys, options(folder, "--data", tmp_path / "broken.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "holds no problems" in fails(capsys, options(folder, "--data", tmp_path / "empty.jsonl"))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+    assert "no weights" in fails(capsys, options(folder, "--model", tmp_path / "bare"))
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "bare" / "model.safetensors").write_bytes(weights)
+    assert fails(capsys, options(folder, "--model", tmp_path / "bare")).startswith("error: ")      # no tokenizer
+
+
+def test_a_result_is_never_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "old.json").write_text("precious")
+    assert "already exists" in fails(capsys, options(folder, "--json", tmp_path / "old.json"))
+    assert (tmp_path / "old.json").read_text() == "precious"
+
+
+def test_not_under_torchrun(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in fails(capsys, options(folder))

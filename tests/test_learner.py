@@ -1,0 +1,198 @@
+"""From a rollout to optimizer steps: gradient variance, and whole off-policy runs from the command line."""
+import itertools
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo
+import train
+import learner
+from config import Config
+from model import Transformer
+from measure import common
+from offpolicy import ReplayBuffer
+from rollout import Sampler
+from test_decode import small_model
+from test_train import fast, log_of, same_on_ranks, start, stored       # start is a fixture
+
+torch.set_num_threads(1)
+CORRECTED = ("standard", "clipped", "truncated", "masked", "self_normalized")
+
+
+# ---------------------------------------------------------------------------------------------- gradient variance
+
+def estimate(first, second):
+    """learner.gradient_variance for a loss that is linear: every row is the gradient of a group with respect to (a, b)."""
+    n, params, grads = len(first) + len(second), [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)], []
+    for rows in (first, second):
+        (torch.tensor(rows).view(-1, 2) @ torch.cat(params)).sum().div(n).backward()
+        grads.append([p.grad.clone() for p in params])
+    return learner.gradient_variance(params, grads[0], [float(len(first)), float(len(second))])
+
+
+@pytest.mark.parametrize("size", [3, 2, 1])
+def test_gradient_variance_is_unbiased_also_for_unequal_halves(size):
+    """Over all splits of six groups its mean is S^2 / 6, S^2 = sum |x - mean|^2 / 5. Means (3, 1), (1, -1): (2^2 + 2^2) / 4."""
+    assert estimate([(4., 1.), (2., 1.)], [(1., 0.), (1., -2.)]) == pytest.approx(2) and math.isnan(estimate([], [(1., 0.)]))
+    X = [(1., 0.), (0., 2.), (-1., 1.), (3., 1.), (0., 0.), (2., 2.)]               # the mean is (5/6, 1)
+    variance = sum((a - 5 / 6) ** 2 + (b - 1) ** 2 for a, b in X) / 5 / 6
+    splits = [(s, [i for i in range(6) if i not in s]) for s in itertools.combinations(range(6), size)]
+    assert np.mean([estimate([X[i] for i in s], [X[i] for i in rest]) for s, rest in splits]) == pytest.approx(variance)
+
+
+# ------------------------------------------------------------------------------------------------ what costs nothing
+
+def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatch):
+    """Four groups of three completions, of which two teach something: the tokens that go through the model are theirs, the
+    prompt once a group, without the last token of a completion (nothing comes after it)."""
+    model, seen = small_model(), []
+    run = common.make_run(model, Config(group_size=3))
+    out = Sampler(model, []).generate([[1, 2], [3, 4, 5], [6], [7, 8]], 3, [4, 5, 6] * 4)
+    rewards = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
+    forward = Transformer.hidden_states
+    monkeypatch.setattr(Transformer, "hidden_states", lambda self, tokens, *more: seen.append(len(tokens)) or forward(
+        self, tokens, *more))
+    learner.one_pass(run, grpo.prepare(out, rewards, run.c), 4, run.c)
+    assert seen == [2 + 1 + 2 * (3 + 4 + 5)]
+
+
+# ------------------------------------------------------------------------------------------- from the command line
+
+QUICK = ["--eval-every", "100", "--eval-problems", "2", "--eval-samples", "1"]
+
+
+def run(start, out, *args):
+    """A run of four quick steps; the lines of its log without the first evaluation."""
+    train.main(["--model", str(start), "--out", str(out), *fast(start), *QUICK, *" ".join(args).split()])
+    return log_of(out)[1:]
+
+
+def checkpoint(out, step=4):
+    """Tensors and the rest of a checkpoint."""
+    return stored(out, step), torch.load(out / "checkpoints" / f"step-{step:06d}" / "extra.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Dicts of tensors and numbers, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(x, b[k]) if torch.is_tensor(x) else x == b[k] for k, x in a.items())
+
+
+@pytest.fixture(scope="module")
+def on_policy(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("on_policy") / "run"
+    return out, run(start, out, "--algo grpo")
+
+
+def test_replay_ratio_1_is_grpo_bit_for_bit(start, on_policy, tmp_path):
+    for form in ("bypass", "decoupled"):
+        lines = run(start, tmp_path / form, "--algo offpolicy --replay-ratio 1 --correction", form)
+        assert equal(checkpoint(tmp_path / form)[0], checkpoint(on_policy[0])[0])
+        for line, expected in zip(lines, on_policy[1], strict=True):
+            assert {k: line[k] for k in expected} == expected
+            assert line["staleness"] == 0 and line["replay_ratio"] == 1 and 0 <= line["kl_pi_mu"] < 1e-6
+            assert line["ess"] == pytest.approx(1) and line["is_weight_max"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["bypass", "decoupled"])
+def test_reuse_is_another_run_with_its_own_numbers_in_the_log(start, on_policy, tmp_path, form):
+    lines = run(start, tmp_path / "run", "--algo offpolicy --replay-ratio 3 --correction", form)
+    assert not equal(checkpoint(tmp_path / "run")[0], checkpoint(on_policy[0])[0])
+    for line, before in zip(lines, [dict.fromkeys(lines[0], 0), *lines]):
+        assert line["replay_ratio"] == 3 and .5 < line["ess"] <= 1 and line["kl_pi_mu"] > 1e-6 and line["is_weight_max"] > 1
+        assert all(line[k] > before[k] for k in ("buffer_mb", "buffer_groups", "staleness_max"))     # 4 rollouts, 12 updates
+    assert lines[0]["staleness_max"] == 2 and lines[3]["staleness"] > lines[0]["staleness"]
+    assert [x["num_samples"] for x in lines] == [x["num_samples"] for x in on_policy[1]]
+
+
+def test_sync_every_3_draws_by_weights_up_to_two_updates_old(start, tmp_path):
+    lines = run(start, tmp_path / "run", "--algo offpolicy --replay-ratio 1 --sync-every 3 --steps 6")
+    assert [x["staleness"] for x in lines] == [x["staleness_max"] for x in lines] == [0, 1, 2, 0, 1, 2]
+    assert [x["ratio_max_dev"] < 1e-4 for x in lines] == [x["kl_pi_mu"] < 1e-7 for x in lines] == [True, False, False] * 2
+
+
+@pytest.mark.parametrize("form, passes", [("decoupled", [1, 1, 1, 1]), ("bypass", [2, 1, 2, 1])])
+def test_the_kl_limit_ends_reuse_and_the_clip_follows(start, tmp_path, form, passes):
+    """Steps 1 and 3 are on-policy, 2 and 4 stale: their first pass is made all the same. Of a pass over the buffer the
+    decoupled form knows in advance that it would begin too far away; bypass finds it out on the way."""
+    lines = run(start, tmp_path / "run", "--algo offpolicy --replay-ratio 3 --sync-every 2 --kl-limit 1e-6 --adaptive-clip "
+                f"--correction {form}")
+    assert [x["replay_ratio"] for x in lines] == passes and all(x["grad_norm"] > 0 for x in lines)
+    assert [x["clip"] for x in lines] == pytest.approx([.2 / 1.1 ** k for k in range(4)])
+
+
+def test_no_group_is_drawn_too_often_or_too_old_also_within_a_step(start, tmp_path, monkeypatch):
+    seen, sample = [], ReplayBuffer.sample
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, *a: seen.append(sample(self, *a)) or seen[-1])
+    lines = run(start, tmp_path / "reuse", "--algo offpolicy --replay-ratio 4 --max-reuse 1 --prompts-per-step 3")
+    assert max(g.uses for groups, _ in seen for g in groups) == 1
+    lines = run(start, tmp_path / "old", "--algo offpolicy --replay-ratio 4 --max-staleness 2")
+    assert max(x["staleness_max"] for x in lines) == 2
+
+
+@pytest.mark.parametrize("stop, extra", [
+    ("steps", "--sync-every 3"),
+    ("crash", "--priority .6 --adaptive-replay --adaptive-clip --kl-limit 1e-4 --replay-ratio 4 --correction bypass"),
+    ("crash", "--sync-every 3 --importance self_normalized --max-reuse 2 --min-ess .5 --buffer-groups 9")])
+def test_a_run_resumes_bit_for_bit_with_its_buffer_in_the_middle_of_a_period(start, tmp_path, stop, extra):
+    """4 steps against 2 and 2: with --steps 2 first, or by the loss of all that came after the checkpoint of step 2."""
+    a, b = tmp_path / "whole", tmp_path / "two"
+    run(start, a, "--algo offpolicy", extra)
+    if stop == "steps":
+        run(start, b, "--algo offpolicy", extra, "--steps 2")
+    else:
+        shutil.copytree(a, b)
+        shutil.rmtree(b / "checkpoints" / "step-000004")
+    assert len(checkpoint(b, 2)[1]["buffer"]["sizes"]) >= 4
+    train.main(["--resume", "--out", str(b), "--steps", "4"])
+    (weights, more), (weights_b, more_b) = checkpoint(a), checkpoint(b)
+    assert equal(weights, weights_b) and equal(more.pop("buffer"), more_b.pop("buffer"))
+    assert more == more_b and any(name.startswith("behaviour.") for name in weights) == ("sync-every" in extra)
+    logs = [[{k: v for k, v in line.items() if "eval" not in k} for line in log_of(x)] for x in (a, b)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("extra", [
+    "--importance none", *(f"--importance {scheme} --importance-level {level}" for scheme, level in zip(
+        CORRECTED, ("sequence", "geometric", "token", "geometric", "token"))),
+    "--importance retrace --trace .9", "--importance tempered --trace .5", "--importance-normalize group --beta .1",
+    "--correction bypass --trust-region second_moment --trust-delta .04", "--trust-region sequence --trust-delta 1e-3",
+    "--trust-region token --trust-delta 1e-3 --min-ess 1 --buffer-mb .001", "--minibatches 2 --epochs 2 --variance-every 0"])
+def test_every_scheme_and_trust_region_runs_and_changes_the_weights(start, tmp_path, extra):
+    lines = run(start, tmp_path / "run", "--algo offpolicy --variance-every 1 --steps 2", extra)
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert all(x["replay_ratio"] == 2 and x.get("grad_variance", 1) > 0 for x in lines)
+    before, after = load_file(start / "model.safetensors"), checkpoint(tmp_path / "run", 2)[0]
+    assert any(not torch.equal(before[k], after["model." + k]) for k in before)
+
+
+def test_the_variance_is_measured_every_k_steps_and_changes_nothing_else(start, on_policy, tmp_path):
+    lines = run(start, tmp_path / "run", "--algo grpo --variance-every 2")
+    assert [x.pop("grad_variance", 0) > 0 for x in lines] == [False, True, False, True]
+    assert all(x == pytest.approx(expected, rel=1e-4, abs=1e-5) for x, expected in zip(lines, on_policy[1], strict=True))
+
+
+@pytest.mark.parametrize("args, message", [
+    ("offpolicy --correction bypass --importance clipped", "--importance needs --correction decoupled"),
+    ("grpo --replay-ratio 3", "--replay-ratio has no effect with --algo grpo"),
+    ("grpo --replay-ratio 2", "--replay-ratio has no effect with --algo grpo"),         # also when it is the default
+    ("gtpo --sync-every 2", "--sync-every has no effect with --algo gtpo"), ("offpolicy --gtpo-gamma 1", "--gtpo-gamma"),
+    ("offpolicy --replay-ratio 0", "--replay-ratio 0: must be at least 1"), ("offpolicy --adaptive-clip", "--kl-limit"),
+    ("offpolicy --min-ess 2", "--min-ess 2.0"), ("offpolicy --trace 2", "--trace 2.0"),
+    ("offpolicy --importance ppo", "--importance ppo: choose none"), ("offpolicy --trust-region kl", "--trust-region kl: choose")])
+def test_combinations_without_a_meaning_are_one_line_that_names_the_flag(args, message, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--algo", *args.split(), "--model", str(tmp_path / "none"), "--out", str(tmp_path / "run")])
+    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc, prompts", [(2, "7"), (3, "2")])
+def test_several_ranks_give_the_run_of_one_process(start, tmp_path, nproc, prompts):
+    options = ["--algo", "offpolicy", "--prompts-per-step", prompts, *"--micro-batch-tokens 60 --importance self_normalized "
+               "--priority .6 --trust-region second_moment --trust-delta 1e-3 --adaptive-replay --variance-every 2".split()]
+    lines = same_on_ranks([nproc], start, tmp_path, *QUICK, *options)
+    assert any(x["staleness"] > 0 for x in lines[1:])

@@ -1,0 +1,380 @@
+"""The loop from the command line: contract of the run folder, resume bit for bit, world size, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from engine import checkpoint
+import dist
+import sft
+import train
+import learner
+from model import ModelConfig, Transformer
+
+HERE = Path(__file__).parents[1]
+KEYS = {"step", "reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "lr", "entropy", "kl", "clip_ratio",
+        "ratio_max_dev", "completion_length", "truncated_frac", "num_tokens", "rollout_time", "rollout_tokens_per_s",
+        "train_time", "step_time", "peak_memory_mb"}
+TIMES = {"rollout_time", "rollout_tokens_per_s", "train_time", "step_time", "peak_memory_mb"}
+OPTIONS = ["--steps", "4", "--prompts-per-step", "6", "--group-size", "4", "--max-new-tokens", "8", "--eval-every", "2",
+        "--eval-problems", "6", "--eval-samples", "2", "--save-every", "2", "--threads", "1", "--lr", "1e-3",
+        "--device", "cpu"]
+
+
+def fast(start):
+    """A run of a few seconds on the tiny model's own problems."""
+    return [*OPTIONS, "--data", str(start.parent / "problems.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A tiny model that has learned to guess among three answers: right a third of the time, so there is a gradient.
+
+    Its folder also holds the problems as a jsonl file."""
+    folder = tmp_path_factory.mktemp("start")
+    rows = [{"problem": f"Which one, {i}?", "answer": str(i % 3), "solution": f"#### {i % 3}"} for i in range(200)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = sft.SFTConfig(device="cpu", data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32, layers=1,
+                           heads=2, vocab_size=280, lr=8e-3)
+    sft.warm_start(config, progress=False)
+    return folder / "model"
+
+
+def stored(out, step):
+    """All tensors of a checkpoint, whole, {"model.NAME" | "exp_avg.NAME" | ...: tensor}."""
+    reader = dcp.FileSystemReader(Path(out) / "checkpoints" / f"step-{step:06d}")
+    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def equal(a, b):
+    """Two dicts of tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run_train(*args, nproc=0, check=True):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
+    done = subprocess.run([sys.executable, *launcher, str(HERE / "train.py"), *map(str, args)], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def log_of(folder, times=False):
+    lines = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [x if times else {k: v for k, v in x.items() if k not in TIMES} for x in lines]
+
+
+def same_on_ranks(ranks, start, folder, *options):
+    """The log of a run of one process, after seeing that torchrun with each number of ranks gives the same."""
+    train.main(["--model", str(start), "--out", str(folder / "one"), *fast(start), *options])
+    lines = log_of(folder / "one")
+    for n in ranks:
+        run_train("--model", start, "--out", folder / str(n), *fast(start), *options, nproc=n)
+        for one, many in zip(lines, log_of(folder / str(n)), strict=True):
+            assert one == pytest.approx(many, rel=1e-4, abs=1e-5)
+    return lines
+
+
+@pytest.fixture(scope="session")
+def whole(start, tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run_train("--model", start, "--out", out, *fast(start))
+    return out, done
+
+
+def test_run_folder_and_log_keep_the_contract(whole):
+    out, done = whole
+    for name in ("config.json", "log.jsonl", "samples.jsonl", "curve.png", "checkpoints", "model/config.json"):
+        assert (out / name).exists(), name
+    lines = log_of(out, times=True)
+    assert [x["step"] for x in lines] == [0, 1, 2, 3, 4]
+    assert all(KEYS <= set(x) for x in lines[1:])
+    assert [x["step"] for x in lines if {"eval_pass@1", "eval_greedy"} <= set(x)] == [0, 2, 4]
+    assert done.stdout.strip().splitlines()[-1].startswith("pass@1 ")
+    sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "problem", "answer", "completion", "reward"} <= set(sample)
+
+
+def test_first_update_is_on_policy_and_something_is_learned_from(whole):
+    lines = log_of(whole[0])[1:]
+    assert all(x["ratio_max_dev"] < 1e-4 for x in lines)      # one update a rollout: the sampler is the trainer
+    assert any(x["grad_norm"] > 0 for x in lines) and any(0 < x["reward"] < 1 for x in lines)
+
+
+def test_the_written_model_loads_in_transformers_with_its_tokenizer(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = whole[0] / "model"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), Transformer.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Mia has 7 shells.", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(whole, start, tmp_path):
+    """Stop at step 2 (with junk after the checkpoint, as a crash in step 3 leaves it), resume, compare everything."""
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2"])
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"step": 3, "reward": 9}) + "\n")
+    (out / "checkpoints" / ".part-000003").mkdir()
+    run_train("--resume", "--out", out, "--steps", "4")
+    assert equal(stored(whole[0], 4), stored(out, 4))
+    assert log_of(out) == log_of(whole[0])
+    before, after = (load_file(f) for f in (start / "model.safetensors", out / "model" / "model.safetensors"))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("extra", [["--dtype", "bfloat16"], ["--beta", ".1", "--epochs", "2", "--minibatches", "3"]])
+def test_resume_is_exact_with_options(start, tmp_path, extra):
+    """In one process: 4 steps against 2 and 2. The master weights and Adam's moments must come back as they were."""
+    for name, steps in (("whole", ["4"]), ("two", ["2", "4"])):
+        train.main(["--model", str(start), "--out", str(tmp_path / name), *fast(start), "--steps", steps[0], *extra])
+        for more in steps[1:]:
+            train.main(["--resume", "--out", str(tmp_path / name), "--steps", more])
+    assert equal(stored(tmp_path / "whole", 4), stored(tmp_path / "two", 4))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
+
+
+def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
+    """A crash while it is written leaves the one before; a truncated file is one clear line."""
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", lambda *a: (_ for _ in ()).throw(OSError("disk gone")))
+        with pytest.raises(SystemExit, match="disk gone"):
+            train.main(["--resume", "--out", str(out), "--steps", "4"])
+    assert [f.name for f in checkpoint.checkpoints(out / "checkpoints")] == ["step-000002"]
+    train.main(["--resume", "--out", str(out), "--steps", "4"])
+    assert not list((out / "checkpoints").glob(".part-*")) and log_of(out)[-1]["step"] == 4
+    file = out / "checkpoints" / "step-000004" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="step-000004 cannot be read"):
+        train.main(["--resume", "--out", str(out), "--steps", "6"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, options", [
+    ([2, 3], ["--prompts-per-step", "7", "--minibatches", "2"]), ([3], ["--prompts-per-step", "2", "--micro-batch-tokens", "50"])])
+def test_any_world_size_gives_the_single_process_run(start, tmp_path, ranks, options):
+    """7 prompts in two minibatches, which go by the prompts' global numbers; and fewer prompts than ranks."""
+    same_on_ranks(ranks, start, tmp_path, *options)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--beta", "0.1"], ["--beta", "0.1", "--kl-kind", "k3_is", "--zero-variance", "keep"],
+    ["--epochs", "2", "--minibatches", "2"], ["--aggregation", "constant", "--advantage-scale", "loo", "--mask-truncated"],
+    ["--dtype", "bfloat16", "--activation-checkpointing", "--lr", "1e-6"], ["--ratio-level", "sequence", "--dual-clip", "3"],
+    ["--format-reward", "1", "--consistency-reward", ".5", "--template", "reasoning"]])
+def test_options_run_and_change_the_weights(start, tmp_path, extra, capsys):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "2", *extra])
+    line = log_of(tmp_path / "run")[-1]
+    assert all(torch.isfinite(torch.tensor(float(v))) for v in line.values())
+    if "--beta" in extra:
+        assert line["kl"] > 0
+    if "--epochs" in extra:
+        assert line["ratio_max_dev"] < 1e-4      # of the first update; later ones move away, as they should
+    before = Transformer.from_pretrained(start)
+    after = stored(tmp_path / "run", 2)
+    assert any(x["grad_norm"] > 0 for x in log_of(tmp_path / "run")[1:])
+    assert any(not torch.equal(p, after["model." + n]) for n, p in before.named_parameters())
+
+
+def test_form_alone_is_not_taken_for_a_right_answer(start, tmp_path, monkeypatch, capsys):
+    """Every completion is well-formed and wrong: the format reward is 1, pass@G is 0 and the warning says so."""
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.batch_decode",
+                        lambda self, ids, **k: ["<reasoning>a</reasoning><answer>77</answer>"] * len(ids))
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "1", "--format-reward", "1"])
+    line = log_of(tmp_path / "run")[-1]
+    assert line["reward"] == 1 and line["pass@G"] == 0 and line["grad_norm"] == 0
+    assert "warning: pass@G is 0" in "".join(capsys.readouterr())
+
+
+def test_cut_completions_are_warned_about(start, tmp_path, capsys):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "1", "--max-new-tokens", "1"])
+    assert "every completion was cut at --max-new-tokens 1" in "".join(capsys.readouterr())
+
+
+def test_a_problem_is_never_both_trained_on_and_held_out(start, tmp_path, capsys):
+    rows = [json.loads(x) for x in open(start.parent / "problems.jsonl")]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows[:50])))
+    config = train.Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
+    said = []
+    trained, evaluated = train.load_split(config, said.append)
+    assert len(trained) == 150 and len(evaluated) == 50 and "left 50 of 200" in said[0]
+
+
+@pytest.mark.parametrize("type_, expected", [("cuda", "cpu"), ("mps", "cpu")])
+def test_a_build_for_an_absent_accelerator_runs_on_the_cpu(monkeypatch, type_, expected):
+    """current_accelerator() names what PyTorch was built for; only check_available says that it is here."""
+    def current_accelerator(check_available=False):
+        return torch.device(type_) if type_ == "mps" or not check_available else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert dist.setup("").type == expected
+    with pytest.raises(ValueError, match="--device cuda: no such device"):
+        dist.setup("cuda")
+
+
+@pytest.fixture
+def bfloat16():
+    """A tiny model that computes in bfloat16, in one process."""
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
+    yield dist.Sharding(torch.device("cpu"), torch.bfloat16)(model)
+    dist.close()
+
+
+def test_a_learning_rate_of_1e_6_changes_bfloat16_training(bfloat16):
+    """bf16 alone would round the update away; the float32 master keeps it, and in time it reaches the bf16 weights."""
+    optimizer = learner.adamw(bfloat16, 1e-6)
+    before = [p.full_tensor().detach().clone() for p in bfloat16.parameters()]
+    tokens = torch.arange(12).view(2, 6)
+    bfloat16.token_logps(tokens, torch.ones(2, 6))[0].sum().backward()
+    optimizer.step()
+    after = [p.full_tensor() for p in bfloat16.parameters()]
+    assert bfloat16.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in after)
+    assert all(not torch.equal(a, b) for a, b in zip(before, after))
+    rounded = [torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(before, after)]
+    assert any(rounded)                                     # what bf16 weights would have lost
+
+
+def test_gradients_of_micro_batches_add_up_in_float32(bfloat16):
+    """1 + 2^-9 is lost in bfloat16 (8 bits) and kept by the master: the last norm's weight gets both, one a backward."""
+    weight = bfloat16.model.norm.weight
+    tokens = torch.arange(12).view(2, 6)
+    parts = []
+    for scale in (1.0, 2.0 ** -9):
+        bfloat16.token_logps(tokens, torch.ones(2, 6))[0].sum().mul(scale).backward()
+        parts.append(bfloat16.model.norm.weight.grad.full_tensor().clone())
+    one = parts[0]
+    assert weight.dtype == torch.float32 and torch.equal(one, one.bfloat16().float())       # each is a bf16 sum
+    assert torch.equal(parts[1], one * (1 + 2.0 ** -9)) and not torch.equal(parts[1], parts[1].bfloat16().float())
+
+
+def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_path, monkeypatch):
+    real = train.grpo.loss
+    monkeypatch.setattr(train.grpo, "loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    with pytest.raises(SystemExit, match="five non-finite updates in a row"):
+        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20",
+                    "--save-every", "1"])
+    weights = stored(tmp_path / "run", 4)
+    assert all(torch.equal(p, weights["model." + n]) for n, p in Transformer.from_pretrained(start).named_parameters())
+    assert log_of(tmp_path / "run")[-1]["loss"] is None             # NaN is not JSON
+
+
+@pytest.mark.parametrize("budget, lengths, expected", [
+    (10, [3, 5, 2], [[2, 0, 1]]), (9, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (10, [], [])])
+def test_micro_batches_are_sorted_and_within_budget(budget, lengths, expected):
+    """Every row has a prompt of its own: what counts is the sum, 2 + 3 + 5, without padding."""
+    assert learner.micro_batches(range(len(lengths)), lengths, [1] * len(lengths), 1, budget) == expected
+
+
+@pytest.mark.parametrize("rows, budget, expected", [
+    (range(6), 33, [[2, 3, 1, 0, 5, 4]]), (range(6), 32, [[2, 3, 1, 0, 5], [4]]),       # (6 + 2) + (5 + 6) + (4 + 10)
+    (range(6), 19, [[2, 3, 1, 0], [5, 4]]),
+    (range(6), 18, [[2, 3, 1], [0, 5], [4]]), (range(6), 13, [[2, 3, 1], [0, 5], [4]]),     # 8 + 5; then 9 + 4
+    (range(6), 12, [[2, 3], [1, 0], [5], [4]]), (range(6), 1, [[2], [3], [1], [0], [5], [4]]),
+    ([0, 3, 4], 28, [[3, 0, 4]]), ([4, 0, 3], 27, [[3, 0], [4]]), ([1, 3], 12, [[1, 3]]), ([], 12, [])])
+def test_micro_batches_keep_groups_together_and_count_a_prompt_once_in_each(rows, budget, expected):
+    """Groups of two with prompts of 3, 5 and 2, the group of the shortest longest row first."""
+    assert learner.micro_batches(rows, [9, 5, 6, 7, 12, 4], [3, 3, 5, 5, 2, 2], 2, budget) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+def broken_jsonl(folder):
+    file = folder / "broken.jsonl"
+    lines = [json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) for i in range(30)]
+    lines[16] = '{"problem": "half a li'
+    file.write_text("\n".join(lines))
+    return file
+
+
+BAD = {     # name -> (arguments, what the line must say); M is a good model, D an empty folder
+    "flag": (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    "algo": (["--algo", "ppo"], "--algo ppo: choose grpo"),
+    "file": (["--data", "D/no.jsonl", "--model", "M"], "no.jsonl: no such file"),
+    "line 17": (["--data", "BROKEN", "--model", "M"], "broken.jsonl:17:"),
+    "empty": (["--data", "EMPTY", "--model", "M"], "holds no problems"),
+    "no model": (["--data", "BROKEN"], "needs --model"),
+    "no weights": (["--model", "NOWEIGHTS"], "has no weights"),
+    "no such model": (["--model", "D/none"], "neither a checkpoint folder nor a hub id"),
+    "group": (["--group-size", "1"], "--group-size 1: must be at least 2"),
+    "length": (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    "taken": (["--out", "TAKEN", "--model", "M"], "is not empty"),
+    "resume nothing": (["--resume", "--out", "D"], "holds no run"),
+    "resume where": (["--resume"], "--resume needs --out"),
+    "levels": (["--levels", "6-4"], "--levels 6-4"),
+    "type": (["--steps", "many"], "invalid int value"),
+    "device": (["--device", "tpu"], "--device tpu: choose cpu, cuda, npu"),
+    "context": (["--model", "M", "--max-new-tokens", "5000"], "leaves the context of 2048"),
+    "built-in context": (["--max-new-tokens", "5000"], "leave the context of 2048 tokens of the built-in model"),
+    "config of wrong types": (["--resume", "--out", "TYPES"], "is not a run of this version"),
+    "temperature": (["--temperature", "inf"], "--temperature inf: must be a finite number"),
+    "clip": (["--clip-low", "-3"], "--clip-low -3.0: must be at least 0"),
+    "foreign config": (["--resume", "--out", "FOREIGN"], "is not a run of this version"),
+    "long prompts": (["--model", "M", "--max-prompt-tokens", "3"], "every prompt exceeds --max-prompt-tokens 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_and_loses_nothing(name, start, tmp_path, capsys):
+    taken, empty = tmp_path / "taken", tmp_path / "empty.jsonl"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    types = tmp_path / "types"
+    types.mkdir()
+    (types / "config.json").write_text('{"steps": "x"}')
+    (foreign / "config.json").write_text('{"foo": 1}')
+    empty.write_text("\n")
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    for file in start.glob("*.json"):
+        (weightless / file.name).write_bytes(file.read_bytes())
+    words = {"M": str(start), "BROKEN": str(broken_jsonl(tmp_path)), "EMPTY": str(empty), "TAKEN": str(taken), "FOREIGN": str(foreign), "TYPES": str(types),
+             "NOWEIGHTS": str(weightless), "D": str(tmp_path / "d")}
+    (tmp_path / "d").mkdir()
+    args, expected = BAD[name]
+    args = [words.get(a, a.replace("D/", str(tmp_path / "d") + "/")) for a in args]
+    out = [] if "--out" in args or name == "resume where" else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*args, *out])
+    message = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code != 0 and expected in message and "\n" not in message
+    assert (taken / "config.json").read_text() == "{}" and not (tmp_path / "out").exists()      # nothing written, nothing lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
+    """Ctrl-C, and what schedulers send, sometimes twice."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(HERE / "train.py"), "--model", str(start), "--out", str(out), *fast(start), "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (out / "log.jsonl").exists() or len(log_of(out)) < 4):
+        time.sleep(.1)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(.02)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and f"python train.py --resume --out {out}" in error and "Traceback" not in error
+    last = log_of(out)[-1]["step"]
+    assert checkpoint.checkpoints(out / "checkpoints")[-1].name == f"step-{last:06d}"
+    train.main(["--resume", "--out", str(out), "--steps", str(last + 1)])
+    assert [x["step"] for x in log_of(out)] == list(range(last + 2))
+
+
+def test_a_micro_batch_has_few_keys_for_its_budget():
+    """Prompt 90, completions of 1: eight rows are 98 tokens, within 100, but 728 keys; 4 x 100 keys are four rows of 91."""
+    assert learner.micro_batches(range(8), [91] * 8, [90] * 8, 8, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]
