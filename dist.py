@@ -1,17 +1,18 @@
-"""Processes, devices and sharding: the same program alone, on 8 GPUs, and on 20 Ascend chips in three nodes.
+"""Processes, devices and sharding: the same program alone, on 8 GPUs, and on 20 Ascend chips in
+three nodes.
 
     float32 weights, gradients and Adam's moments are cut in `shard` parts (FSDP2: ZeRO-3, arXiv 1910.02054, 2304.11277); the
     parts are repeated world / shard times (HSDP). A block is gathered in the compute dtype when it is needed, and its
     gradients are summed in float32 into the parts again.
 
-A loss is divided by a *global* count before backward, so summing the gradients over ranks gives the gradient of the
-single-process run: no rank average, no dependence on how many prompts a rank got. A rank without prompts runs one token
-times zero and enters the same collectives. Plain `python` is one process: float32 without any of this, bfloat16 as a mesh
-of one, for its float32 masters.
+A loss is divided by a *global* count before backward, so summing the gradients over ranks gives the
+gradient of the single-process run: no rank average, no dependence on how many prompts a rank got. A
+rank without prompts runs one token times zero and enters the same collectives. Plain `python` is
+one process: float32 without any of this, bfloat16 as a mesh of one, for its float32 masters.
 
-Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere. Left out: tensor, pipeline and sequence
-parallelism; FSDP2 with one chip's share of 14B parameters and their optimizer fits (bench.py memory).
-"""
+Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere. Left out:
+tensor, pipeline and sequence parallelism; FSDP2 with one chip's share of 14B parameters and their
+optimizer fits (bench.py memory). """
 import datetime
 import gc
 import os
@@ -29,13 +30,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
-# ----------------------------------------------------------------------------------------------- devices and processes
+# ---------------------------------------------------------------------------- devices and processes
 
 def setup(device_name="", timeout=1800):
-    """Join the process group that torchrun describes (none under plain python) and return this rank's device.
+    """Join the process group that torchrun describes (none under plain python) and return this
+    rank's device.
 
-    device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. timeout: seconds that a collective may take.
-    ValueError when the device is absent, or the other ranks cannot be reached."""
+    device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. timeout: seconds that
+    a collective may take. ValueError when the device is absent, or the other ranks cannot be
+    reached."""
     found = torch.accelerator.current_accelerator(check_available=True)     # built for one is not having one
     kind = device_name or (found.type if found and found.type in ("cuda", "npu") else "cpu")
     if kind != "cpu" and (found is None or found.type != kind):
@@ -57,10 +60,12 @@ def setup(device_name="", timeout=1800):
 
 
 def meeting_point(timeout):
-    """Arguments of init_process_group: torchrun's store, under a name that only the ranks of this start know.
+    """Arguments of init_process_group: torchrun's store, under a name that only the ranks of this
+    start know.
 
-    torchrun keeps its store when it restarts the ranks, and with it the addresses of ranks that are gone; its count of restarts
-    differs between nodes. So rank 0 makes up a name and tells it to those who greet it now, until all have confirmed."""
+    torchrun keeps its store when it restarts the ranks, and with it the addresses of ranks that are
+    gone; its count of restarts differs between nodes. So rank 0 makes up a name and tells it to
+    those who greet it now, until all have confirmed."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":        # rank 0 makes a new store
         return {}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -90,7 +95,8 @@ def backends(kind):
 
 
 def close():
-    """Leave the process group, if there is one. Drop sharded models before: what holds the group keeps its threads alive."""
+    """Leave the process group, if there is one. Drop sharded models before: what holds the group
+    keeps its threads alive."""
     if c10d.is_initialized():
         gc.collect()
         c10d.destroy_process_group()
@@ -105,18 +111,21 @@ def world():
 
 
 def split(count):
-    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size; rank 0 has the most."""
+    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size;
+    rank 0 has the most."""
     return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
-# ----------------------------------------------------------------------------------------------------------- sharding
+# ----------------------------------------------------------------------------------------- sharding
 
 class Sharding:
-    """Where the weights of a model lie; call it on a model (on the meta device, before it is filled).
+    """Where the weights of a model lie; call it on a model (on the meta device, before it is
+    filled).
 
-    dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload: the parts, their
-    gradients and the optimizer's state stay in the memory of the host. timeout: seconds of a collective of the mesh.
-    ValueError when shard does not divide the world, or there is nothing to offload from."""
+    dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload:
+    the parts, their gradients and the optimizer's state stay in the memory of the host. timeout:
+    seconds of a collective of the mesh. ValueError when shard does not divide the world, or there
+    is nothing to offload from."""
 
     def __init__(self, device, dtype, shard=0, offload=False, timeout=1800):
         self.device, self.dtype, self.offload = device, dtype, offload
@@ -158,8 +167,8 @@ class Sharding:
 
 
 def own_group(rows, timeout):
-    """This rank's process group among those of the rows (lists of ranks). Every rank makes all of them, in this order; a mesh
-    would make them as well, but with a timeout of its own."""
+    """This rank's process group among those of the rows (lists of ranks). Every rank makes all of
+    them, in this order; a mesh would make them as well, but with a timeout of its own."""
     groups = [c10d.new_group(row, timeout=datetime.timedelta(seconds=timeout)) for row in rows]
     return next(group for row, group in zip(rows, groups) if rank() in row)
 
@@ -169,13 +178,15 @@ def sharded(model):
 
 
 def reduce_over_copies(model, now):
-    """Whether the next backward also sums gradients over the copies of the weights: of several, only the last has to."""
+    """Whether the next backward also sums gradients over the copies of the weights: of several,
+    only the last has to."""
     if sharded(model):
         model.set_requires_all_reduce(now)
 
 
 def reshard(model):
-    """Give up the gathered weights that a forward without backward leaves: they would be old after the next update."""
+    """Give up the gathered weights that a forward without backward leaves: they would be old after
+    the next update."""
     if sharded(model):
         model.reshard()
 
@@ -190,7 +201,7 @@ def total(value):
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()
 
 
-# --------------------------------------------------------------------------------------------------------- collectives
+# -------------------------------------------------------------------------------------- collectives
 
 def barrier():
     if c10d.is_initialized():
@@ -199,12 +210,15 @@ def barrier():
 
 
 def all_reduce(values, device, op="sum"):
-    """A list of numbers, reduced over ranks ("sum" or "max"), as floats. float32: counts stay exact to 16 million."""
-    t = torch.tensor(values, dtype=torch.float32, device=device)
+    """A dict of named numbers, reduced over ranks ("sum" or "max"): the same names, as floats.
+
+    Every rank must bring the same names in the same order. In float32, so counts stay exact to 16
+    million."""
+    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float32, device=device)
     if c10d.is_initialized():
         with waiting("all_reduce"):
-            c10d.all_reduce(t, op=c10d.ReduceOp.SUM if op == "sum" else c10d.ReduceOp.MAX)
-    return t.tolist()
+            c10d.all_reduce(numbers, op=c10d.ReduceOp.SUM if op == "sum" else c10d.ReduceOp.MAX)
+    return dict(zip(values, numbers.tolist()))
 
 
 def broadcast_object(value):
@@ -217,7 +231,8 @@ def broadcast_object(value):
 
 
 def gather_objects(value):
-    """Every rank's value, in a list by rank, on every rank. Between our own processes only: it pickles."""
+    """Every rank's value, in a list by rank, on every rank. Between our own processes only: it
+    pickles."""
     box = [value]
     if c10d.is_initialized():
         box = [None] * world()
@@ -226,10 +241,11 @@ def gather_objects(value):
     return box
 
 
-# ------------------------------------------------------------------------------------------------------------- watching
+# ----------------------------------------------------------------------------------------- watching
 
 class Watchdog(threading.Thread):
-    """Says on stderr which rank has been in which phase for longer than `limit` seconds, again each time it doubles."""
+    """Says on stderr which rank has been in which phase for longer than `limit` seconds, again each
+    time it doubles."""
 
     def __init__(self, limit):
         super().__init__(daemon=True)
@@ -278,7 +294,8 @@ def detail(text):
 
 @contextmanager
 def waiting(what):
-    """A collective outside of the model: a rank that is late is one that is not waiting. (Those inside are in "training".)"""
+    """A collective outside of the model: a rank that is late is one that is not waiting. (Those
+    inside are in "training".)"""
     before = _watchdog.detail if _watchdog else ""
     detail(f"waiting for the others in {what}")
     yield
@@ -301,8 +318,8 @@ def lost_contact(error):
 
 
 def fail(error):
-    """End the program with one line. One of several ranks ends at once: leaving the group would wait for the others, who may
-    wait for this one; torchrun ends them."""
+    """End the program with one line. One of several ranks ends at once: leaving the group would
+    wait for the others, who may wait for this one; torchrun ends them."""
     if world() == 1:
         sys.exit(f"error: {error}")
     if rank() == 0 or not isinstance(error, Agreed):

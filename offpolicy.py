@@ -1,73 +1,96 @@
-"""Off-policy GRPO: learn from completions that an older policy mu drew, as pure functions and one replay buffer.
+"""Off-policy GRPO: learn from completions that an older policy mu drew.
 
-Drawing completions often costs most of a step, so let more than one update learn from them. Two ways, often confused:
+Drawing completions often costs most of a step, so let more than one update learn from them. There
+are two ways, often confused:
 
-    stale weights   --sync-every v     fresh completions every step, drawn by weights up to v - 1 steps old, so that
-                                       sampling need not wait for training: what arXiv 2505.22257 does (v = 10)
-    sample reuse    --replay-ratio K   K passes a rollout: one over the fresh groups, K - 1 over groups from the buffer.
-                                       That paper's own reuse arm converged more slowly; classic for off-policy RL
+    stale weights   --sync-every v     fresh completions every step, drawn by weights up to v - 1 steps
+                                       old, so that sampling need not wait for training. It is what
+                                       arXiv 2505.22257 does (v = 10)
+    sample reuse    --replay-ratio K   K passes a rollout: one over the fresh groups, K - 1 over groups
+                                       from the buffer (replay.py). That paper's own reuse arm converged
+                                       more slowly; it is classic for off-policy RL
 
-Both train pi on tokens of mu. Two forms of the loss, with a ratio a token as in grpo.py:
+Both train pi on tokens of mu. There are two forms of the loss, with a ratio a token as in grpo.py:
 
-    bypass      - min(rho A, clip(rho) A),       rho = pi / mu          the clip is the only correction (2505.22257)
-    decoupled   - W min(rho A, clip(rho) A),     rho = pi / prox,  W = importance weight of prox / mu, no gradient
-                  prox = pi at the start of the pass, one more forward, for samples that are not pi's
-                  (AReaL, arXiv 2505.24298; verl)
+    bypass      - min(rho A, clip(rho) A)       rho = pi / mu; the clip is the only correction
+                                                (2505.22257)
+    decoupled   - W min(rho A, clip(rho) A)     rho = pi / prox, W = importance weight of prox / mu
+                                                without gradient; prox = pi at the start of the pass,
+                                                one more forward, for samples that are not pi's
+                                                (AReaL, arXiv 2505.24298; verl)
 
-The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu. Sequence weights are
-exact but their variance grows like exp(2 KL) of the whole completion; token weights are biased but tame; truncating at 2 had
-the smallest error of all in an exact comparison on 8-token sequences. For long completions watch `ess`. Function by function
-beside grpo.py:
+The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu.
+Sequence weights are exact, but their variance grows like exp(2 KL) of the whole completion; token
+weights are biased but tame. Truncating at 2 had the smallest error of all in an exact comparison on
+8-token sequences. For long completions watch `ess`. Function by function beside grpo.py:
 
     prepare      the same, also for groups from the buffer        policy_loss   the same
-    correct      new: weights of a pass                           loss          + weights, prox for mu, trust region
+    correct      new: weights of a pass                           loss          + weights, prox for mu,
+                                                                                  trust region
+    learn        new: several passes a rollout
 
 --replay-ratio 1 --sync-every 1 is grpo.py, bit for bit.
 Left out: weights that change in the middle of a completion; asynchronous processes.
 """
 import math
+from dataclasses import dataclass, replace
 
 import torch
 
+import dist
 import grpo
-from replay import Group, ReplayBuffer, pack, unpack
+from config import setting
+from replay import ReplayBuffer, pack, unpack
+from rollout import Rollout, empty_rollout
 
-METRICS = grpo.METRICS
 TRACES = ("retrace", "tempered")
-SCHEMES = ("none", "standard", "clipped", "truncated", "masked", "self_normalized", *TRACES)
+CAPPED = ("clipped", "truncated", "masked")
+SCHEMES = ("none", "standard", *CAPPED, "self_normalized", *TRACES)
 LEVELS = ("token", "sequence", "geometric")
+NORMALIZERS = ("", "batch", "group")
+REGIONS = ("", "sequence", "token", "second_moment")
 
 
-# ------------------------------------------------------------------------------------------------ importance weights
+# ------------------------------------------------------------------------------ importance weights
 
-def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, low=None, normalize="", group_size=None,
-                       mean=None, trace=1.0):
-    """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the mask.
+def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, low=None,
+                       normalize="", group_size=None, mean=None, trace=1.0):
+    """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the
+    mask.
 
-    log_ratio (B, T) = log pi - log mu of the drawn tokens. level: whose ratio w it is: "token", "sequence" (product over
-    the row), "geometric" (its |y|-th root, GSPO). scheme:
+    log_ratio (B, T) = log pi - log mu of the drawn tokens. level says whose ratio w it is: "token",
+    "sequence" (product over the row), "geometric" (its |y|-th root, GSPO). scheme:
+
       none             1: biased, no variance
-      standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about 1 / (1 + chi^2)
-      clipped          w in [low, cap], low by default 1 / cap (CISPO, arXiv 2506.13585; not PPO's clip, which masks)
+      standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about
+                       1 / (1 + chi^2)
+      clipped          w in [low, cap], low by default 1 / cap (CISPO, arXiv 2506.13585; not PPO's clip,
+                       which masks)
       truncated        min(w, cap) (TIS, V-trace's rho-bar)
       masked           w where low <= w <= cap, else 0 (MIS, IcePop); low by default 0
-      self_normalized  w / mean(w): biased by O(1/B), bounded by B; the same as standard with normalize="batch"
-      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace (arXiv 1802.01561) without a critic.
-                       Beware: the product dies exponentially with length (exp(-8) for 1,024 tokens of sd 0.02), so early
-                       tokens learn nothing
-      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS, 1 is retrace. Both
-                       ignore level, cap and normalize
-    normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean weight, over rows, for
-    token level over tokens. mean: that mean where it comes from more than this call (other ranks, other micro-batches).
-    Raises ValueError for names that are not these."""
-    if scheme not in SCHEMES or level not in LEVELS or normalize not in ("", "batch", "group"):
-        raise ValueError(f"scheme {scheme!r}, level {level!r}, normalize {normalize!r}: choose {', '.join(SCHEMES)}; "
-                         f"{', '.join(LEVELS)}; '', batch, group")
-    if normalize == "group" and not group_size or scheme in ("clipped", "truncated", "masked") and not cap:
-        raise ValueError("normalize='group' needs group_size; clipped, truncated and masked need a cap above 0")
+      self_normalized  w / mean(w): biased by O(1/B), bounded by B; the same as standard with
+                       normalize="batch"
+      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace (arXiv 1802.01561)
+                       without a critic. Beware: the product dies exponentially with length (exp(-8) for
+                       1,024 tokens of sd 0.02), so early tokens learn nothing
+      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS, 1 is
+                       retrace. Both ignore level, cap and normalize
+
+    normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean
+    weight, over rows, for token level over tokens. mean: that mean where it comes from more than
+    this call (other ranks, other micro-batches). Raises ValueError for names that are not these."""
+    if scheme not in SCHEMES or level not in LEVELS or normalize not in NORMALIZERS:
+        raise ValueError(f"scheme {scheme!r}, level {level!r}, normalize {normalize!r}: "
+                         f"choose {', '.join(SCHEMES)}; {', '.join(LEVELS)}; '', batch, group")
+    if normalize == "group" and not group_size or scheme in CAPPED and not cap:
+        raise ValueError("normalize='group' needs group_size; "
+                         "clipped, truncated and masked need a cap above 0")
+
+    log_ratio = log_ratio.detach()
     if scheme in TRACES:
-        return _trace_weights(log_ratio.detach(), mask, scheme, trace)
-    w = level_ratio(log_ratio.detach(), mask, level)
+        return trace_weights(log_ratio, mask, scheme, trace)
+
+    w = level_ratio(log_ratio, mask, level)                     # (B, T)
     if scheme == "none":
         w = torch.ones_like(w)
     elif scheme == "clipped":
@@ -75,8 +98,10 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
     elif scheme == "truncated":
         w = w.clamp(max=cap)
     elif scheme == "masked":
-        w = torch.where((w <= cap) & (w >= (low or 0.0)), w, 0.0)
+        inside = (w <= cap) & (w >= (low or 0.0))
+        w = torch.where(inside, w, 0.0)
     w = torch.where(mask.bool(), w, 0.0)
+
     if mean is None and (normalize or scheme == "self_normalized"):
         total, count = weight_mass(w, mask, level, group_size if normalize == "group" else None)
         mean = total / count.clamp(min=1)
@@ -84,7 +109,9 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
 
 
 def level_ratio(log_ratio, mask, level):
-    """exp of the log-ratio of each token, of its row's sum, or of its row's mean: (B, T), the exponent within +-20."""
+    """exp of the log-ratio of each token, of its row's sum, or of its row's mean: (B, T).
+
+    The exponent stays within +-20."""
     log_ratio = torch.where(mask.bool(), log_ratio, 0.0)
     if level != "token":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
@@ -94,80 +121,141 @@ def level_ratio(log_ratio, mask, level):
 
 
 def weight_mass(weights, mask, level="sequence", group_size=None):
-    """(sum of weights, their number), one weight a token or a row: scalars, or (B, 1) of each row's group."""
+    """The sum of weights and their number, one weight a token or a row.
+
+    Returns two scalars or, with group_size, two (B, 1) of each row's group."""
     if level == "token":
-        total, count = weights.sum(1), mask.sum(1)
+        total = weights.sum(1)                                  # (B,)
+        count = mask.sum(1)
     else:
-        total, count = weights.amax(1), (mask.sum(1) > 0).to(weights.dtype)
+        total = weights.amax(1)
+        count = (mask.sum(1) > 0).to(weights.dtype)
+
     if group_size is None:
         return total.sum(), count.sum()
-    return [x.view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None] for x in (total, count)]
+    return [x.view(-1, group_size).sum(1).repeat_interleave(group_size)[:, None]
+            for x in (total, count)]
 
 
-def _trace_weights(log_ratio, mask, scheme, trace):
-    """min(1, rho_t) times the traces of the tokens after t: a reversed cumulative sum of logs."""
+def trace_weights(log_ratio, mask, scheme, trace):
+    """min(1, rho_t) times the traces of the tokens after t, by a reversed cumulative sum of
+    logs."""
     on = mask.bool()
-    down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)
-    factor = down * trace if scheme == "tempered" else down + torch.tensor(float(trace)).log()
+    down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)      # log min(1, rho)
+
+    if scheme == "tempered":
+        factor = down * trace
+    else:
+        factor = down + torch.tensor(float(trace)).log()
+
     from_here = torch.where(on, factor, 0.0).flip(1).cumsum(1).flip(1)
     after = torch.nn.functional.pad(from_here[:, 1:], (0, 1))
     return torch.where(on, (down + after).exp(), 0.0)
 
 
-# ------------------------------------------------------------------------------------- how far pi has moved from mu
+# ---------------------------------------------------------------- how far pi has moved away from mu
 
 def effective_sample_size(weights):
-    """(sum w)^2 / sum w^2 of weights (B,), one a sequence: how many samples of pi they are worth, between 1 and B.
+    """(sum w)^2 / sum w^2 of weights (B,), one a sequence: between 1 and B, 0 when all weights are
+    0.
 
-    Unnormalised weights will do (the formula 1 / sum w^2 needs a sum of 1). 0 when all are 0."""
+    It is how many samples of pi they are worth. The weights need not be normalised (the formula
+    1 / sum w^2 needs a sum of 1)."""
     w = torch.as_tensor(weights).cpu().double()
     return (w.sum().square() / w.square().sum().clamp(min=1e-300)).item()
 
 
 def kl_pi_mu(log_ratio, mask):
-    """Estimate of KL(pi || mu) at each token drawn by mu: rho log rho - rho + 1, unbiased and never negative. (B, T)"""
-    log_ratio = torch.where(mask.bool(), log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, grpo.MAX_LOG_RATIO)
-    return log_ratio.exp() * log_ratio - log_ratio.expm1()          # expm1: exact also for the smallest drift
+    """Estimate of KL(pi || mu) at each token drawn by mu: (B, T), unbiased and never negative.
+
+    rho log rho - rho + 1, by expm1, which is exact also for the smallest drift."""
+    log_ratio = torch.where(mask.bool(), log_ratio, 0.0)
+    log_ratio = log_ratio.clamp(-grpo.MAX_LOG_RATIO, grpo.MAX_LOG_RATIO)
+    return log_ratio.exp() * log_ratio - log_ratio.expm1()
 
 
-def drift(log_ratio, mask):
-    """What ESS, KL and the largest weight are made of, to be added up (the last: maximised) over ranks and passes.
+@dataclass
+class Drift:
+    """Sums that say how far pi is from mu; those of several ranks or passes are added up.
 
-    [sequences, sum w, sum w^2, tokens, sum of the KL estimate], [max w]; w = pi / mu of a whole completion."""
-    w = level_ratio(log_ratio, mask, "sequence")[:, 0][mask.sum(1) > 0].cpu().double()
-    sums = [float(x) for x in (len(w), w.sum(), w.square().sum(), mask.sum(), kl_pi_mu(log_ratio, mask).sum())]
-    return sums, [w.max().item() if len(w) else 0.0]
+    w is the ratio pi / mu of a whole completion."""
+    sequences: float = 0.0
+    weight: float = 0.0             # sum of w
+    weight2: float = 0.0            # sum of w^2
+    tokens: float = 0.0
+    kl: float = 0.0                 # sum of the KL estimate over tokens
+    lag: float = 0.0                # sum over sequences of their age in optimizer updates
+    largest_weight: float = 0.0
+    oldest: float = 0.0             # largest age
+
+    MAXIMA = ("largest_weight", "oldest")       # of two drifts the larger one counts
+
+    def __add__(self, other):
+        joined = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        joined |= {name: max(getattr(self, name), getattr(other, name)) for name in self.MAXIMA}
+        return Drift(**joined)
+
+    @property
+    def ess(self):
+        """Effective sample size as a share of the sequences, 0 to 1."""
+        if not self.sequences or not self.weight2:
+            return 1.0
+        return min(self.weight * self.weight / (self.sequences * self.weight2), 1.0)    # rounding
+
+    @property
+    def kl_a_token(self):
+        """KL(pi || mu), nats a token."""
+        return self.kl / max(self.tokens, 1)
+
+    @property
+    def staleness(self):
+        """Mean age of the sequences in optimizer updates."""
+        return self.lag / max(self.sequences, 1)
 
 
-def drift_metrics(sums):
-    """{"ess": share of the sequences (0 to 1), "kl_pi_mu": nats a token} of summed `drift`; what follows is ignored."""
-    n, w, w2, tokens, kl, *_ = sums
-    ess = min(w * w / (n * w2), 1.0) if n and w2 else 1.0           # rounding may put it above 1
-    return {"ess": ess, "kl_pi_mu": kl / max(tokens, 1)}
+def drift_of(log_ratio, mask, lag=None):
+    """The Drift of rows with log pi - log mu (B, T); lag: the ages of the rows that count."""
+    w = level_ratio(log_ratio, mask, "sequence")[:, 0]
+    w = w[mask.sum(1) > 0].cpu().double()
+    lag = torch.zeros(0) if lag is None else lag
+    return Drift(
+        sequences=float(len(w)),
+        weight=float(w.sum()),
+        weight2=float(w.square().sum()),
+        tokens=float(mask.sum()),
+        kl=float(kl_pi_mu(log_ratio, mask).sum()),
+        lag=lag.sum().item(),
+        largest_weight=w.max().item() if len(w) else 0.0,
+        oldest=lag.max().item() if len(lag) else 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------ trust region
+# ------------------------------------------------------------------------------------ trust region
 
 def sequence_mask(logp, old_logp, advantages, mask, delta):
-    """Keep a completion unless it is bad and has become unlikely: A >= 0 or mean(log mu - log pi) <= delta. (B, 1) of 0/1.
+    """Keep a completion unless it is bad and has become unlikely: (B, 1) of 0/1.
 
-    (DeepSeek-V3.2, arXiv 2512.02556.) delta in nats a token."""
-    gap = -torch.where(mask.bool(), logp.detach() - old_logp, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    It stays where A >= 0 or mean(log mu - log pi) <= delta, in nats a token (DeepSeek-V3.2, arXiv
+    2512.02556)."""
+    log_ratio = torch.where(mask.bool(), logp.detach() - old_logp, 0.0)
+    gap = -log_ratio.sum(1) / mask.sum(1).clamp(min=1)
     return ((advantages >= 0) | (gap <= delta)).to(logp.dtype)[:, None]
 
 
 def token_mask(logp, old_logp, advantages, mask, delta):
-    """Drop tokens whose probability has already moved delta in the direction of the advantage (DPPO, arXiv 2602.04879).
+    """Drop tokens whose probability has moved by delta in the direction of the advantage: (B, T) of
+    0/1.
 
-    (B, T) of 0/1. Unlike a ratio, a difference does not let rare tokens fill the mask."""
+    Unlike a ratio, a difference does not let rare tokens fill the mask (DPPO, arXiv 2602.04879)."""
     moved = torch.where(mask.bool(), logp.detach().exp() - old_logp.exp(), 0.0)
-    return torch.where(advantages[:, None] > 0, moved <= delta, moved >= -delta).to(logp.dtype)
+    good = advantages[:, None] > 0
+    return torch.where(good, moved <= delta, moved >= -delta).to(logp.dtype)
 
 
 def second_moment_limit(squares, limit):
-    """The square from which on tokens must go, so that the mean of the rest stays within `limit` (M2PO, arXiv 2510.01161).
+    """The square from which on tokens must go, so that the mean of the rest stays within `limit`.
 
-    squares (n,) of log-ratios of *all* tokens of the pass; float, inf when all may stay. Keep what is strictly below."""
+    squares (n,) of log-ratios of *all* tokens of the pass (M2PO, arXiv 2510.01161). Returns a
+    float, inf when all may stay. Keep what is strictly below."""
     ordered = torch.as_tensor(squares).cpu().double().sort().values
     means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1)
     fit = int((means <= limit).sum())       # means of sorted numbers only grow
@@ -175,59 +263,365 @@ def second_moment_limit(squares, limit):
 
 
 def adapt_clip(clip, kl, limit, least=0.05, most=0.4):
-    """The clip range after an update at that KL: 10 % wider below limit / 1.5, narrower above 1.5 limit (PPO's rule for its
-    KL coefficient, on the clip); within least and most."""
-    factor = 1.1 if kl < limit / 1.5 else 1 / 1.1 if kl > 1.5 * limit else 1.0
+    """The clip range after an update at that KL, within least and most.
+
+    10 % wider below limit / 1.5, narrower above 1.5 limit: PPO's rule for its KL coefficient, on
+    the clip."""
+    factor = 1.0
+    if kl < limit / 1.5:
+        factor = 1.1
+    elif kl > 1.5 * limit:
+        factor = 1 / 1.1
     return min(max(clip * factor, least), most)
 
 
 def adapt_replay(ratio, tripped, most):
-    """The next step's replay ratio: 20 % less when the trust region ended this step's reuse, else 20 % more; 1 to most."""
+    """The next step's replay ratio, between 1 and most.
+
+    20 % less when the trust region ended this step's reuse, else 20 % more."""
     return min(max(ratio * (0.8 if tripped else 1.2), 1.0), float(most))
 
 
-# ------------------------------------------------------------------------------ the two calls of train.py's loop
+# ---------------------------------------------------------------------------------------- settings
 
-prepare = grpo.prepare      # of the fresh rollout and, on `unpack`ed groups, of a replayed one
+DECOUPLED = (lambda c: c.correction == "decoupled",
+             "--correction decoupled: beside the ratio to mu it would count twice")
+REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
+REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
+                 "--replay-ratio above 1 or --adaptive-clip")
+
+
+def scheme_in(names):
+    """A condition of setting(needs=...): --importance is one of these."""
+    return lambda c: c.importance in names, "--importance " + " or ".join(names)
+
+
+WEIGHTED = scheme_in([s for s in SCHEMES if s not in ("none", *TRACES)])
+
+
+@dataclass
+class Settings(grpo.Settings):          # those of GRPO, and these
+    # objective: old samples (offpolicy.py)
+    sync_every: int = setting(1, least=1)           # v: steps between updates of the weights that draw
+    replay_ratio: int = setting(2, least=1)         # K: passes a rollout, one over fresh groups and
+                                                    # K - 1 over the buffer
+    correction: str = setting("decoupled", choices=("bypass", "decoupled"))     # ratio to mu, or to
+                                                    # prox with importance weights
+    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED])  # scheme of the weights
+    importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])  # whose
+    importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, scheme_in(CAPPED)])     # largest
+    importance_low: float = setting(0.0, least=0, needs=[DECOUPLED, scheme_in(("clipped", "masked"))])
+                                                    # least weight (0: with clipped 1 / cap)
+    importance_normalize: str = setting("", choices=NORMALIZERS, needs=[DECOUPLED, WEIGHTED])   # batch,
+                                                    # group: weights of mean 1
+    trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, scheme_in(TRACES)])  # of the traces
+    trust_region: str = setting("", choices=REGIONS)    # leave out what has drifted: sequence, token,
+                                                        # second_moment
+    trust_delta: float = setting(0.0, least=0,
+                                 needs=[(lambda c: c.trust_region, "--trust-region")])
+                                                    # sequence: nats a token, token: probability;
+                                                    # 0: 0.2 (second_moment: 0.04)
+    kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])      # nats a token: above this
+                                                    # KL(pi||mu) the reuse of a step ends; 0: never
+    adaptive_clip: bool = False                     # widen and narrow the clip to hold --kl-limit
+    adaptive_replay: bool = setting(False, needs=[REUSE])   # let ESS (below half) and --kl-limit
+                                                            # choose K, up to --replay-ratio
+    buffer_groups: int = setting(512, least=1, needs=[REUSE])       # capacity in groups
+    buffer_mb: float = setting(0.0, least=0, needs=[REUSE])         # and in megabytes; 0: no bound
+    max_staleness: int = setting(32, least=0, needs=[REUSE])        # optimizer updates after which a
+                                                                    # group leaves; 0: never
+    max_reuse: int = setting(0, least=0, needs=[REUSE])             # draws after which it leaves
+    min_ess: float = setting(0.0, least=0, most=1, needs=[REUSE])   # least share of effective sequences
+                                                    # at its last replay, else it leaves
+    priority: float = setting(0.0, least=0, needs=[REUSE])      # alpha: draw by (reward std x
+                                                    # exp(-age / 16 updates))^alpha; usual 0.6
+    priority_beta: float = setting(0.4, least=0, most=1,
+                                   needs=[(lambda c: c.priority, "--priority")])
+                                                    # its bias correction at the start, 1 at --steps
+
+    def __post_init__(self):
+        default = 0.04 if self.trust_region == "second_moment" else 0.2
+        self.trust_delta = self.trust_delta or default
+
+    def check(self):
+        """Raise ValueError for combinations that contradict each other."""
+        least = self.importance_low or (1 / self.importance_cap if self.importance == "clipped" else 0)
+        if self.importance in ("clipped", "masked") and least > self.importance_cap:
+            raise ValueError(f"--importance-cap {self.importance_cap}: below the least weight, {least:g}")
+
+        if self.replay_ratio > 1:
+            updates_a_pass = self.epochs * self.minibatches
+            oldest = updates_a_pass * (1 + (self.sync_every - 1) * self.replay_ratio)   # on entry
+            if 0 < self.max_staleness < oldest:
+                raise ValueError(f"--max-staleness {self.max_staleness}: fresh groups may be {oldest} "
+                                 "updates old; raise it, or 0")
+            if self.advantage_scale == "batch":
+                raise ValueError("--advantage-scale batch: its std is that of one rollout, not of a batch "
+                                 "from the buffer; use another, or --replay-ratio 1")
+
+        elif self.trust_region == "second_moment" and self.sync_every == 1:
+            raise ValueError("--trust-region second_moment needs samples of older weights: "
+                             "--replay-ratio or --sync-every above 1")
+
+        if self.adaptive_clip and not (self.kl_limit and self.clip_low):
+            raise ValueError("--adaptive-clip holds the KL near --kl-limit: give one above 0, "
+                             "and --clip-low above 0")
+
+
+# ------------------------------------------------------------------ the calls of the training loop
+
+METRICS = grpo.METRICS
+
+
+@dataclass
+class Batch(grpo.Batch):
+    """A batch of grpo.py, and what is known of the policy that drew it."""
+    lag: torch.Tensor | None = None             # (B,) age in optimizer updates
+    prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass; None: not needed
+    weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
+    replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
+
+
+def prepare(rollout, rewards, config):
+    """As grpo.prepare: of the fresh rollout and, on `unpack`ed groups, of a replayed one."""
+    return Batch(**vars(grpo.prepare(rollout, rewards, config)))
+
+
+complete = grpo.complete
 
 
 def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
-    """Add what `loss` needs once a pass: "weight" (B, T), importance weights, 0 for dropped tokens; "replay_weight" (B,).
+    """Add to the batch, in place and once a pass, what `loss` needs: weight (B, T), replay_weight
+    (B,).
 
-    batch["prox_logp"] is pi at the start of the pass; without it (on-policy, or bypass) only weights (B,), those of the
-    replay buffer, count. reduce sums a list of numbers over ranks, gather joins a vector over ranks: means and limits belong
-    to the whole pass, never to a part of it."""
-    W = mask = batch["mask"] * batch["active"][:, None]         # of the rows that are trained
-    if "prox_logp" in batch:
-        l = torch.where(mask.bool(), batch["prox_logp"] - batch["old_logp"], 0.0)
+    Without batch.prox_logp (on-policy, or bypass) only `weights` (B,), those of the replay buffer,
+    count. reduce sums a dict of numbers over ranks, gather joins a vector over ranks: means and
+    limits belong to the whole pass, never to a part of it."""
+    mask = batch.mask * batch.active[:, None]           # of the rows that are trained
+    batch.weight = mask
+
+    if batch.prox_logp is not None:
+        log_ratio = torch.where(mask.bool(), batch.prox_logp - batch.old_logp, 0.0)
         if config.correction == "decoupled":
-            W = _configured_weights(l, mask, config, reduce)
+            batch.weight = configured_weights(log_ratio, mask, config, reduce)
         if config.trust_region == "second_moment":
-            squares = l.square()
-            W = W * (squares < second_moment_limit(gather(squares[mask.bool()]), config.trust_delta))
-    batch["weight"] = W
-    batch["replay_weight"] = torch.ones_like(batch["advantages"]) if weights is None else weights
+            squares = log_ratio.square()
+            limit = second_moment_limit(gather(squares[mask.bool()]), config.trust_delta)
+            batch.weight = batch.weight * (squares < limit)
+
+    batch.replay_weight = torch.ones_like(batch.advantages) if weights is None else weights
 
 
-def _configured_weights(log_ratio, mask, config, reduce):
+def configured_weights(log_ratio, mask, config, reduce):
     """importance_weights as the config names them; a mean over the batch is one over all ranks."""
     scheme, level, normalize = config.importance, config.importance_level, config.importance_normalize
     if scheme == "self_normalized":
-        scheme, normalize = "standard", normalize or "batch"
-    options = {"cap": config.importance_cap, "low": config.importance_low or None, "trace": config.trace}
-    if normalize == "batch":
-        local = importance_weights(log_ratio, mask, scheme, level, **options)
-        total, count = reduce([float(x) for x in weight_mass(local, mask, level)])
-        return importance_weights(log_ratio, mask, scheme, level, mean=total / max(count, 1), **options)
-    return importance_weights(log_ratio, mask, scheme, level, normalize=normalize, group_size=config.group_size, **options)
+        scheme = "standard"
+        normalize = normalize or "batch"
+    bounds = {"cap": config.importance_cap, "low": config.importance_low or None, "trace": config.trace}
+
+    if normalize != "batch":
+        return importance_weights(log_ratio, mask, scheme, level, normalize=normalize,
+                                  group_size=config.group_size, **bounds)
+
+    here = importance_weights(log_ratio, mask, scheme, level, **bounds)
+    total, count = weight_mass(here, mask, level)
+    sums = reduce({"weight": float(total), "count": float(count)})
+    mean = sums["weight"] / max(sums["count"], 1)
+    return importance_weights(log_ratio, mask, scheme, level, mean=mean, **bounds)
 
 
 def loss(logp, entropy, batch, config, normalizer):
-    """As grpo.loss, with prox in the place of mu when decoupled, the weights of `correct`, and the trust region."""
-    mu, A, mask, weight = batch["old_logp"], batch["advantages"], batch["mask"], batch["weight"]
-    if config.trust_region in ("sequence", "token"):
-        keep = sequence_mask if config.trust_region == "sequence" else token_mask
-        weight = weight * keep(logp, mu, A, mask, config.trust_delta)
-    if config.correction == "decoupled" and "prox_logp" in batch:
-        batch = {**batch, "old_logp": batch["prox_logp"], "mu_logp": mu}
-    return grpo.loss(logp, entropy, batch, config, normalizer, weight, batch["replay_weight"])
+    """As grpo.loss, with prox in the place of mu when decoupled, weights, and the trust region.
+
+    A scalar, and sums over tokens for the log."""
+    mu, A, mask, weight = batch.old_logp, batch.advantages, batch.mask, batch.weight
+    decoupled = config.correction == "decoupled" and batch.prox_logp is not None
+    anchor = batch.prox_logp if decoupled else mu           # the ratio's and the clip's
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high, "level": config.ratio_level}
+
+    if config.trust_region == "sequence":
+        weight = weight * sequence_mask(logp, mu, A, mask, config.trust_delta)
+    elif config.trust_region == "token":
+        weight = weight * token_mask(logp, mu, A, mask, config.trust_delta)
+
+    per_token = grpo.policy_loss(logp, anchor, A, mask, **clip, dual_clip=config.dual_clip or None)
+    per_token = per_token * weight
+    kl = torch.zeros_like(logp)
+    if config.beta > 0:
+        kl = grpo.kl_penalty(logp, batch.ref_logp, config.kl_kind, mu, mask)
+        per_token = per_token + config.beta * kl
+    per_token = per_token * batch.replay_weight[:, None]
+
+    sums = {**grpo.common_sums(logp, entropy, mu, mask),
+            "kl": kl.detach().sum(),
+            "clip_ratio": grpo.clipped_tokens(logp.detach(), anchor, A, mask, **clip).sum()}
+    total = grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens)
+    return total, sums
+
+
+# ------------------------------------------------------------ not pure: the passes of a rollout
+
+class State:
+    """What a run carries from step to step, and every checkpoint holds."""
+
+    def __init__(self, config):
+        c = config
+        self.buffer = ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse,
+                                   c.min_ess, c.priority, seed=c.seed)
+        self.replay_ratio = float(c.replay_ratio)       # of the next step, with --adaptive-replay
+        self.clip = c.clip_low                          # of the next step, with --adaptive-clip
+
+    def state_dict(self):
+        return {"buffer": self.buffer.state_dict(), "replay_ratio": self.replay_ratio,
+                "clip": self.clip}
+
+    def load_state_dict(self, state):
+        self.buffer.load_state_dict(state["buffer"])
+        self.replay_ratio = state["replay_ratio"]
+        self.clip = state["clip"]
+
+
+def learn(learner, rollout, rewards):
+    """A pass over the fresh groups, then passes over the buffer while pi stays near enough.
+
+    Returns the updates, and more for the log."""
+    c, state = learner.config, learner.state
+    config = c
+    if c.adaptive_clip:
+        config = replace(c, clip_low=state.clip, clip_high=state.clip * c.clip_high / c.clip_low)
+
+    # the fresh groups; they go into the buffer after their own pass, so that a draw may hold them
+    batch = fresh_batch(learner, rollout, rewards)
+    updates = learner.passes(batch, c.prompts_per_step, config)
+    last = measure(learner, batch)
+    drifts = [last]
+    if c.replay_ratio > 1:
+        store(learner, rollout, rewards, batch)
+
+    while len(drifts) < int(state.replay_ratio) and not too_far(c, last):
+        state.buffer.evict(learner.progress.updates)
+        groups, weights = state.buffer.sample(c.prompts_per_step, annealed_beta(learner))
+        if not groups:
+            break
+
+        batch = replayed_batch(learner, groups, weights)
+        measured_before = batch.prox_logp is not None
+        if measured_before:         # a pass that would start too far away is not made at all
+            last = measure(learner, batch, groups)
+            if too_far(c, last):
+                break
+
+        updates += learner.passes(batch, len(groups), config)
+        if not measured_before:
+            last = measure(learner, batch, groups)
+        drifts.append(last)
+
+    state.buffer.evict(learner.progress.updates)
+    adapt(learner, last)
+    return updates, {**metrics(learner, drifts), "clip": config.clip_low}
+
+
+def fresh_batch(learner, rollout, rewards):
+    """The batch of a rollout that was just drawn."""
+    versions = torch.full_like(rollout.lengths, rollout.version)
+    on_policy = rollout.version == learner.progress.updates
+    return pass_batch(learner, rollout, rewards, versions, on_policy=on_policy)
+
+
+def replayed_batch(learner, groups, weights):
+    """This rank's share of groups that were drawn from the buffer, as if just rolled out."""
+    mine = dist.split(len(groups))
+    device, G = learner.device, learner.config.group_size
+    if not len(mine):
+        empty = empty_rollout(device)
+        return pass_batch(learner, empty, torch.zeros(0, G, device=device), empty.lengths,
+                          empty.lengths.float())
+
+    fields, rewards, versions = unpack([groups[i] for i in mine], device)
+    weights = torch.from_numpy(weights[mine.start:mine.stop]).to(device)
+    return pass_batch(learner, Rollout(**fields), rewards, versions, weights.repeat_interleave(G))
+
+
+def pass_batch(learner, rollout, rewards, versions, weights=None, on_policy=False):
+    """The batch of a pass, with the age of each row, pi at its start where needed, and the weights.
+
+    on_policy: pi drew the batch; there is nothing to correct, and prox is mu."""
+    c = learner.config
+    batch = learner.batch(rollout, rewards)
+    batch.lag = learner.progress.updates - versions.float()
+
+    if not on_policy and (c.correction == "decoupled" or c.trust_region == "second_moment"):
+        batch.prox_logp = learner.score(batch)[0]
+    else:           # the updates leave here what they meet: no second forward
+        batch.pi_logp = batch.old_logp.clone()
+
+    correct(batch, c, weights,
+            reduce=lambda sums: dist.all_reduce(sums, learner.device),
+            gather=lambda x: torch.cat(dist.gather_objects(x.cpu())))
+    return batch
+
+
+def store(learner, rollout, rewards, batch):
+    """Put the fresh groups of all ranks into the buffer."""
+    mine = pack(rollout, rewards, learner.model.config.vocab_size, batch.active)
+    everyones = [group for part in dist.gather_objects(mine) for group in part]
+    learner.state.buffer.add(everyones, learner.progress.updates)
+
+
+def measure(learner, batch, groups=()):
+    """The pass's Drift over all ranks; replayed groups learn their effective sample size."""
+    pi = batch.pi_logp if batch.prox_logp is None else batch.prox_logp
+    mask = batch.mask * batch.active[:, None]
+    log_ratio = torch.where(mask.bool(), pi - batch.old_logp, 0.0)
+    here = drift_of(log_ratio, mask, batch.lag[batch.active])
+
+    if groups:
+        trained = batch.active.view(-1, learner.config.group_size)                  # (n, G)
+        weights = level_ratio(log_ratio, mask, "sequence")[:, 0].view_as(trained)
+        shares = []
+        for w, t in zip(weights, trained):
+            shares.append(effective_sample_size(w[t]) / max(int(t.sum()), 1))
+        everyones = [share for part in dist.gather_objects(shares) for share in part]
+        for group, share in zip(groups, everyones):
+            group.ess = share
+
+    sums = {name: value for name, value in vars(here).items() if name not in Drift.MAXIMA}
+    maxima = {name: getattr(here, name) for name in Drift.MAXIMA}
+    return Drift(**dist.all_reduce(sums, learner.device),
+                 **dist.all_reduce(maxima, learner.device, "max"))
+
+
+def too_far(c, drift):
+    """Whether pi is so far from mu that reuse should end: by --kl-limit, or ESS with
+    --adaptive-replay."""
+    above_limit = c.kl_limit and drift.kl_a_token > c.kl_limit
+    few_effective = c.adaptive_replay and drift.ess < 0.5
+    return bool(above_limit or few_effective)
+
+
+def adapt(learner, last):
+    """Choose the replay ratio and the clip of the next step by the drift that the last pass met."""
+    c, state = learner.config, learner.state
+    if c.adaptive_replay and last.tokens > 0:           # some token was trained
+        state.replay_ratio = adapt_replay(state.replay_ratio, too_far(c, last), c.replay_ratio)
+    if c.adaptive_clip and last.oldest > 0:             # by samples that pi did not draw
+        state.clip = adapt_clip(state.clip, last.kl_a_token, c.kl_limit, c.clip_low / 4, c.clip_low * 2)
+
+
+def annealed_beta(learner):
+    """The bias correction of prioritized replay, which goes from --priority-beta to 1 over the
+    run."""
+    c = learner.config
+    return c.priority_beta + (1 - c.priority_beta) * learner.progress.step / c.steps
+
+
+def metrics(learner, drifts):
+    """All passes of the step together, each as pi was when it met them; and the last one alone."""
+    every, last, buffer = sum(drifts, Drift()), drifts[-1], learner.state.buffer
+    return {"ess": every.ess, "kl_pi_mu": every.kl_a_token,
+            "ess_last": last.ess, "kl_last": last.kl_a_token,
+            "is_weight_max": every.largest_weight,
+            "staleness": every.staleness, "staleness_max": every.oldest,
+            "replay_ratio": len(drifts),
+            "buffer_groups": len(buffer), "buffer_mb": buffer.nbytes / 2 ** 20}

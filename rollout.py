@@ -59,10 +59,20 @@ class Rollout:
         return [tokens[start:end] for tokens, start, end in rows]
 
 
-def empty_rollout(device):
+def empty_rollout(device, version=0):
     """No completions: what a rank without prompts has."""
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    return Rollout(none[:, None], none, none, none[:, None].float(), none.bool())
+    return Rollout(none[:, None], none, none, none[:, None].float(), none.bool(), version)
+
+
+def completions(sampler, tokenizer, problems, group_size, max_new_tokens, temperature, seeds, **options):
+    """Draw and decode."""
+    if not problems:
+        return empty_rollout(sampler.model.device, sampler.version), []
+    rollout = sampler.generate([p["prompt"] for p in problems], group_size, max_new_tokens, temperature,
+                               seed=seeds, **options)
+    texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+    return rollout, [texts[k:k + group_size] for k in range(0, len(texts), group_size)]
 
 
 class Sampler:

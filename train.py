@@ -1,86 +1,414 @@
-"""Train a language model to reason with critic-free reinforcement learning: one loop, one file per concept.
+"""Train a language model to reason with critic-free reinforcement learning: one loop, one file a
+concept.
 
-    python train.py                                              a small model, on a laptop, nothing to download
-    python train.py --algo gtpo                                  another objective: grpo, gtpo, offpolicy
-    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512        a real model
-    torchrun --nproc-per-node 8 train.py --model DIR ...         data-parallel: the same numbers on any world size
-    python train.py --resume --out runs/NAME                     go on after a crash or Ctrl-C (on CPU bit for bit)
+    python train.py                                   a small model, on a laptop, nothing to download
+    python train.py --algo gtpo                       another objective: grpo, gtpo, offpolicy
+    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512      a real model
+    torchrun --nproc-per-node 8 train.py --model DIR ...      the same numbers on any number of devices
+    python train.py --resume --out runs/NAME          go on after a crash or Ctrl-C (on CPU bit for bit)
 
-Each step: take prompts (data.py), draw a group of completions of each (rollout.py), score them (reward.py), turn scores
-into advantages and a loss (grpo.py, gtpo.py or offpolicy.py), take one or more optimizer steps (update.py).
-All randomness is a function of (seed, step, prompt, sample): no generator state has to be saved or shared.
+Each step takes problems (data.py), draws a group of completions of each (rollout.py), rewards them
+(reward.py), turns rewards into advantages and a loss (grpo.py, gtpo.py or offpolicy.py), and takes
+one or more optimizer steps (learner.py). `train_step`, below, is that sentence in code: begin
+there.
+
+All randomness is a function of (seed, step, prompt, sample): no generator state is saved or shared.
 """
 import json
 import os
 import signal
 import sys
 import time
-import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
 import torch
 from tqdm import tqdm
 
 import data
-import prompts
 import dist
 import grpo
-import gtpo
-import offpolicy
+import prompts
 import report
 import reward
 import sft
-from engine.checkpoint import agree_on_run, checkpoints, claim, load_checkpoint, release, save_checkpoint, write_whole
-from config import Config, parse, parse_levels
-from model import Transformer
-from rollout import Sampler, check_request, empty_rollout
-from learner import adamw, learn
+from config import Config, objective, parse, parse_levels
+from engine.checkpoint import (agree_on_run, checkpoints, claim, load_checkpoint, release,
+                               save_checkpoint, write_whole)
+from learner import Learner, adamw
+from engine.checkpoint import Progress
+from model import ModelConfig, Transformer
+from rollout import Sampler, check_request, completions
 
-ALGOS = {"grpo": grpo, "gtpo": gtpo, "offpolicy": offpolicy}
 BEGIN = time.perf_counter()
 
 
-# -------------------------------------------------------------------------------------------------------- set-up
+@dataclass
+class Run:
+    """A learner and what surrounds it."""
+    learner: Learner
+    sampler: Sampler        # draws by pi, for evaluation
+    behaviour: Sampler      # draws by mu; the same object unless --sync-every is above 1
+    stream: data.Stream     # of training problems
+    held_out: list          # problems
+    rewards: list           # [(name, weight, function (problems, groups) -> (N, G) numbers)]
+    tokenizer: object
+    folder: Path
+    latest: dict = None     # the newest evaluation
+
+
+# ---------------------------------------------------------------------------------------- one step
+
+def train_step(run):
+    """One rollout and its updates. Returns the step's line for the log."""
+    c, learner, progress = run.learner.config, run.learner, run.learner.progress
+    begin = time.perf_counter()
+    progress.step += 1
+    set_learning_rate(learner.optimizer, c.lr * min(1.0, progress.step / (c.warmup_steps + 1)))
+
+    # draw a group of completions of each problem, by the weights of this step or of an earlier one
+    dist.phase(f"step {progress.step}: rollout")
+    synchronise(run)
+    problems = run.stream.next(c.prompts_per_step)
+    mine = dist.split(len(problems))            # this rank's share, which may be empty
+    problems = [problems[i] for i in mine]
+    seeds = [(c.seed, progress.step, i) for i in mine]
+    with run.behaviour.loaded():                # every rank: the weights are gathered here, once
+        rollout, groups = completions(run.behaviour, run.tokenizer, problems, c.group_size,
+                                      c.max_new_tokens, c.temperature, seeds)
+
+    # reward them
+    parts = reward_parts(run.rewards, problems, groups, c.group_size)
+    rewards = sum(weight * parts[name] for name, weight, _ in run.rewards).float()      # (n, G)
+    rewards = rewards.to(learner.device)
+    line = {"step": progress.step, **rollout_metrics(run, rollout, rewards, parts, begin)}
+    if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
+        report.write_samples(run.folder, progress.step, problems[:2], groups, rewards.tolist())
+
+    # learn from them
+    dist.phase(f"step {progress.step}: training")
+    middle = time.perf_counter()
+    line.update(learner.learn(rollout, rewards), lr=learner.optimizer.param_groups[0]["lr"])
+    end = time.perf_counter()
+
+    peak = {"peak_memory_mb": machine.peak_memory_mb(learner.device)}
+    line.update(dist.all_reduce(peak, learner.device, "max"), train_time=end - middle,
+                step_time=end - begin)
+    return line
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def synchronise(run):
+    """Bring the weights that draw completions up to date: every step, or every --sync-every
+    steps."""
+    progress, c = run.learner.progress, run.learner.config
+    if (progress.step - 1) % getattr(c, "sync_every", 1) > 0:
+        return
+    if run.behaviour is not run.sampler:
+        with torch.no_grad():
+            for old, new in zip(run.behaviour.model.parameters(), run.learner.model.parameters()):
+                old.copy_(new)
+    run.behaviour.version = progress.behaviour_version = progress.updates
+
+
+def reward_parts(functions, problems, groups, group_size):
+    """What each reward function says, before its weight: {name: (n, G) float64}; n may be 0."""
+    parts = {}
+    for name, _, function in functions:
+        numbers = torch.tensor(function(problems, groups), dtype=torch.float64)
+        parts[name] = numbers.view(len(problems), group_size)
+    return parts
+
+
+def rollout_metrics(run, rollout, rewards, parts, begin):
+    """Means over all ranks of what was drawn in this step."""
+    c, progress = run.learner.config, run.learner.progress
+    drawn = (rollout.lengths - rollout.prompt_lengths).float()
+    sums = dist.all_reduce({
+        "rows": rewards.numel(),
+        "reward": rewards.sum(),
+        "spread": rewards.std(1, correction=0).sum(),
+        "flat_groups": (~grpo.informative(rewards)).sum(),
+        "drawn": drawn.sum(),
+        "cut": (~rollout.finished).sum(),
+        "tokens": rollout.lengths.sum(),
+        "entropy": -rollout.logps.sum(),
+        "solved": (parts["correct"] > 0).any(1).sum(),
+        **{f"rewards/{name}": part.sum() for name, part in parts.items()},
+    }, run.learner.device)
+
+    # a rank may hold no prompt at all, so every mean is taken over the sums of all ranks
+    rows = sums["rows"]
+    groups = rows / c.group_size
+    seconds = time.perf_counter() - begin
+    progress.num_tokens += int(sums["tokens"])
+    return {
+        "reward": sums["reward"] / rows,
+        "reward_std": sums["spread"] / groups,
+        "frac_reward_zero_std": sums["flat_groups"] / groups,
+        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in parts},
+        "completion_length": sums["drawn"] / rows,
+        "truncated_frac": sums["cut"] / rows,
+        "num_tokens": progress.num_tokens,
+        "num_samples": progress.step * c.prompts_per_step * c.group_size,
+        "entropy": sums["entropy"] / sums["drawn"],     # the sampler's estimate, until `learn` has another
+        "pass@G": sums["solved"] / groups,
+        "rollout_time": seconds,
+        "rollout_tokens_per_s": sums["drawn"] / seconds,
+    }
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+def evaluate(sampler, tokenizer, held_out, config):
+    """Held-out accuracy: greedy, and pass@1 of eval_samples draws; with their mean length. Every
+    rank enters."""
+    dist.phase("evaluation")
+    with sampler.loaded():
+        greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)
+        drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples, config.temperature)
+    return {"eval_pass@1": drawn["right"] / drawn["rows"],
+            "eval_greedy": greedy["right"] / greedy["rows"],
+            "eval_length": drawn["tokens"] / drawn["rows"]}
+
+
+def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
+    """Counts of right completions, of all, and of their tokens, over all ranks."""
+    mine = dist.split(len(held_out))
+    problems = [held_out[i] for i in mine]
+    rollout, groups = completions(sampler, tokenizer, problems, samples, config.max_new_tokens,
+                                  temperature, [(0, i) for i in mine])
+    right = reward.correct(problems, groups)
+    return dist.all_reduce({
+        "right": sum(map(sum, right)),
+        "rows": len(rollout.lengths),
+        "tokens": (rollout.lengths - rollout.prompt_lengths).sum(),
+    }, sampler.model.device)
+
+
+def evaluate_run(run):
+    return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+def loop(run, interrupt):
+    """Make steps until all are done, or until the step in which an interrupt came. Returns whether
+    all are."""
+    learner, c, progress = run.learner, run.learner.config, run.learner.progress
+    if progress.step == 0:
+        progress.first = evaluate_run(run)
+        report.write_line(run.folder, {"step": 0, **progress.first})
+
+    with tqdm(total=c.steps, initial=progress.step, desc=c.algo, disable=dist.rank() > 0) as bar:
+        while progress.step < c.steps:
+            line = train_step(run)
+            for warning in report.warnings_of(line, c):
+                learner.say(warning)
+
+            last = progress.step == c.steps
+            evaluates = last or progress.step % c.eval_every == 0
+            if evaluates:
+                run.latest = evaluate_run(run)
+                line.update(run.latest)
+            report.write_line(run.folder, line)
+            bar.update()
+            bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
+                            tok_s=f"{line['rollout_tokens_per_s']:.0f}")
+
+            asked = {"stop": interrupt.asked}           # of any rank: they stop after the same step
+            stop = dist.all_reduce(asked, learner.device, "max")["stop"] > 0
+            if last or stop or progress.step % c.save_every == 0:
+                save(run)
+            if evaluates and dist.rank() == 0:
+                report.draw_curve(run.folder)
+            if stop and not last:
+                return False
+    return True
+
+
+def finish(run):
+    """Write the model in HF format and the last line."""
+    progress = run.learner.progress
+    first = progress.first
+    last = run.latest or evaluate_run(run)      # nothing evaluated yet: a resumed run without a step left
+    dist.phase("writing the model")
+    run.learner.model.save_pretrained(run.folder / "model", write=dist.rank() == 0)
+
+    if dist.rank() == 0:
+        minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
+        print(f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
+              f"{first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
+              f"model in {run.folder}/model")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def tensors(run):
+    """The (possibly sharded) tensors of a checkpoint, by name: weights, Adam's state, lagging
+    weights."""
+    model, optimizer = run.learner.model, run.learner.optimizer
+    found = {f"model.{name}": p for name, p in model.named_parameters()}
+    if run.behaviour is not run.sampler:
+        found |= {f"behaviour.{name}": p for name, p in run.behaviour.model.named_parameters()}
+    for name, p in model.named_parameters():
+        moments = optimizer.state.get(p, {})            # a frozen weight has none
+        found |= {f"{kind}.{name}": value for kind, value in moments.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def save(run):
+    """Write a checkpoint of this step."""
+    learner, progress = run.learner, run.learner.progress
+    dist.phase(f"step {progress.step}: checkpoint")
+    progress.cursor = run.stream.cursor
+    seconds = progress.seconds + time.perf_counter() - BEGIN
+    now = Progress(**{**asdict(progress), "seconds": seconds})
+    extra = learner.state.state_dict() if learner.state else {}
+    save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra, learner.config.keep_checkpoints)
+
+
+def restore(run):
+    """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to
+    it."""
+    dist.phase("resume")
+    learner = run.learner
+    found = dist.broadcast_object(checkpoints(run.folder / "checkpoints"))
+    if found:
+        learner.progress, extra = load_checkpoint(found[-1], tensors(run))
+        run.stream.cursor = learner.progress.cursor
+        run.behaviour.version = learner.progress.behaviour_version
+        if learner.state:
+            learner.state.load_state_dict(extra)
+        learner.say(f"resumed at step {learner.progress.step} from {found[-1]}")
+
+    dist.barrier()
+    if dist.rank() == 0:
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_log(run.folder / name, learner.progress.step if found else None)
+
+
+def cut_log(file, step):
+    """Leave the lines up to a step in a log; None: begin it anew, and what was there stays to be
+    read."""
+    lines = list(open(file, encoding="utf-8")) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
+    if whole and step is None:
+        os.replace(file, file.with_name(file.name + ".old"))
+    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
+    write_whole(file, "".join(kept))
+
+
+# ------------------------------------------------------------------------------------------ set-up
 
 def start(c, folder, device):
-    """Everything the loop needs, as one namespace."""
+    """Everything that the loop needs: a Run. The folder is claimed when the input has proved
+    readable."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
-    if c.graph == "on" and device.type == "cpu":
-        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
+    check_surroundings(c, device)
+
     train, held_out = load_split(c, say)
     if not c.model:
-        claim(c, folder)
+        claim(c, folder)            # before the warm start, which takes a while
     source = c.model or warm_start(c, folder, device)
+
+    # pi, and where its weights lie
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
-    model, tokenizer = Transformer.from_pretrained(source, place.home, shard=place), prompts.load_tokenizer(source)
-    train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
-    held_out = prompts.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template, c.max_prompt_tokens, say)
-    for p in (train, held_out):
-        check_request([x["prompt"] for x in p], c.group_size, c.max_new_tokens, c.temperature, model.config)
-    claim(c, folder)
+    model = Transformer.from_pretrained(source, place.home, shard=place)
     model.activation_checkpointing = c.activation_checkpointing
-    def frozen(): return Transformer.from_pretrained(source, place.home, dtype, place).requires_grad_(False)
-    reference = frozen() if c.beta > 0 else None
-    optimizer = adamw(model, c.lr, c.weight_decay)
-    room = c.rows_at_once, int(c.kv_memory_mb * 2 ** 20), {"on": True, "off": False}.get(c.graph)
-    sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), *room)
-    if c.sync_every > 1:        # a second copy of the weights, which lags behind
-        behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), *room)
-    buffer = offpolicy.ReplayBuffer(c.buffer_groups, c.buffer_mb, c.max_staleness, c.max_reuse, c.min_ess, c.priority,
-                                    seed=c.seed)
-    return SimpleNamespace(
-        c=c, folder=folder, device=device, model=model, reference=reference, optimizer=optimizer,
-        tokenizer=tokenizer, stream=data.Stream(train, c.seed), held_out=held_out, sampler=sampler, behaviour=behaviour,
-        buffer=buffer, algo=ALGOS[c.algo], say=say, latest=None, seconds=0.0, first={}, step=0, updates=0, num_tokens=0,
-        bad_steps=0, replay_ratio=float(c.replay_ratio), clip=c.clip_low,
-        initial_entropy=None)
+    tokenizer = prompts.load_tokenizer(source)
+
+    # the problems as token ids; a request that cannot be served is found now
+    train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
+    held_out = prompts.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template,
+                                        c.max_prompt_tokens, say)
+    for problems in (train, held_out):
+        check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens, c.temperature,
+                      model.config)
+    functions = reward_functions(c)
+    claim(c, folder)
+
+    # the learner: pi_ref with --beta, and what the objective carries from step to step
+    def frozen():
+        return Transformer.from_pretrained(source, place.home, dtype, place).requires_grad_(False)
+
+    module = objective(c.algo)
+    learner = Learner(
+        config=c, objective=module, model=model, progress=Progress(), say=say,
+        reference=frozen() if getattr(c, "beta", 0) > 0 else None,
+        optimizer=adamw(model, c.lr, c.weight_decay),
+        state=module.State(c) if hasattr(module, "State") else None)
+
+    # the samplers: with --sync-every above 1 a second copy of the weights draws, which lags behind
+    room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),
+            "graph": {"on": True, "off": False}.get(c.graph)}
+    sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
+    if getattr(c, "sync_every", 1) > 1:
+        behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), **room)
+
+    return Run(learner=learner, sampler=sampler, behaviour=behaviour,
+               stream=data.Stream(train, c.seed), held_out=held_out, rewards=functions,
+               tokenizer=tokenizer, folder=folder)
+
+
+def check_surroundings(c, device):
+    """Raise ValueError for settings that cannot work here, before anything is read or written."""
+    if c.graph == "on" and device.type == "cpu":
+        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
+    if not c.model and c.data != "arithmetic":
+        raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
+                         f"to make a small one: python sft.py --data {c.data} --out DIR")
+
+    room = ModelConfig.max_position_embeddings
+    if not c.model and c.max_prompt_tokens + c.max_new_tokens > room:
+        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens "
+                         f"{c.max_new_tokens} leave the context of {room} tokens of the built-in model")
+
+
+def reward_functions(c):
+    """The reward functions of a run: [(name, weight, function)]. Correctness is always among
+    them."""
+    weights = {"correct": 1.0, "format": c.format_reward, "consistency": c.consistency_reward}
+    for item in filter(None, c.reward.split(",")):
+        name, _, weight = item.partition("=")
+        if name not in reward.REWARDS:
+            raise ValueError(f"--reward {item}: choose {', '.join(reward.REWARDS)}, each with =WEIGHT")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"--reward {item}: {weight!r} is not a number") from None
+    return [(name, weight, reward.REWARDS[name]) for name, weight in weights.items()
+            if weight or name == "correct"]
+
+
+def load_split(c, say):
+    """(training problems, held-out problems), never overlapping."""
+    levels = parse_levels(c.levels)
+    train = data.load_problems(c.data, "train", c.seed, levels, report=say)
+    has_test_split = c.data == "arithmetic" or c.data in data.HUB
+    if not c.eval_data and not has_test_split:
+        return data.hold_out(train, c.eval_problems)
+
+    held_out = data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems, say)
+    texts = {p["problem"] for p in held_out}
+    kept = [p for p in train if p["problem"] not in texts]
+    if len(kept) < len(train):
+        say(f"data: left {len(train) - len(kept)} of {len(train)} training problems out: "
+            "they are held out as well")
+    if not kept:
+        raise ValueError("every training problem is held out as well: give another --eval-data")
+    return kept, held_out
 
 
 def warm_start(c, folder, device):
-    """The default run's starting point, cached in the run folder: a small model that has seen worked solutions."""
+    """The default run's starting point, cached in the run folder: a small model that has seen
+    worked solutions."""
     final = folder / "warm_start"
     if dist.rank() == 0 and not final.exists():
         part = folder / ".warm_start"
@@ -91,251 +419,64 @@ def warm_start(c, folder, device):
     return str(final)
 
 
-def load_split(c, say):
-    """(training problems, held-out problems), never overlapping."""
-    levels = parse_levels(c.levels)
-    train = data.load_problems(c.data, "train", c.seed, levels, report=say)
-    if not (c.eval_data or c.data == "arithmetic" or c.data in data.HUB):
-        return data.hold_out(train, c.eval_problems)
-    held_out = data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems, say)
-    texts = {p["problem"] for p in held_out}
-    kept = [p for p in train if p["problem"] not in texts]
-    if len(kept) < len(train):
-        say(f"data: left {len(train) - len(kept)} of {len(train)} training problems out: they are held out as well")
-    if not kept:
-        raise ValueError("every training problem is held out as well: give another --eval-data")
-    return kept, held_out
+# ------------------------------------------------------------------------------------- the program
+
+class Interrupt:
+    """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. A second Ctrl-C stops at once.
+
+    SIGTERM is what schedulers and torchrun send, sometimes twice."""
+
+    def __enter__(self):
+        self.asked = 0
+        self.before = signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
+        return self
+
+    def on_signal(self, number, _):
+        self.asked += 1
+        if number == signal.SIGINT and self.asked > 1:
+            raise KeyboardInterrupt
+        print("\ninterrupted: finishing this step, then saving (Ctrl-C again to stop at once)",
+              file=sys.stderr)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-# ------------------------------------------------------------------------------------------------------ one step
-
-def synchronise(run):
-    """Bring the weights that draw completions up to date: every step, or every --sync-every steps."""
-    if (run.step - 1) % run.c.sync_every == 0:
-        if run.behaviour is not run.sampler:
-            with torch.no_grad():
-                for old, new in zip(run.behaviour.model.parameters(), run.model.parameters()):
-                    old.copy_(new)
-        run.behaviour.version = run.updates
-
-
-def roll(run, problems):
-    """Completions of this rank's share of the problems, their rewards (n, G) and which are right (n, G); n may be 0."""
-    c, mine = run.c, [problems[i] for i in dist.split(len(problems))]
-    with run.behaviour.loaded():        # every rank: the weights are gathered here, once
-        if not mine:
-            return empty_rollout(run.device), *torch.zeros(2, 0, c.group_size, device=run.device)
-        rollout = run.behaviour.generate([p["prompt"] for p in mine], c.group_size, c.max_new_tokens, c.temperature,
-                                         seed=[(c.seed, run.step, i) for i in dist.split(len(problems))])
-    texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
-    groups = [texts[k:k + c.group_size] for k in range(0, len(texts), c.group_size)]
-    answers = [p["answer"] for p in mine]
-    right = scores = reward.score(groups, answers)
-    if c.format_reward or c.consistency_reward:
-        scores = reward.score(groups, answers, c.format_reward, c.consistency_reward)
-    if dist.rank() == 0 and (run.step - 1) % c.eval_every == 0:
-        report.write_samples(run, mine[:2], groups, scores)
-    return rollout, torch.tensor(scores, device=run.device), torch.tensor(right, device=run.device)
+def train(c, folder, device):
+    """Set up, make all steps, write the model. Returns False when an interrupt came before the last
+    step."""
+    run = start(c, folder, device)
+    restore(run)
+    with Interrupt() as interrupt:
+        done = loop(run, interrupt)
+    if done:
+        finish(run)
+    return done
 
 
-def train_step(run):
-    """One rollout and its updates; the step's line for the log."""
-    c, begin = run.c, time.perf_counter()
-    run.step += 1
-    lr = c.lr * min(1.0, run.step / (c.warmup_steps + 1))
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    synchronise(run)
-    dist.phase(f"step {run.step}: rollout")
-    rollout, rewards, right = roll(run, run.stream.next(c.prompts_per_step))
-    line = {"step": run.step, **rollout_metrics(run, rollout, rewards, right, begin)}
-    middle = time.perf_counter()
-    dist.phase(f"step {run.step}: training")
-    line.update(learn(run, rollout, rewards, line["entropy"]), lr=lr)
-    end = time.perf_counter()
-    peak = dist.all_reduce([machine.peak_memory_mb(run.device)], run.device, "max")[0]
-    line.update(train_time=end - middle, step_time=end - begin, peak_memory_mb=peak)
-    return line
-
-
-def rollout_metrics(run, rollout, rewards, right, begin):
-    """Means over all ranks of what was drawn."""
-    lengths = (rollout.lengths - rollout.prompt_lengths).float()
-    n = [rewards.numel(), rewards.sum(), rewards.std(1, correction=0).sum(), (~grpo.informative(rewards)).sum(),
-         lengths.sum(), (~rollout.finished).sum(), rollout.lengths.sum(), -rollout.logps.sum(), right.any(1).sum()]
-    n = dist.all_reduce([float(x) for x in n], run.device)
-    seconds = time.perf_counter() - begin
-    rows, groups = n[0], n[0] / run.c.group_size
-    run.num_tokens += int(n[6])
-    return {"reward": n[1] / rows, "reward_std": n[2] / groups, "frac_reward_zero_std": n[3] / groups,
-            "completion_length": n[4] / rows, "truncated_frac": n[5] / rows, "num_tokens": run.num_tokens,
-            "num_samples": run.step * run.c.prompts_per_step * run.c.group_size, "entropy": n[7] / n[4],
-            "pass@G": n[8] / groups, "rollout_time": seconds, "rollout_tokens_per_s": n[4] / seconds}
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-def evaluate(run):
-    """Held-out accuracy: greedy, and pass@1 of eval_samples draws at the training temperature; mean sampled length."""
-    c, counts = run.c, []
-    dist.phase("evaluation")
-    with run.sampler.loaded():
-        for samples, temperature in ((1, 0.0), (c.eval_samples, c.temperature)):
-            counts += evaluated(run, samples, temperature)
-    n = dist.all_reduce(counts, run.device)
-    return {"eval_pass@1": n[3] / n[4], "eval_greedy": n[0] / n[1], "eval_length": n[5] / n[4]}
-
-
-def evaluated(run, samples, temperature):
-    """[right completions, completions, tokens] of this rank's share of the held-out problems."""
-    mine = dist.split(len(run.held_out))
-    if not len(mine):
-        return [0, 0, 0]
-    problems = [run.held_out[i] for i in mine]
-    rollout = run.sampler.generate([p["prompt"] for p in problems], samples, run.c.max_new_tokens, temperature,
-                                   seed=[(0, i) for i in mine])
-    texts = run.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
-    right = sum(reward.verify(t, problems[i // samples]["answer"]) for i, t in enumerate(texts))
-    return [right, len(texts), int((rollout.lengths - rollout.prompt_lengths).sum())]
-
-
-# ------------------------------------------------------------------------------------------------------ the loop
-
-# what a checkpoint keeps besides weights, optimizer and, off-policy, the buffer and the weights that draw
-CARRIED = ("updates", "num_tokens", "bad_steps", "first", "replay_ratio", "clip", "initial_entropy")
-
-
-def tensors(run):
-    """What a checkpoint holds that may be sharded: {name: tensor} of weights, Adam's state and the weights that draw."""
-    models = {"model": run.model} | ({"behaviour": run.behaviour.model} if run.behaviour is not run.sampler else {})
-    out = {f"{kind}.{name}": p for kind, model in models.items() for name, p in model.named_parameters()}
-    for name, p in run.model.named_parameters():
-        out |= {f"{key}.{name}": value for key, value in run.optimizer.state[p].items()}
-    return {name: tensor.detach() for name, tensor in out.items()}
-
-
-def save(run):
-    dist.phase(f"step {run.step}: checkpoint")
-    state = {"cursor": run.stream.cursor, "seconds": run.seconds + time.perf_counter() - BEGIN,
-             **{name: getattr(run, name) for name in CARRIED}}
-    extra = {}
-    if run.c.algo == "offpolicy":
-        extra = {"buffer": run.buffer.state_dict(), "behaviour_version": run.behaviour.version}
-    save_checkpoint(run.folder / "checkpoints", run.step, tensors(run), state, extra, run.c.keep_checkpoints)
-
-
-def restore(run):
-    """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to it."""
-    dist.phase("resume")
-    found = dist.broadcast_object(checkpoints(run.folder / "checkpoints"))
-    if found:
-        state, extra = load_checkpoint(found[-1], tensors(run))
-        run.step, run.stream.cursor, run.seconds = state["step"], state["cursor"], state["seconds"]
-        for name in CARRIED:
-            setattr(run, name, state[name])
-        if extra:
-            run.buffer.load_state_dict(extra["buffer"])
-            run.behaviour.version = extra["behaviour_version"]
-        run.say(f"resumed at step {run.step} from {found[-1]}")
-    dist.barrier()
-    if dist.rank() == 0:
-        for file in (run.folder / "log.jsonl", run.folder / "samples.jsonl"):
-            lines = list(open(file, encoding="utf-8")) if file.exists() else []
-            whole = [x for x in lines if x.endswith("\n")]                         # a crash may cut the last line
-            kept = [x for x in whole if found and json.loads(x)["step"] <= run.step]
-            if whole and not found:         # from the beginning again: what was there stays to be read
-                os.replace(file, file.with_name(file.name + ".old"))
-            write_whole(file, "".join(kept))
-
-
-def loop(run, interrupted):
-    """Steps until done; an interrupt ends the run after the step that it met. True when all steps were made."""
-    c, line = run.c, {}
-    if run.step == 0:
-        run.first = evaluate(run)
-        report.write_line(run, {"step": 0, **run.first})
-    with tqdm(total=c.steps, initial=run.step, desc=c.algo, disable=dist.rank() > 0) as bar:
-        while run.step < c.steps:
-            line = train_step(run)
-            report.warn(run, line)
-            last = run.step == c.steps
-            if last or run.step % c.eval_every == 0:
-                run.latest = evaluate(run)
-                line.update(run.latest)
-            report.write_line(run, line)
-            bar.update()
-            bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
-                            tok_s=f"{line['rollout_tokens_per_s']:.0f}")
-            stop = dist.all_reduce([float(interrupted[0])], run.device, "max")[0] > 0
-            if last or stop or run.step % c.save_every == 0:
-                save(run)
-            if dist.rank() == 0 and "eval_pass@1" in line:
-                report.draw_curve(run.folder)
-            if stop and not last:
-                return False
-    return True
-
-
-def finish(run):
-    """Write the model in HF format and the last line."""
-    last = run.latest or evaluate(run)      # nothing evaluated yet: a resumed run that had no step left
-    dist.phase("writing the model")
-    run.model.save_pretrained(run.folder / "model", write=dist.rank() == 0)
-    if dist.rank() == 0:
-        minutes, seconds = divmod(round(run.seconds + time.perf_counter() - BEGIN), 60)
-        print(f"pass@1 {run.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
-              f"{run.first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
-              f"model in {run.folder}/model")
+def stopped_line(c):
+    """How to go on after Ctrl-C."""
+    if not (c and c.out and (Path(c.out) / "config.json").exists()):
+        return "stopped before anything was written"
+    launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
+    return f"stopped; go on with: {launcher} --resume --out {c.out}"
 
 
 def main(argv=None):
-    interrupted = [0]
-
-    def on_interrupt(number, _):
-        interrupted[0] += 1
-        impatient = number == signal.SIGINT and interrupted[0] > 1      # schedulers may well send SIGTERM twice
-        if impatient or not looping:
-            raise KeyboardInterrupt
-        print("\ninterrupted: finishing this step, then saving (Ctrl-C again to stop at once)", file=sys.stderr)
-
-    looping, c = [], None
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        c = parse(argv, __doc__)
-        dist.watch(c.watchdog)
-        device = dist.setup(c.device, c.collective_timeout)
-        c, folder = agree_on_run(c)
-        torch.set_num_threads(c.threads)
-        run = start(c, folder, device)
-        restore(run)
-        looping.append(True)
-        signal.signal(signal.SIGTERM, on_interrupt)     # what schedulers and torchrun send; before, there is nothing to save
-        done = loop(run, interrupted)
-        looping.clear()
-        if done:
-            finish(run)
-    except KeyboardInterrupt:
-        done = False
-    except (ValueError, OSError) as error:
-        dist.fail(error)
-    except Exception as error:
-        if dist.world() == 1:
-            raise
-        lost = dist.lost_contact(error)
-        if not lost:        # of this rank, and before it ends: its others would wait for it
-            traceback.print_exc()
-        dist.fail(lost or f"rank {dist.rank()}: {dist.first_line(error)}")
-    finally:
-        run = None
-        dist.close()
-        release()
-    if not done:
-        claimed = c and c.out and (Path(c.out) / "config.json").exists()
-        launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped; go on with: {launcher} --resume --out {c.out}" if claimed else
-                  "stopped before anything was written", file=sys.stderr)
-        sys.exit(130)
+    c = None
+    with machine.program(lambda: stopped_line(c)):
+        try:
+            c = parse(argv, __doc__)
+            dist.watch(c.watchdog)
+            device = dist.setup(c.device, c.collective_timeout)
+            c, folder = agree_on_run(c)
+            torch.set_num_threads(c.threads)
+            if not train(c, folder, device):
+                raise KeyboardInterrupt
+        finally:
+            release()       # the lock of the run folder
 
 
 if __name__ == "__main__":

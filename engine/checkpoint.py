@@ -1,14 +1,15 @@
-"""A run's folder, and checkpoints that survive anything: a crash at any moment, a full disk, another number of ranks.
+"""A run's folder, and checkpoints that survive anything: a crash at any moment, a full disk,
+another number of ranks.
 
     folder/config.json          the run's settings          folder/.lock        held while a run writes here
     folder/checkpoints/step-000020/     *.distcp, .metadata     weights, Adam's moments, the lagging weights: each rank its part
-                                        extra.pt                the replay buffer, the same on every rank
-                                        state.json              step, data cursor, ..., and the size of every file
+                                        extra.pt                the objective's state, the same on every rank
+                                        state.json              Progress, and the size of every file
 
-A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is whole or absent. Tensors are
-saved by torch.distributed.checkpoint under their names, whatever part of them a rank held, so that any number of ranks can
-go on from them. Several nodes need a folder that all of them see. (Its index is a pickle: resume only your own runs.)
-"""
+A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is
+whole or absent. Tensors are saved by torch.distributed.checkpoint under their names, whatever part
+of them a rank held, so that any number of ranks can go on from them. Several nodes need a folder
+that all of them see. (Its index is a pickle: resume only your own runs.) """
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,20 @@ import torch.distributed.checkpoint as dcp
 from dist import Agreed, barrier, broadcast_object, first_line, gather_objects, rank
 from engine.machine import choose_threads
 
-# ------------------------------------------------------------------------------------------------------ run folder
+@dataclass
+class Progress:
+    """How far a run has come: the numbers that every checkpoint keeps, in state.json."""
+    step: int = 0                   # rollouts made
+    updates: int = 0                # optimizer steps made
+    behaviour_version: int = 0      # updates that the weights which draw had seen
+    cursor: int = 0                 # problems taken from the stream
+    num_tokens: int = 0             # of prompts and completions, over all ranks
+    bad_steps: int = 0              # non-finite updates in a row
+    seconds: float = 0.0            # of all starts of the run together
+    first: dict = field(default_factory=dict)       # evaluation before the first step
+
+
+# --------------------------------------------------------------------------------------- run folder
 
 _lock = []      # the open lock file of this process
 
@@ -33,8 +47,8 @@ _lock = []      # the open lock file of this process
 def open_run(c, restarted):
     """(this run's settings, its folder), not yet written to; ValueError when it is another run's.
 
-    restarted: torchrun started the processes again after one of them was lost; a run of these settings then goes on by
-    itself. One of others is left alone."""
+    restarted: torchrun started the processes again after one of them was lost; a run of these
+    settings then goes on by itself. One of others is left alone."""
     c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
     folder = Path(c.out)
     if restarted and not c.resume and (folder / "config.json").exists():
@@ -71,7 +85,8 @@ def together(act):
 
 
 def lock(folder):
-    """Hold the folder until this process ends, however it ends; ValueError when another one holds it."""
+    """Hold the folder until this process ends, however it ends; ValueError when another one holds
+    it."""
     if _lock and Path(_lock[0].name) == folder / ".lock":
         return
     _lock[:] = [open(folder / ".lock", "a")]
@@ -90,7 +105,8 @@ def release():
 
 
 def claim(c, folder):
-    """Write config.json: from here on the folder is this run's. Only after the input has proved readable."""
+    """Write config.json: from here on the folder is this run's. Only after the input has proved
+    readable."""
     def write():
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
@@ -105,7 +121,7 @@ def write_whole(file, text):
     os.replace(part, file)
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def checkpoints(folder):
     """The whole checkpoints of a folder, oldest first."""
@@ -113,38 +129,49 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save_checkpoint(folder, step, tensors, state, extra=None, keep=2):
+def save_checkpoint(folder, progress, tensors, extra=None, keep=2):
     """Write folder/step-NNNNNN, whole or not at all. Every rank enters.
 
-    tensors: {name: tensor, sharded or the same on every rank}; state: a JSON-able dict; extra: a dict of tensors, lists and
-    numbers, of which rank 0's is written. The newest `keep` stay. ValueError on every rank when it cannot be written."""
+    progress: Progress. tensors: {name: tensor, sharded or the same on every rank}. extra: a dict of
+    tensors, lists and numbers, of which rank 0's is written. The newest `keep` stay. Raises
+    ValueError on every rank when it cannot be written."""
+    step = progress.step
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
     try:
-        together(lambda: prepare(folder, part))
+        together(lambda: make_part(folder, part))
         blind = [i for i, sees in enumerate(gather_objects(part.is_dir())) if not sees]
         if blind:
             raise OSError(f"ranks {blind} do not see {folder}: give an --out that all nodes share")
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # of dcp: that there is one process only
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
-        together(lambda: complete(folder, part, final, {**state, "step": step}, extra, keep))
+        together(lambda: finish_part(folder, part, final, asdict(progress), extra, keep))
+
     except (Exception, dcp.CheckpointException) as error:       # the latter, no Exception, holds those of all ranks
         barrier()
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)     # on a full disk, room for others
-        whole, there = checkpoints(folder), next(path for path in Path(folder).absolute().parents if path.exists())
-        free = shutil.disk_usage(there).free // 2 ** 20
-        raise Agreed(f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); "
-                     + (f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet")) from None
+        raise Agreed(not_written(folder, step, error)) from None
 
 
-def prepare(folder, part):
+def not_written(folder, step, error):
+    """The line that says why a checkpoint was not written, and how to go on."""
+    whole = checkpoints(folder)
+    there = next(path for path in Path(folder).absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free // 2 ** 20
+    go_on = f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet"
+    return f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); {go_on}"
+
+
+def make_part(folder, part):
+    """Make the hidden folder that a checkpoint is written into."""
     for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
         shutil.rmtree(left_over, ignore_errors=True)
     part.mkdir(parents=True)
 
 
-def complete(folder, part, final, state, extra, keep):
+def finish_part(folder, part, final, state, extra, keep):
     """What rank 0 adds, then the rename, then the oldest go."""
     torch.save(extra or {}, part / "extra.pt")
     sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
@@ -171,29 +198,40 @@ def sync(path):
 
 @torch.no_grad()
 def load_checkpoint(path, tensors):
-    """Fill the tensors {name: tensor} in place, each rank its part; returns (state, extra). Every rank enters. ValueError on
-    every rank when a file is missing, cut, or does not fit."""
+    """Fill the tensors {name: tensor} in place, each rank its part. Every rank enters.
+
+    Returns (Progress, extra). Raises ValueError on every rank when a file is missing, cut, or does
+    not fit."""
     try:
-        problem = state = extra = None
+        problem = progress = extra = None
         try:
-            state = json.loads((path / "state.json").read_text())
-            for name, size in state.pop("files").items():
-                if (path / name).stat().st_size != size:
-                    raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, {size} were written")
-            extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+            progress, extra = read_state(path)
         except Exception as error:      # foreign or misshapen files raise many types; all mean the same here
             problem = first_line(error)
         problem = next(filter(None, gather_objects(problem)), None)
         if problem:
             raise ValueError(problem)
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+
     except (ValueError, dcp.CheckpointException) as error:
         older = [x for x in checkpoints(path.parent) if x != path]
-        raise Agreed(f"checkpoint {path} cannot be read ({reason(error)}); remove that folder to resume from " + (
-            older[-1].name if older else "the start: there is no other")) from None
-    return state, extra
+        instead = older[-1].name if older else "the start: there is no other"
+        raise Agreed(f"checkpoint {path} cannot be read ({reason(error)}); "
+                     f"remove that folder to resume from {instead}") from None
+    return progress, extra
+
+
+def read_state(path):
+    """(Progress, extra) of a checkpoint whose files all have the size that was written."""
+    state = json.loads((path / "state.json").read_text())
+    for name, size in state.pop("files").items():
+        found = (path / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{name} has {found} bytes, {size} were written")
+    return Progress(**state), torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
 
 
 def reason(error):

@@ -1,15 +1,20 @@
-"""The machine under a run: memory that is free or was used, how many threads are fastest, and how they wait.
+"""The machine under a run, and the frame of a program on it.
 
-Imported first by every program, before torch: it says how OpenMP's threads wait for each other.
-"""
+Memory that is free or was used, the fastest number of threads, and how errors and Ctrl-C end a
+program. Every program imports this file first, before torch, because it says how OpenMP's threads
+wait for each other. """
 import ctypes
 import os
 import resource
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # waiting threads soon sleep (LOG.md)
 import torch
+
+import dist
 
 
 def peak_memory_mb(device):
@@ -21,7 +26,8 @@ def peak_memory_mb(device):
 
 
 def choose_threads():
-    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be slower than one.
+    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be
+    slower than one.
 
     At most PyTorch's own choice, which follows OMP_NUM_THREADS (torchrun sets it to 1)."""
     limit = torch.get_num_threads()
@@ -43,7 +49,8 @@ def choose_threads():
 
 
 def give_memory_back():
-    """Freed memory to the system: else holes where the sampler's weights were stay beside what training allocates."""
+    """Freed memory to the system: else holes where the sampler's weights were stay beside what
+    training allocates."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):       # not glibc
@@ -51,7 +58,8 @@ def give_memory_back():
 
 
 def free_bytes(device):
-    """Memory that a new tensor could take: of the device, or on the CPU of this process's share of the machine."""
+    """Memory that a new tensor could take: of the device, or on the CPU of this process's share of
+    the machine."""
     if device.type != "cpu":
         backend = getattr(torch, device.type)
         return backend.mem_get_info()[0] + backend.memory_reserved() - backend.memory_allocated()
@@ -66,3 +74,28 @@ def free_bytes(device):
     except OSError:
         pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextmanager
+def program(stopped=lambda: "interrupted: nothing was written"):
+    """The frame around a program: an error of the user's is one line, Ctrl-C ends with code 130.
+
+    stopped() gives the line that says after Ctrl-C how to go on. Every rank leaves the process
+    group at the end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped(), file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        dist.fail(error)
+    except Exception as error:
+        if dist.world() == 1:
+            raise
+        lost = dist.lost_contact(error)
+        if not lost:        # of this rank, and before it ends: its others would wait for it
+            traceback.print_exc()
+        dist.fail(lost or f"rank {dist.rank()}: {dist.first_line(error)}")
+    finally:
+        dist.close()
