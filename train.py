@@ -134,7 +134,7 @@ def roll(run, problems):
     if c.format_reward or c.consistency_reward:
         scores = reward.score(groups, answers, c.format_reward, c.consistency_reward)
     if dist.rank() == 0 and (run.step - 1) % c.eval_every == 0:
-        report.write_samples(run, mine[:2], groups, scores)
+        report.write_samples(run.folder, run.step, mine[:2], groups, scores)
     return rollout, torch.tensor(scores, device=run.device), torch.tensor(right, device=run.device)
 
 
@@ -253,16 +253,17 @@ def loop(run, interrupted):
     c, line = run.c, {}
     if run.step == 0:
         run.first = evaluate(run)
-        report.write_line(run, {"step": 0, **run.first})
+        report.write_line(run.folder, {"step": 0, **run.first})
     with tqdm(total=c.steps, initial=run.step, desc=c.algo, disable=dist.rank() > 0) as bar:
         while run.step < c.steps:
             line = train_step(run)
-            report.warn(run, line)
+            for warning in report.warnings_of(line, c):
+                run.say(warning)
             last = run.step == c.steps
             if last or run.step % c.eval_every == 0:
                 run.latest = evaluate(run)
                 line.update(run.latest)
-            report.write_line(run, line)
+            report.write_line(run.folder, line)
             bar.update()
             bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
                             tok_s=f"{line['rollout_tokens_per_s']:.0f}")
