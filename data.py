@@ -1,9 +1,14 @@
-"""Problems: from jsonl files, hub datasets and the built-in task, and the order in which training takes them.
+"""Problems from files, the hub and built-in tasks, and the order in which training takes them.
 
-A problem is a dict with "problem", "answer" and, where the source has one, "solution", "level" and "id". Every source
-gives a plain list of them, so GSM8K, MATH, your own file and the built-in task take the same road from here on.
-Left out: streaming from disk (GSM8K and MATH are megabytes) and few-shot prompts.
+A problem is a dict with "problem", "answer" and, where the source has one, "solution", "level",
+"id" and "task". Every source gives a plain list of them, so GSM8K, MATH, your own file and the
+built-in tasks take the same road from here on. A problem of a task that checks answers by itself
+also carries "check", a function of the completion (tasks.py).
+
+Left out: streaming from disk (GSM8K and MATH are megabytes) and few-shot prompts. Needs tasks.py,
+and reward.py to find the answer in a solution; prompts.py then turns problems into token ids.
 """
+import functools
 import json
 import math
 import random
@@ -13,105 +18,111 @@ from pathlib import Path
 import tasks
 from reward import extract_answer
 
-HUB = {   # name -> split -> [(dataset, configuration, split on the hub)]
-    "gsm8k": {"train": [("openai/gsm8k", "main", "train")], "test": [("openai/gsm8k", "main", "test")]},
-    "math": {"train": [("EleutherAI/hendrycks_math", subject, "train") for subject in (
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-        "precalculus")], "test": [("HuggingFaceH4/MATH-500", None, "test")]},
+MATH_SUBJECTS = (
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+    "prealgebra", "precalculus",
+)
+HUB = {     # name -> split -> [(dataset, configuration, split on the hub)]
+    "gsm8k": {
+        "train": [("openai/gsm8k", "main", "train")],
+        "test": [("openai/gsm8k", "main", "test")],
+    },
+    "math": {
+        "train": [("EleutherAI/hendrycks_math", subject, "train") for subject in MATH_SUBJECTS],
+        "test": [("HuggingFaceH4/MATH-500", None, "test")],
+    },
 }
 
 
-# ------------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------- sources
 
 def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, report=print):
-    """Problems of a source: "arithmetic", "gsm8k", "math", or the path of a jsonl file (which has no splits).
+    """Returns the problems of a source, in the order of the source.
 
-    seed, levels (fewest, most steps) and count concern only the built-in task; report takes the line that says how
-    many problems were dropped for want of an answer. Returns a list of problems in the order of the source.
-    FileNotFoundError or ValueError, one line, when there is nothing usable."""
-    if data == "arithmetic":
-        return tasks.arithmetic(count, split, seed, levels)
+    data is the name of a built-in task, "gsm8k", "math", or the path of a jsonl file, which has no
+    splits. seed, levels (fewest, most) and count concern only built-in tasks. report takes the line
+    that says how many problems were dropped for want of an answer. Raises FileNotFoundError or
+    ValueError, in one line, when there is nothing usable.
+    """
+    if data in tasks.TASKS:
+        return built_in(data, split, seed, levels, count)
+
     problems = from_hub(data, split, report) if data in HUB else from_jsonl(data)
     kept = [p for p in problems if p["answer"].strip()]
-    if len(kept) < len(problems):
-        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems of {data}: their answer is empty")
+    dropped = len(problems) - len(kept)
+    if dropped:
+        report(f"data: dropped {dropped} of {len(problems)} problems of {data}: "
+               "their answer is empty")
     if not kept:
         raise ValueError(f"{data} holds no problems")
     return kept
 
 
+def built_in(name, split, seed, levels, count):
+    """Returns problems of a built-in task, each with its "check" if the task has a checker."""
+    problems = tasks.problems(name, count, split, seed, levels)
+    check = tasks.TASKS[name].check
+    if check is None:
+        return problems
+    return [{**p, "check": functools.partial(check, p)} for p in problems]
+
+
 def from_jsonl(path):
-    """One problem a line; a malformed line is a ValueError that gives file, line number and reason."""
+    """Returns the problems of a file with one JSON object a line, in any layout of `normalize`.
+
+    Raises ValueError for a malformed line, with the file, the line's number and the reason.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file; give arithmetic, gsm8k, math or a .jsonl file")
+        names = ", ".join([*tasks.TASKS, *HUB])
+        raise FileNotFoundError(f"--data {path}: no such file; give {names} or a .jsonl file")
+
     problems = []
-    # not splitlines: GSM8K holds U+2028 inside a string, where that would cut
+    # not splitlines, which would cut at the U+2028 that GSM8K holds inside a string
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                problems.append(normalize(json.loads(line), f"{path}:{number}"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+        if not line.strip():
+            continue
+        try:
+            problems.append(normalize(json.loads(line), f"{path}:{number}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return problems
 
 
 def read_text(path):
-    """A UTF-8 file (with or without a byte-order mark); one line that names it when it is something else."""
+    """Returns the text of a UTF-8 file, with or without a byte-order mark.
+
+    Raises ValueError that names the file when it is something else.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}): convert it first") from None
 
 
-def hold_out(problems, count):
-    """(training, held-out): of a file without a split, `count` problems at most and a tenth at most, by checksum.
-
-    Equal texts fall on the same side, so a duplicate never leaks."""
-    keys = sorted({zlib.crc32(p["problem"].encode()) for p in problems})
-    chosen = set(keys[:min(count, len(keys) // 10)])
-    split = [[], []]
-    for p in problems:
-        split[zlib.crc32(p["problem"].encode()) in chosen].append(p)
-    if not all(split):
-        raise ValueError(f"{len(problems)} problems are too few to hold some out: give --eval-data FILE")
-    return split[0], split[1]
-
-
-def normalize(row, name):
-    """Any of the field's layouts -> a problem. ValueError for what is missing."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    question = row.get("problem") or row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError('no text in the field "problem" or "question"')
-    answer, solution = row.get("answer"), row.get("solution")
-    if isinstance(answer, str) and "####" in answer:                # GSM8K: the answer field holds the solution
-        answer, solution = None, answer
-    if (answer is None or answer == "") and isinstance(solution, str):
-        answer = extract_answer(solution) or answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
-    if not isinstance(answer, str):
-        raise ValueError('no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
-    return {"problem": question, "answer": answer, "solution": solution, "level": row.get("level"),
-            "id": row.get("id", name)}
-
-
 def from_hub(name, split, report):
-    """gsm8k or math through the `datasets` library, which is imported only here."""
-    instead = f"download it and pass the file instead: --data {name}_{split}.jsonl (fields problem, answer)"
+    """Returns gsm8k or math through the `datasets` library, which is imported only here.
+
+    Rows without an answer are dropped and reported. Raises FileNotFoundError, with another way to
+    get the data, when the library or the hub is out of reach.
+    """
+    instead = (f"download it and pass the file instead: "
+               f"--data {name}_{split}.jsonl (fields problem, answer)")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise FileNotFoundError(f"--data {name} needs `pip install datasets`, or {instead}") from None
+        message = f"--data {name} needs `pip install datasets`, or {instead}"
+        raise FileNotFoundError(message) from None
+
     rows = []
-    for dataset, configuration, part in HUB[name][split]:
+    for dataset, configuration, hub_split in HUB[name][split]:
         try:
-            rows += list(load_dataset(dataset, configuration, split=part))
-        except Exception as error:   # no network, no such dataset, a proxy: whatever it is, the way out is the same
-            raise FileNotFoundError(f"--data {name}: the hub did not give {dataset} ({type(error).__name__}); "
-                                    + instead) from None
+            rows += list(load_dataset(dataset, configuration, split=hub_split))
+        # no network, no such dataset, a proxy: whatever it is, the way out is the same
+        except Exception as error:
+            reason = f"the hub did not give {dataset} ({type(error).__name__})"
+            raise FileNotFoundError(f"--data {name}: {reason}; {instead}") from None
+
     problems = []
     for i, row in enumerate(rows):
         try:
@@ -121,21 +132,93 @@ def from_hub(name, split, report):
     return problems
 
 
+def normalize(row, name):
+    """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
+
+    The question stands in "problem" or "question". The answer is "answer", text or a number, or the
+    end of the solution. Raises ValueError that says which of them is missing.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    question = row.get("problem") or row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('no text in the field "problem" or "question"')
+
+    answer = row.get("answer")
+    solution = row.get("solution")
+    # GSM8K: the answer field holds the solution
+    if isinstance(answer, str) and "####" in answer:
+        solution = answer
+        answer = None
+    # MATH: the answer stands in the solution's box only
+    if (answer is None or answer == "") and isinstance(solution, str):
+        answer = extract_answer(solution) or answer
+    # a number becomes text; True is an int for Python, but no answer
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise ValueError(
+            'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
+
+    return {
+        "problem": question,
+        "answer": answer,
+        "solution": solution,
+        "level": row.get("level"),
+        "id": row.get("id", name),
+    }
+
+
+# --------------------------------------------------------------------------------------- order
+
+def hold_out(problems, count):
+    """Split the problems of a file without splits. Returns (training, held-out) problems.
+
+    Held out are those with the smallest checksums, `count` texts and a tenth of all at most.
+    Equal texts have equal checksums and fall on the same side, so a duplicate never leaks.
+    Raises ValueError when one side would be empty.
+    """
+    def checksum(problem):
+        return zlib.crc32(problem["problem"].encode())
+
+    checksums = sorted({checksum(p) for p in problems})
+    chosen = set(checksums[:min(count, len(checksums) // 10)])
+    training = [p for p in problems if checksum(p) not in chosen]
+    held_out = [p for p in problems if checksum(p) in chosen]
+
+    if not training or not held_out:
+        raise ValueError(
+            f"{len(problems)} problems are too few to hold some out: give --eval-data FILE")
+    return training, held_out
+
+
 class Stream:
-    """Problems in a new order every epoch, decided by seed alone; `cursor` is all that a checkpoint has to keep."""
+    """An endless stream of problems, in a new order every epoch.
+
+    An epoch's order depends on the seed and the epoch's number alone. `cursor`, the number of
+    problems taken so far, is therefore all that a checkpoint has to keep.
+    """
 
     def __init__(self, problems, seed, cursor=0):
-        self.problems, self.seed, self.cursor = problems, seed, cursor
-        self._epoch, self._order = None, None
+        self.problems = problems
+        self.seed = seed
+        self.cursor = cursor
+        self._epoch = None      # the epoch whose order is in self._order
+        self._order = None      # indices of the problems
 
     def next(self, count):
-        """The next `count` problems."""
+        """Returns the next `count` problems and moves the cursor behind them."""
         picked = []
         for _ in range(count):
             epoch, position = divmod(self.cursor, len(self.problems))
             if epoch != self._epoch:
-                self._order = random.Random(f"order/{self.seed}/{epoch}").sample(range(len(self.problems)), len(self.problems))
+                self._order = self._shuffled(epoch)
                 self._epoch = epoch
             picked.append(self.problems[self._order[position]])
             self.cursor += 1
         return picked
+
+    def _shuffled(self, epoch):
+        """Returns the indices of all problems in the order of an epoch."""
+        rng = random.Random(f"order/{self.seed}/{epoch}")
+        return rng.sample(range(len(self.problems)), len(self.problems))

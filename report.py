@@ -1,9 +1,13 @@
-"""What a run leaves to be read (log.jsonl, samples.jsonl, curve.png), and several runs side by side:
+"""What a run leaves to be read, and several runs side by side.
+
+The first half is for train.py: log.jsonl, samples.jsonl, curve.png, and the warnings that a
+beginner should see at once. The second half is a program that compares finished runs:
 
     python report.py runs/grpo-s* runs/reuse-s* --x num_samples --reach 0.9 --png compare.png
 
-Runs whose names differ only in the seed (NAME-s0, NAME-seed1) are one line: mean and standard error over seeds. A run is
-its folder or its log.jsonl under another name.
+Runs whose names differ only in the seed (NAME-s0, NAME-seed1) are one line, their mean and standard
+error over seeds. A run is its folder, or its log.jsonl under another name. Needs matplotlib, which
+is imported only when something is drawn.
 """
 import argparse
 import json
@@ -12,178 +16,319 @@ import re
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 import dist
 from config import Parser
 
-
-def write_samples(run, problems, groups, scores):
-    """Some completions of this step, to be read by a person."""
-    with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as f:
-        for problem, texts, rewards in zip(problems, groups, scores):
-            for text, score in list(zip(texts, rewards))[:4]:
-                f.write(json.dumps({"step": run.step, "problem": problem["problem"], "answer": problem["answer"],
-                                    "completion": text, "reward": score}, ensure_ascii=False) + "\n")
+SAMPLES = 4         # completions of each problem that samples.jsonl shows
+PANELS = (          # of curve.png: (title, keys of the log)
+    ("accuracy", ("eval_pass@1", "eval_greedy")),
+    ("training reward", ("reward",)),
+    ("completion length (tokens)", ("completion_length", "eval_length")),
+)
 
 
-def write_line(run, line):
-    if dist.rank() == 0:
-        with open(run.folder / "log.jsonl", "a") as f:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            f.write(json.dumps(finite) + "\n")             # NaN is not JSON
+# ----------------------------------------------------------------------------- of one run
+
+def write_samples(folder, step, problems, groups, rewards):
+    """Append some completions of a step to samples.jsonl, to be read by a person.
+
+    groups holds the texts of each problem's completions, rewards a number for each of them.
+    """
+    with open(Path(folder) / "samples.jsonl", "a", encoding="utf-8") as file:
+        for problem, texts, scores in zip(problems, groups, rewards):
+            for text, score in zip(texts[:SAMPLES], scores):
+                sample = {
+                    "step": step,
+                    "problem": problem["problem"],
+                    "answer": problem["answer"],
+                    "completion": text,
+                    "reward": float(score),
+                }
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def pyplot():
-    """Matplotlib that draws into files; imported when something is drawn, not at every start."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+def write_line(folder, line):
+    """Append a step's metrics to log.jsonl; of several ranks the first one writes."""
+    if dist.rank() != 0:
+        return
+    finite = {}
+    for key, value in line.items():
+        missing = isinstance(value, float) and not math.isfinite(value)
+        finite[key] = None if missing else value            # NaN is not JSON
+    with open(Path(folder) / "log.jsonl", "a") as file:
+        file.write(json.dumps(finite) + "\n")
 
 
-def save_figure(plt, figure, file):
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def warnings_of(line, config):
+    """Returns what a beginner should see at once about a step, as lines of text.
+
+    line holds the step's metrics; of config group_size and max_new_tokens are read.
+    """
+    said = []
+    if line["step"] == 1:
+        said.append(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "
+                    f"among {config.group_size} samples")
+        if line["pass@G"] == 0:
+            said.append("warning: pass@G is 0: with no right answer there is nothing to learn "
+                        "from; use a better start (sft.py), easier problems or a larger "
+                        "--group-size")
+
+    if line["truncated_frac"] == 1:
+        said.append(f"warning: step {line['step']}: every completion was cut at "
+                    f"--max-new-tokens {config.max_new_tokens}")
+    return said
 
 
 def draw_curve(folder):
-    """curve.png from log.jsonl: accuracy, reward, completion length over steps."""
-    plt = pyplot()
-    lines = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-    panels = (("accuracy", ("eval_pass@1", "eval_greedy")), ("training reward", ("reward",)),
-              ("completion length (tokens)", ("completion_length", "eval_length")))
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
-    for axis, (title, keys) in zip(axes, panels):
-        for key in keys:
-            axis.plot(*zip(*curve(lines, "step", key)), marker="o" if key.startswith("eval") else None, markersize=3, label=key)
-        axis.set(title=title, xlabel="step")
+    """Draw curve.png from log.jsonl: accuracy, reward and completion length over steps.
+
+    A figure that fails must not end the run, so any error becomes one warning on stderr.
+    """
+    try:
+        lines = read_lines(Path(folder) / "log.jsonl")
+        figure, axes = new_figure(len(PANELS), width=12, height=3.4)
+
+        for axis, (title, keys) in zip(axes, PANELS):
+            for key in keys:
+                points = curve(lines, "step", key)
+                if not points:
+                    continue
+                steps = [step for step, _ in points]
+                values = [value for _, value in points]
+                marker = "o" if key.startswith("eval") else None
+                axis.plot(steps, values, marker=marker, markersize=3, label=key)
+            axis.set(title=title, xlabel="step")
+
+        save_figure(figure, Path(folder) / "curve.png")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {dist.first_line(error)}"
+        tqdm.write(f"warning: curve.png was not drawn ({reason})", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------- figures
+
+def new_figure(panels, width, height):
+    """Returns a figure in inches and its row of axes.
+
+    The figure is not one of pyplot's, so it needs no display and is freed like any other object.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(1, panels, squeeze=False)
+    return figure, axes[0]
+
+
+def save_figure(figure, file):
+    """Write a figure as an image, with a grid and a legend in each panel."""
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
-        axis.legend()
-    save_figure(plt, figure, Path(folder) / "curve.png")
+        if axis.lines:
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
 
 
-def warn(run, line):
-    """What a beginner should see at once, each in one line."""
-    if run.step == 1:
-        run.say(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer among {run.c.group_size} samples")
-        if line["pass@G"] == 0:
-            run.say("warning: pass@G is 0: with no right answer there is nothing to learn from; "
-                    "use a better start (sft.py), easier problems or a larger --group-size")
-    if line["truncated_frac"] == 1:
-        run.say(f"warning: step {run.step}: every completion was cut at --max-new-tokens {run.c.max_new_tokens}")
+# ---------------------------------------------------------------------------- statistics
+
+def standard_error(values):
+    """Standard error of the mean of values (N,), one a problem or a run.
+
+    It is the sample standard deviation / sqrt(N); for 0/1 values sqrt(p (1 - p) / (N - 1)). Returns
+    None for fewer than two. With all values equal it is 0, which is too sure of itself: N right
+    ones in a row still allow an accuracy of 1 - 3/N.
+    """
+    import numpy as np
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-# ------------------------------------------------------------------------------------------------- several runs
+def mean_se(values):
+    """Returns the mean over runs and its standard error, which is nan for one run."""
+    error = standard_error(values)
+    if error is None:
+        error = math.nan
+    return sum(values) / len(values), error
+
+
+# -------------------------------------------------------------------- several runs: reading
+
+def read_lines(file):
+    """Returns the lines of a jsonl file as objects."""
+    return [json.loads(line) for line in Path(file).read_text().split("\n") if line]
+
 
 def read_log(path):
-    """(name without the seed, lines) of a run folder or log file; "seconds" is added: steps so far, without evaluation."""
+    """Read a run folder or log file. Returns its name without the seed, and its lines.
+
+    Each line gets a key "seconds", the time of all steps so far without evaluation. Raises
+    ValueError for a file that is empty or no log, OSError for one that cannot be read.
+    """
     path = Path(path)
     file = path / "log.jsonl" if path.is_dir() else path
     try:
-        lines = [json.loads(x) for x in file.read_text().split("\n") if x]
-        keys = [line["step"] for line in lines]
+        lines = read_lines(file)
+        steps = [line["step"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a log of train.py: {error!r}") from None
-    if not keys:
+    if not steps:
         raise ValueError(f"{file} is empty")
+
     seconds = 0.0
     for line in lines:
         seconds += line.get("step_time", 0.0)
         line["seconds"] = seconds
-    lines[0].setdefault("num_samples", 0)
-    return re.sub(r"-s(eed)?\d+$", "", path.name if path.is_dir() else path.stem), lines
+    lines[0].setdefault("num_samples", 0)       # the line before the first step has none
 
-
-def standard_error(values):
-    """Standard error of the mean of values (N,), one a problem: sample standard deviation / sqrt(N).
-
-    For 0/1 values sqrt(p (1 - p) / (N - 1)). None for fewer than two. With all values equal it is 0, which is too
-    sure of itself: N right ones in a row still allow an accuracy of 1 - 3/N."""
-    import numpy as np
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def mean_se(values):
-    """(mean, standard error over runs; nan for one run)."""
-    se = standard_error(values)
-    return sum(values) / len(values), math.nan if se is None else se
+    name = path.name if path.is_dir() else path.stem
+    return re.sub(r"-s(eed)?\d+$", "", name), lines
 
 
 def curve(lines, x, y):
-    """[(x, y)] where the log has both."""
-    return [(line[x], line[y]) for line in lines if line.get(x) is not None and line.get(y) is not None]
+    """Returns the points (x, y) of the lines that have both keys."""
+    points = [(line.get(x), line.get(y)) for line in lines]
+    return [point for point in points if None not in point]
 
 
 def first_reach(points, level):
-    """The x at which the line through the points first reaches the level, None when it does not."""
-    for (x0, y0), (x1, y1) in zip([points[0], *points], points):
-        if y1 >= level:
-            return x1 if y1 == y0 else x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    """Returns the x at which the line through the points first reaches the level, or None.
+
+    A level that the first point has reached already is reached at that point's x.
+    """
+    previous_x, previous_y = points[0]
+    for x, y in points:
+        if y >= level:
+            if y == previous_y:
+                return x
+            share = (level - previous_y) / (y - previous_y)
+            return previous_x + (x - previous_x) * share
+        previous_x, previous_y = x, y
     return None
 
 
+# ------------------------------------------------------------------ several runs: comparing
+
 def compare(runs, x, y, reach):
-    """{name: [lines of a run, ...]} -> one row a name: the value at the end, and the x that reaches each level."""
+    """Compare runs by the value of y at their end, and by the x at which y reaches each level.
+
+    runs is {name: [lines of a run, ...]}. Returns one dict a name, from column to cell. A cell is
+    text, a number of runs, or a pair (mean, standard error). Raises ValueError for a run whose log
+    has no line with both x and y.
+    """
     rows = []
     for name, logs in runs.items():
         curves = [curve(lines, x, y) for lines in logs]
         if not all(curves):
             raise ValueError(f"{name}: its log has no line with both {x} and {y}")
-        row = {"name": name, "runs": len(logs), y: mean_se([points[-1][1] for points in curves])}
+        last_values = [points[-1][1] for points in curves]
+        row = {"name": name, "runs": len(logs), y: mean_se(last_values)}
+
         for level in reach:
-            at = [first_reach(points, level) for points in curves]
-            met = [a for a in at if a is not None]
-            row[f"{x} to {level:g}"] = mean_se(met) if len(met) == len(at) else f"{len(met)} of {len(at)} runs"
+            reached_at = [first_reach(points, level) for points in curves]
+            met = [at for at in reached_at if at is not None]
+            # a mean of the fast runs alone would flatter
+            if len(met) == len(curves):
+                row[f"{x} to {level:g}"] = mean_se(met)
+            else:
+                row[f"{x} to {level:g}"] = f"{len(met)} of {len(curves)} runs"
         rows.append(row)
     return rows
 
 
+def cell_text(cell):
+    """Returns a cell of `compare` as text; a pair (mean, standard error) as "mean ± error"."""
+    if not isinstance(cell, tuple):
+        return str(cell)
+    mean, error = cell
+    digits = 3 if abs(mean) < 10 else 0
+    if math.isnan(error):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
 def text_table(rows):
-    """Rows of `compare` as a Markdown table."""
-    def cell(v):
-        if isinstance(v, tuple):
-            digits = 3 if abs(v[0]) < 10 else 0
-            return f"{v[0]:.{digits}f}" + ("" if math.isnan(v[1]) else f" ± {v[1]:.{digits}f}")
-        return str(v)
-    keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *([cell(row[k]) for k in keys] for row in rows)]
+    """Returns the rows of `compare` as a Markdown table."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([cell_text(row[column]) for column in columns])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
-    """Mean over the runs of each name, with a band of one standard error, of each key in panels; x need not be aligned."""
+def mean_curve(logs, x, y, x_max=math.inf):
+    """Returns the mean curve of several runs and its standard error, as arrays (x, mean, error).
+
+    The runs need not share their x. Each is interpolated linearly at the x of the first one, as far
+    as all of them reach. Runs without y are left out; None when no run has it.
+    """
     import numpy as np
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for axis, y in zip(axes[0], panels):
-        for color, (name, logs) in enumerate(runs.items()):
-            curves = [np.array(points, float).T for points in (curve(lines, x, y) for lines in logs) if points]
-            if curves:
-                at = curves[0][0][curves[0][0] <= min(x_max, *(c[0][-1] for c in curves))]
-                values = np.stack([np.interp(at, *c) for c in curves])
-                se = values.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else 0 * at
-                axis.plot(at, values.mean(0), label=name, color=f"C{color}")
-                axis.fill_between(at, values.mean(0) - se, values.mean(0) + se, color=f"C{color}", alpha=0.2, linewidth=0)
+    curves = [np.array(curve(lines, x, y), float) for lines in logs]        # (points, 2) each
+    curves = [points for points in curves if len(points)]
+    if not curves:
+        return None
+
+    first_x = curves[0][:, 0]
+    common_end = min(points[-1, 0] for points in curves)
+    grid = first_x[first_x <= min(common_end, x_max)]                       # (n,)
+
+    values = [np.interp(grid, points[:, 0], points[:, 1]) for points in curves]
+    values = np.stack(values)                                               # (runs, n)
+    error = np.zeros_like(grid)
+    if len(curves) > 1:
+        error = values.std(0, ddof=1) / math.sqrt(len(curves))
+    return grid, values.mean(0), error
+
+
+def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
+    """Draw a panel for each key in `panels`: the mean of each name's runs over x.
+
+    A band around the mean is one standard error wide to each side. runs is {name: [lines of a run,
+    ...]}, png the file, x_max the right end, logarithmic the keys with a logarithmic axis.
+    """
+    figure, axes = new_figure(len(panels), width=6 * len(panels), height=4)
+    for axis, y in zip(axes, panels):
+        # a name has the same colour in every panel, also where others are missing
+        for number, (name, logs) in enumerate(runs.items()):
+            found = mean_curve(logs, x, y, x_max)
+            if found is None:
+                continue
+            grid, mean, error = found
+            color = f"C{number}"
+            axis.plot(grid, mean, label=name, color=color)
+            axis.fill_between(grid, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=y, yscale="log" if y in logarithmic else "linear")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    save_figure(plt, figure, png)
+    save_figure(figure, png)
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+# --------------------------------------------------------------------------- command line
+
+def parse(argv=None):
+    """Returns the command line's arguments. Raises ValueError, in one line, for wrong ones."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="run folders or log files")
-    parser.add_argument("--x", default="step", choices=["step", "num_samples", "num_tokens", "seconds"])
-    parser.add_argument("--y", nargs="+", default=["eval_pass@1"], help="keys of the log; the first goes into the table")
-    parser.add_argument("--reach", nargs="*", type=float, default=[], help="levels of the first key")
+    parser.add_argument("--x", default="step",
+                        choices=["step", "num_samples", "num_tokens", "seconds"])
+    parser.add_argument("--y", nargs="+", default=["eval_pass@1"],
+                        help="keys of the log; the first goes into the table")
+    parser.add_argument("--reach", nargs="*", type=float, default=[],
+                        help="levels of the first key")
     parser.add_argument("--png", default="", help="file for the curves")
     parser.add_argument("--x-max", type=float, default=math.inf, help="right end of the curves")
     parser.add_argument("--log", nargs="*", default=[], help="keys to draw on a logarithmic axis")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
     try:
-        args, runs = parser.parse_args(argv), {}
+        args = parse(argv)
+        runs = {}
         for path in args.runs:
             name, lines = read_log(path)
             runs.setdefault(name, []).append(lines)
+
         print(text_table(compare(runs, args.x, args.y[0], args.reach)))
         if args.png:
             draw_runs(runs, args.x, args.y, args.png, args.x_max, args.log)
