@@ -63,8 +63,8 @@ def check_settings(config):
         if bound["above"] is not None and not value > bound["above"]:
             raise ValueError(f"{given}: must be a number above {bound['above']}")
 
-        if bound["most"] is not None and not bound["least"] <= value <= bound["most"]:
-            raise ValueError(f"{given}: must be between {bound['least']} and {bound['most']}")
+        if bound["most"] is not None and not value <= bound["most"]:
+            raise ValueError(f"{given}: must be at most {bound['most']}")
         if bound["least"] is not None and not value >= bound["least"]:
             raise ValueError(f"{given}: must be at least {bound['least']}")
 

@@ -37,10 +37,11 @@ import data
 import dist
 import prompts
 import reward
-from config import check_settings, command_line, parse_levels, refuse_torchrun
+from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
+                    refuse_torchrun, setting)
 from model import Transformer
 from report import standard_error
-from rollout import Sampler
+from rollout import Sampler, completions
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
 ENDLESS = 1000      # problems of a built-in task without --limit
@@ -53,20 +54,23 @@ class EvalConfig:
     model: str = ""                     # checkpoint folder or hub id
     data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), or a .jsonl
     json: str = ""                      # receives the result; empty: only the table on stdout
-    samples: int = 8                    # K completions a problem, besides the greedy one
-    temperature: float = 1.0            # of the samples
-    top_p: float = 1.0                  # of the samples; below 1: nucleus sampling
-    top_k: int = 0                      # of the samples; 0: the whole vocabulary
-    max_new_tokens: int = 256           # a longer completion is cut and counted in truncated_frac
-    max_prompt_tokens: int = 512        # problems with longer prompts are dropped and counted
-    limit: int = 0                      # only the first problems; 0: all (of a built-in task 1000)
-    template: str = "auto"              # prompt: auto, chat, plain, reasoning (prompts.prompt_text)
-    levels: str = "4-6"                 # fewest-most steps of a built-in task's problems
-    seed: int = 0                       # of the samples; the problems stay the same
-    device: str = ""                    # cpu, cuda, npu; empty: the accelerator that is here
-    dtype: str = ""                     # float32, bfloat16; empty: float32 on cpu, else bfloat16
-    rows_at_once: int = 1024            # completions drawn at once, at most; memory may allow fewer
-    threads: int = 0                    # CPU threads; 0: measured
+    samples: int = setting(8, least=1)              # K completions a problem, besides the greedy one
+    temperature: float = setting(1.0, above=0)      # of the samples (greedy accuracy is always there)
+    top_p: float = setting(1.0, above=0, most=1)    # of the samples; below 1: nucleus sampling
+    top_k: int = setting(0, least=0)                # of the samples; 0: the whole vocabulary
+    max_new_tokens: int = setting(256, least=1)     # a longer completion is cut and counted
+    max_prompt_tokens: int = setting(512, least=1)  # problems with longer prompts are dropped
+    limit: int = setting(0, least=0)                # only the first problems;
+                                                    # 0: all (of a built-in task 1000)
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    levels: str = "4-6"                             # fewest-most steps of a built-in task's problems
+    seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
+    device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
+    dtype: str = setting("", choices=DTYPES)        # float32, bfloat16;
+                                                    # empty: float32 on cpu, else bfloat16
+    rows_at_once: int = setting(1024, least=1)      # completions drawn together, at most;
+                                                    # memory may allow fewer
+    threads: int = setting(0, least=0)              # CPU threads; 0: measured
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -185,14 +189,8 @@ def check(config):
 
     Raises ValueError, in one line, otherwise.
     """
-    least = {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "rows_at_once": 1,
-             "limit": 0, "top_k": 0}
-    check_settings(config, {}, least)
-    if not 0 < config.temperature < math.inf:
-        raise ValueError(f"--temperature {config.temperature}: must be above 0 "
-                         "(the greedy accuracy is always reported)")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"--top-p {config.top_p}: must be above 0 and at most 1")
+    check_settings(config)
+    parse_levels(config.levels)
     if not config.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
     refuse_torchrun("evaluate.py")
@@ -243,16 +241,6 @@ def warn(line):
 
 
 # --------------------------------------------------------------------------------- completions
-
-def completions(sampler, tokenizer, problems, group_size, max_new_tokens, temperature, seeds,
-                **options):
-    """Draw completions of problems. Returns the Rollout, and the texts of each problem's group."""
-    ids = [problem["prompt"] for problem in problems]
-    rollout = sampler.generate(ids, group_size, max_new_tokens, temperature, seed=seeds, **options)
-    texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
-    groups = [texts[k:k + group_size] for k in range(0, len(texts), group_size)]
-    return rollout, groups
-
 
 def complete(config, sampler, tokenizer, problems, samples, temperature, bar):
     """Draw and grade `samples` completions of every problem, while the bar shows how far it is.
@@ -404,7 +392,7 @@ def show(result):
 
 
 def main(argv=None):
-    try:
+    with machine.program(lambda: "interrupted: no result written"):
         config = parse(argv)
         result = evaluate(config)
         show(result)
@@ -412,11 +400,6 @@ def main(argv=None):
             # "x" never overwrites, also when the file appeared in the meantime
             with open(config.json, "x", encoding="utf-8") as file:
                 file.write(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted: no result written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -241,3 +241,18 @@ def score(completions: list[list[str]], answers: list[str], format_weight: float
         return reward
 
     return [[one(completion, answer) for completion in group] for group, answer in zip(completions, answers)]
+
+
+def correct(problems, groups):
+    return [[float(p["check"](t) if p.get("check") else verify(t, p["answer"])) for t in g] for p, g in zip(problems, groups)]
+
+
+def form(problems, groups):
+    return [[format_reward(t) for t in g] for g in groups]
+
+
+def consistency(problems, groups):
+    return [[consistency_reward(t) for t in g] for g in groups]
+
+
+REWARDS = {"correct": correct, "format": form, "consistency": consistency}
