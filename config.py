@@ -40,7 +40,8 @@ def setting(default, least=None, most=None, above=None, choices=None, needs=(), 
     values. needs: pairs (condition of the whole config, what to give) without which the setting
     would do nothing. on_resume: it changes no result, so it may be changed when a run goes on."""
     return field(default=default, metadata={
-        "least": least, "most": most, "above": above, "choices": choices, "needs": needs, "on_resume": on_resume})
+        "least": least, "most": most, "above": above, "choices": choices, "needs": needs,
+        "on_resume": on_resume})
 
 
 def flag(name):
@@ -100,7 +101,8 @@ def known_flags(config_class, description, argv=None):
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, section_of = help_texts(config_class)
-    groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(section_of.values())}
+    titles = dict.fromkeys(section_of.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
 
     for f in fields(config_class):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -113,10 +115,9 @@ def known_flags(config_class, description, argv=None):
 
 
 def help_texts(config_class):
-    """Return ({field: its comment}, {field: the section it stands in}), read from the source of the
-    class and its bases.
+    """Return ({field: its comment}, {field: its section}), read from the source of the class.
 
-    A comment behind a field is its help, and may go on below it; a comment at the margin opens a
+    A comment behind a field is its help, and may go on below it. A comment at the margin opens a
     section."""
     comments, section_of, section, name = {}, {}, "settings", None
     for base in reversed(config_class.__mro__):
@@ -130,8 +131,10 @@ def help_texts(config_class):
                 comments[name], section_of[name] = field_line[2] or "", section
             elif section_line:
                 section = section_line[1]
-            elif continued and name in comments:
-                comments[name] += " " + continued[1]
+            elif continued and name:
+                comments[name] = f"{comments[name]} {continued[1]}".strip()
+            elif line.startswith("    def "):
+                name = None         # comments inside of a method are no help
     return comments, section_of
 
 
@@ -163,7 +166,7 @@ class Common:
     max_new_tokens: int = setting(64, least=1)          # a longer completion is cut,
                                                         # and counted in truncated_frac
     max_prompt_tokens: int = setting(512, least=1)      # problems with longer prompts are dropped
-    temperature: float = setting(1.0, above=0)          # of rollouts and of the trained distribution
+    temperature: float = setting(1.0, above=0)          # of rollouts, and of what is trained
     rows_at_once: int = setting(1024, least=1)          # completions drawn together, at most;
                                                         # memory may allow fewer
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
@@ -181,8 +184,8 @@ class Common:
     warmup_steps: int = setting(5, least=0)     # linear
     weight_decay: float = setting(0.0, least=0)
     grad_clip: float = setting(1.0, above=0)    # largest norm of the gradient
-    micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass, a group's prompt counted
-                                                        # once; memory, not mathematics
+    micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass, a group's prompt
+                                                        # counted once; memory, not mathematics
     activation_checkpointing: bool = False      # less memory, a third more time
     # evaluation and output
     eval_every: int = setting(10, least=1)      # steps; also before the first and after the last
@@ -190,8 +193,8 @@ class Common:
     eval_samples: int = setting(4, least=1)     # completions each, at the training temperature
     save_every: int = setting(20, least=1)      # steps between checkpoints
     keep_checkpoints: int = setting(2, least=1, on_resume=True)     # the newest ones stay
-    variance_every: int = setting(0, least=0)   # steps between estimates of the gradient's variance;
-                                                # 0: none
+    variance_every: int = setting(0, least=0)   # steps between estimates of the gradient's
+                                                # variance; 0: none
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
     warm_start_steps: int = setting(1400, least=5)      # supervised steps before the default run
@@ -212,8 +215,8 @@ class Common:
                                                         # the host's memory between uses
     collective_timeout: int = setting(1800, least=1, on_resume=True)    # seconds until a collective
                                                         # that a rank has not joined ends the run
-    watchdog: int = setting(300, least=0, on_resume=True)   # seconds in one phase after which a rank
-                                                            # names itself and the phase; 0: never
+    watchdog: int = setting(300, least=0, on_resume=True)   # seconds in one phase after which a
+                                                            # rank names itself; 0: never
 
 
 def objective(algo):
@@ -263,12 +266,23 @@ def flags_of(algo, description, argv):
     given, unknown = known_flags(config_class(algo), description, argv)
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     for name in names:
-        owners = [other for other in ALGOS if name in map(flag, (f.name for f in fields(config_class(other))))]
+        owners = [other for other in ALGOS if name in flags(other)]
         if owners:
-            raise ValueError(f"{name} has no effect with --algo {algo}: it is a setting of {' and '.join(owners)}")
+            raise ValueError(f"{name} has no effect with --algo {algo}: "
+                             f"it is a setting of {' and '.join(owners)}")
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see --help")
     return given
+
+
+def flags(algo):
+    """All flags that a run with this objective has."""
+    names = set()
+    for f in fields(config_class(algo)):
+        names.add(flag(f.name))
+        if f.type is bool:
+            names.add("--no-" + flag(f.name)[2:])
+    return names
 
 
 def stored_config(out):
@@ -287,12 +301,13 @@ def stored_config(out):
 
 def resumed(stored, given):
     """The stored settings of a run with those changes that a run which goes on allows."""
-    free = {"resume", "out", "steps", *(f.name for f in fields(stored) if f.metadata.get("on_resume"))}
+    free = {"resume", "out", "steps"}
+    free |= {f.name for f in fields(stored) if f.metadata.get("on_resume")}
     for name, value in given.items():
         was = getattr(stored, name)
         if name not in free and was != value:
-            raise ValueError(f"--resume continues the run as it was: {flag(name)} was {was}, not {value}; "
-                             "start another --out to change it")
+            raise ValueError(f"--resume continues the run as it was: {flag(name)} was {was}, "
+                             f"not {value}; start another --out to change it")
     return check(Config(**{**asdict(stored), **given}))
 
 
@@ -312,8 +327,8 @@ def check(c):
     check_settings(c)
     parse_levels(c.levels)
     if c.minibatches > c.prompts_per_step:
-        raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step {c.prompts_per_step} "
-                         "(groups stay whole)")
+        raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step "
+                         f"{c.prompts_per_step} (groups stay whole)")
     if hasattr(c, "check"):
         c.check()           # of the objective's own settings
     return c

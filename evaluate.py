@@ -54,8 +54,8 @@ class EvalConfig:
     model: str = ""                     # checkpoint folder or hub id
     data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), or a .jsonl
     json: str = ""                      # receives the result; empty: only the table on stdout
-    samples: int = setting(8, least=1)              # K completions a problem, besides the greedy one
-    temperature: float = setting(1.0, above=0)      # of the samples (greedy accuracy is always there)
+    samples: int = setting(8, least=1)              # K completions a problem, and a greedy one
+    temperature: float = setting(1.0, above=0)      # of the samples; greedy is always there
     top_p: float = setting(1.0, above=0, most=1)    # of the samples; below 1: nucleus sampling
     top_k: int = setting(0, least=0)                # of the samples; 0: the whole vocabulary
     max_new_tokens: int = setting(256, least=1)     # a longer completion is cut and counted
@@ -63,7 +63,7 @@ class EvalConfig:
     limit: int = setting(0, least=0)                # only the first problems;
                                                     # 0: all (of a built-in task 1000)
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
-    levels: str = "4-6"                             # fewest-most steps of a built-in task's problems
+    levels: str = "4-6"                             # fewest-most steps of a built-in task
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     dtype: str = setting("", choices=DTYPES)        # float32, bfloat16;

@@ -5,11 +5,12 @@ PPO learns a critic to say how good a completion is compared with what was expec
 group of G completions of the same prompt and compares each with the others: no second network, no
 value loss.
 
-    A_i   = (r_i - mean(r)) / std(r)                                    advantage of completion i in its group
-    rho   = pi(token) / mu(token) = exp(logp - old_logp)                pi is trained, mu drew the tokens
-    loss  = - min(rho A, clip(rho, 1 - low, 1 + high) A)  +  beta KL    per token
-    then averaged: over all tokens ("token", DAPO), within each sequence first ("sequence", DeepSeekMath)
-    or by a constant length ("constant", Dr. GRPO, arXiv 2503.20783).
+    A_i   = (r_i - mean(r)) / std(r)                            advantage of a completion in its group
+    rho   = pi(token) / mu(token) = exp(logp - old_logp)        pi is trained, mu drew the tokens
+    loss  = - min(rho A, clip(rho, 1 - low, 1 + high) A)  +  beta KL        of a token
+
+The loss is averaged over all tokens ("token", DAPO), within each sequence first ("sequence",
+DeepSeekMath), or by a constant length ("constant", Dr. GRPO, arXiv 2503.20783).
 
 N prompts x G completions = B rows, prompt-major; T positions, right-padded; mask (B, T) is 1 on
 completion tokens, the stop token included. On-policy rho is 1, so the loss is near -mean(A) = 0
@@ -75,7 +76,8 @@ def informative(rewards):
 
 # ---------------------------------------------------------------------------- the clipped surrogate
 
-def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, level="token", dual_clip=None):
+def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, level="token",
+                dual_clip=None):
     """The clipped surrogate (PPO, arXiv 1707.06347), negated: (B, T), 0 off the mask.
 
     logp (B, T) with gradient; old_logp (B, T) of the policy that drew the tokens; advantages (B,);
@@ -130,7 +132,8 @@ def kl_penalty(logp, ref_logp, kind="k3", old_logp=None, mask=None):
     """Estimates of KL(pi || pi_ref) at the drawn tokens (http://joschu.net/blog/kl-approx.html):
     (B, T).
 
-    With d = ref_logp - logp:  k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - d - 1 (never negative; DeepSeekMath).
+    With d = ref_logp - logp:  k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - d - 1 (never negative;
+    DeepSeekMath).
 
     As a *loss* they differ. On-policy the gradient of k1 is zero in expectation, that of k2 is the
     gradient of KL(pi || ref), that of k3 the gradient of the forward KL(ref || pi). "k3_is"
@@ -193,27 +196,37 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
 @dataclass
 class GroupSettings:
     # objective: advantages and averaging (grpo.py)
-    advantage_scale: str = setting("std", choices=SCALES)   # std, none (Dr. GRPO), loo (RLOO), batch
-    unbiased_std: bool = False                              # std with G - 1, as TRL and verl
-    aggregation: str = setting("token", choices=AGGREGATIONS)   # token (DAPO), sequence (DeepSeekMath), constant (Dr. GRPO)
-    zero_variance: str = setting("drop", choices=("drop", "keep"))  # groups of equal rewards: drop, keep (in the normalizer)
-    mask_truncated: bool = False                            # leave cut completions out of the loss
+    advantage_scale: str = setting("std", choices=SCALES)       # std, none (Dr. GRPO), loo (RLOO),
+                                                                # batch
+    unbiased_std: bool = False                                  # std with G - 1, as TRL and verl
+    aggregation: str = setting("token", choices=AGGREGATIONS)   # token (DAPO), sequence
+                                                                # (DeepSeekMath), constant (Dr.
+                                                                # GRPO)
+    zero_variance: str = setting("drop", choices=("drop", "keep"))  # groups of equal rewards: drop,
+                                                                    # keep (in the normalizer)
+    mask_truncated: bool = False            # leave cut completions out of the loss
+
+
+WITH_BETA = (lambda c: c.beta > 0, "--beta above 0")        # else a setting would do nothing
 
 
 @dataclass
 class Settings(GroupSettings):
     # objective: clip and KL (grpo.py)
     clip_low: float = setting(0.2, least=0)
-    clip_high: float = setting(0.2, least=0)                # 0.28: DAPO's clip-higher
-    ratio_level: str = setting("token", choices=LEVELS)     # token, sequence (GSPO: clip about 3e-4)
-    dual_clip: float = setting(0.0, least=0)                # 3.0: verl's bound for negative advantages; 0: none
-    beta: float = setting(0.0, least=0)                     # weight of the KL to the starting model; above 0 loads a frozen reference
-    kl_kind: str = setting("k3", choices=KL_KINDS, needs=[(lambda c: c.beta > 0, "--beta above 0")])   # k1, k2, k3, k3_is
+    clip_high: float = setting(0.2, least=0)            # 0.28: DAPO's clip-higher
+    ratio_level: str = setting("token", choices=LEVELS) # token, sequence (GSPO: clip about 3e-4)
+    dual_clip: float = setting(0.0, least=0)            # 3.0: verl's bound for negative advantages;
+                                                        # 0: none
+    beta: float = setting(0.0, least=0)                 # weight of the KL to the starting model;
+                                                        # above 0 loads a frozen reference
+    kl_kind: str = setting("k3", choices=KL_KINDS, needs=[WITH_BETA])       # k1, k2, k3, k3_is
 
 
 # ------------------------------------------------------------------- the calls of the training loop
 
-METRICS = {"entropy": "tokens", "kl": "tokens", "clip_ratio": "tokens"}     # sums of `loss`, and the count to divide by
+# the sums that `loss` returns, and the count that each is divided by
+METRICS = {"entropy": "tokens", "kl": "tokens", "clip_ratio": "tokens"}
 
 
 @dataclass
@@ -225,10 +238,10 @@ class Batch:
     mask: torch.Tensor                      # (B, T) float32, 1 on the tokens that are trained
     rewards: torch.Tensor                   # (B,)
     advantages: torch.Tensor                # (B,)
-    active: torch.Tensor                    # (B,) bool: rows that carry a gradient, the others never reach the model
+    active: torch.Tensor                    # (B,) bool: the rows that carry a gradient
     old_logp: torch.Tensor                  # (B, T) log mu, of the policy that drew the tokens
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
-    pi_logp: torch.Tensor | None = None     # (B, T) where it is given, an update leaves the log-probs that it meets here
+    pi_logp: torch.Tensor | None = None     # (B, T) if given, updates leave their log-probs here
 
     def rows(self, indices):
         """The batch of these rows alone, cut to the longest of them."""
@@ -261,8 +274,9 @@ def prepare(rollout, rewards, config):
     if config.zero_variance == "drop":
         active = active & informative(rewards).repeat_interleave(G)
 
-    return Batch(tokens=rollout.tokens, prompt_lengths=rollout.prompt_lengths, lengths=rollout.lengths, mask=mask,
-                 rewards=rewards.flatten(), advantages=advantages.flatten(), active=active, old_logp=rollout.logps)
+    return Batch(tokens=rollout.tokens, prompt_lengths=rollout.prompt_lengths,
+                 lengths=rollout.lengths, mask=mask, rewards=rewards.flatten(),
+                 advantages=advantages.flatten(), active=active, old_logp=rollout.logps)
 
 
 def loss(logp, entropy, batch, config, normalizer):
@@ -289,8 +303,8 @@ def common_sums(logp, entropy, mu_logp, mask):
     """What every objective logs: the counts, the entropy, and the largest |pi / mu - 1|, rounding
     error where mu is pi."""
     deviation = (masked_log_ratio(logp.detach(), mu_logp, mask).exp() - 1).abs().max()
-    return {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(), "entropy": (entropy.detach() * mask).sum(),
-            "ratio_max_dev": deviation}
+    return {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(),
+            "entropy": (entropy.detach() * mask).sum(), "ratio_max_dev": deviation}
 
 
 # ----------------------------------------------- not pure: what only other ranks and models can add
@@ -299,7 +313,7 @@ def complete(learner, batch):
     """Add to the batch, in place, what `prepare` cannot know: the rewards of other ranks, the
     reference's log-probs."""
     config = learner.config
-    if config.advantage_scale == "batch":       # the std of all rewards of the step, not of this rank's
+    if config.advantage_scale == "batch":       # the std of all rewards, not of this rank's
         parts = dist.gather_objects(batch.rewards.view(-1, config.group_size).cpu())
         everyone = group_advantages(torch.cat(parts), "batch", unbiased=config.unbiased_std)
         mine = everyone.split([len(part) for part in parts])[dist.rank()]

@@ -8,34 +8,41 @@ begin alike (the template) and end alike (the answer's form, the stop token), so
 pushed up by one row and down by another. They are called *conflict tokens*. Pushing them down
 breaks the form, and pushing all down flattens the policy until it collapses. GTPO maximises
 
-    J = 1/B sum_i  gate_i (A_i - gamma H_i) / |o_i|  sum_t rho_it lambda_it                   A_i = r_i - mean(r)
+    J = 1/B sum_i  gate_i (A_i - gamma H_i) / |o_i|  sum_t rho_it lambda_it,    A_i = r_i - mean(r)
 
-    lambda   2 on a conflict token of a positive row (amplified), 0 in a negative row (protected), 1 elsewhere
-    H_i      mean token entropy of completion i under pi, without gradient: a high one costs advantage
-    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1. Below ln 2 some token surely
-             has a probability above 1/2 (p_max >= exp(-H)), above it that is no longer guaranteed
+    lambda   2 on a conflict token of a positive row (amplified), 0 in a negative row (protected),
+             1 elsewhere
+    H_i      mean token entropy of completion i under pi, no gradient: a high one costs advantage
+    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1. Below
+             ln 2 some token surely has a probability above 1/2 (p_max >= exp(-H)), above it that
+             is no longer guaranteed
     rho      pi / mu, 1 at the first update; no clip
 
 and has no KL term, so no reference model. Function by function beside grpo.py:
 
-    prepare      + the conflict weights              policy_loss   - clip   + gate, - gamma H, + lambda
-    loss         - KL                                aggregate     the same, by default within a completion first
-    complete     + the initial entropy
+    prepare      + the conflict weights         policy_loss   - clip   + gate, - gamma H, + lambda
+    loss         - KL                           aggregate     the same, by default within a
+    complete     + the initial entropy                        completion first
 
 The official code (5d33811) is not its own objective. Each difference is a choice here.
 `official=True` takes the code's side except in the last four lines (for gamma pass 0.1, for the
 groups give --zero-variance keep):
 
-    here                            official code               why
-    1/B over completions            sum_over_group              the published formula; the learning rate keeps its meaning
-    no division                     divide_by_conflict          in no formula: 1/30 of an update for a 30-token template
-    lambda at most cap = 2          product: up to 4            0, 1, 2 in the formula; 4 only where short rows overlap
-    ln 2, and H of the initial      0.7, always on              a base model above 0.7 nats would train on nothing
-    rho = pi / mu                   1                           several updates a rollout
-    gamma 0.005                     0.1                         theirs is for rewards of 0 to 20; 20 x weaker for 0 or 1
-    equal rewards: group dropped    kept: A' = -gamma H         pushes all-right groups down; no verified signal in it
-    lengths from the mask           ids != pad                  pad == eos works
-    entropy at the temperature      of the raw logits           of the policy that drew the tokens
+    here                          official code         why
+    1/B over completions          sum_over_group        the published formula; lr keeps its meaning
+    no division                   divide_by_conflict    in no formula: 1/30 of an update for a
+                                                        30-token template
+    lambda at most cap = 2        product: up to 4      0, 1, 2 in the formula; 4 only where short
+                                                        rows overlap
+    ln 2, and H of the initial    0.7, always on        a base model above 0.7 nats would train on
+                                                        nothing
+    rho = pi / mu                 1                     several updates a rollout
+    gamma 0.005                   0.1                   theirs is for rewards of 0 to 20; it is 20 x
+                                                        weaker for 0 or 1
+    equal rewards: group dropped  kept: A' = -gamma H   pushes all-right groups down; no verified
+                                                        signal in it
+    lengths from the mask         ids != pad            pad == eos works
+    entropy at the temperature    of the raw logits     of the policy that drew the tokens
 
 The paper's body was not at hand: "published" means the README of its repository.
 """
@@ -83,7 +90,7 @@ def conflict_runs(tokens, mask, advantages, group_size):
 
         mine = aligned[:, :, None]                                      # (N, G row, 1, longest)
         others = aligned[:, None]                                       # (N, 1, G other, longest)
-        same = mine == others                                           # (N, G row, G other, longest)
+        same = mine == others                                   # (N, G row, G other, longest)
         contested = (same & positive).any(2) & (same & negative).any(2)     # (N, G row, longest)
 
         run = (contested & (aligned >= 0)).int().cumprod(2).sum(2)      # (N, G row)
@@ -148,8 +155,9 @@ def policy_loss(logp, old_logp, advantages, mask, entropy, conflict, gate, gamma
     return torch.where(mask.bool(), -ratio * shaped[:, None] * conflict, 0.0)
 
 
-def gtpo_loss(logp, old_logp, advantages, mask, entropy, tokens, group_size, initial_entropy, gamma=0.005, amplify=2.0,
-              threshold=LN2, cap=2.0, divide_by_conflict=False, sum_over_group=False, official=False):
+def gtpo_loss(logp, old_logp, advantages, mask, entropy, tokens, group_size, initial_entropy,
+              gamma=0.005, amplify=2.0, threshold=LN2, cap=2.0, divide_by_conflict=False,
+              sum_over_group=False, official=False):
     """The whole objective of a batch of groups, as one number; entropy (B, T), other arguments as
     above.
 
@@ -185,14 +193,15 @@ def row_scale(runs, group_size, divide_by_conflict, sum_over_group):
 
 @dataclass
 class Settings(grpo.GroupSettings):     # no clip and no KL, so those flags do not exist here
-    advantage_scale: str = setting("none", choices=grpo.SCALES)             # none, std, loo (RLOO), batch
-    aggregation: str = setting("sequence", choices=grpo.AGGREGATIONS)       # sequence, token, constant
+    advantage_scale: str = setting("none", choices=grpo.SCALES)         # none, std, loo, batch
+    aggregation: str = setting("sequence", choices=grpo.AGGREGATIONS)   # sequence, token, constant
     # objective: conflict tokens and entropy (gtpo.py)
     gtpo_gamma: float = setting(0.005, least=0)     # entropy penalty;
                                                     # the official code's 0.1 is for rewards of 0 to
                                                     # 20
     gtpo_amplify: float = setting(2.0, least=0)     # weight of conflict tokens in positive rows
-    gtpo_cap: float = setting(2.0, least=0)         # largest weight of a token in both runs; 0: no bound
+    gtpo_cap: float = setting(2.0, least=0)         # largest weight of a token in both runs;
+                                                    # 0: no bound
     gtpo_ratio: bool = True                         # pi / mu for several updates a rollout; else 1
     gtpo_official: bool = False                     # the official code instead of the published
                                                     # objective (also set --gtpo-gamma)
@@ -200,8 +209,8 @@ class Settings(grpo.GroupSettings):     # no clip and no KL, so those flags do n
     def check(self):
         """Raise ValueError for combinations that would be silently ignored, or biased."""
         if 0 < self.gtpo_cap < self.gtpo_amplify:
-            raise ValueError(f"--gtpo-cap {self.gtpo_cap} would undo --gtpo-amplify {self.gtpo_amplify}: "
-                             "raise it, or 0 for no cap")
+            raise ValueError(f"--gtpo-cap {self.gtpo_cap} would undo "
+                             f"--gtpo-amplify {self.gtpo_amplify}: raise it, or 0 for no cap")
 
         for name in ("gtpo_amplify", "gtpo_cap", "gtpo_ratio", "aggregation", "advantage_scale"):
             if self.gtpo_official and getattr(self, name) != getattr(Settings, name):
@@ -210,14 +219,14 @@ class Settings(grpo.GroupSettings):     # no clip and no KL, so those flags do n
 
         one_update = self.epochs * self.minibatches == 1
         if (self.gtpo_official or not self.gtpo_ratio) and not one_update:
-            raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which it is at a rollout's first "
-                             "update only: leave --epochs and --minibatches at 1")
+            raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which it is "
+                             "at a rollout's first update only: leave --epochs and --minibatches at 1")
 
 
 # ------------------------------------------------------------------- the calls of the training loop
 
 METRICS = {**grpo.METRICS, "conflict_protected_frac": "tokens", "conflict_amplified_frac": "tokens",
-           "gate_dropped_frac": "rows"}        # as in grpo.py: each a sum of `loss`, divided by that count
+           "gate_dropped_frac": "rows"}
 
 
 @dataclass
@@ -225,7 +234,7 @@ class Batch(grpo.Batch):
     """A batch of grpo.py, and what GTPO knows of its tokens."""
     conflict: torch.Tensor | None = None            # (B, T) lambda
     scale: torch.Tensor | None = None               # (B, 1), see row_scale
-    initial_entropy: torch.Tensor | None = None     # (B,) the same number in each row; `complete` adds it
+    initial_entropy: torch.Tensor | None = None     # (B,) one number for all; `complete` adds it
 
 
 def prepare(rollout, rewards, config):
@@ -258,16 +267,17 @@ def loss(logp, entropy, batch, config, normalizer):
         gate = entropy_gate(H, batch.initial_entropy)
 
     ratio_is_1 = config.gtpo_official or not config.gtpo_ratio
-    per_token = policy_loss(logp, None if ratio_is_1 else old, batch.advantages, mask, H, conflict, gate,
-                            config.gtpo_gamma)
+    per_token = policy_loss(logp, None if ratio_is_1 else old, batch.advantages, mask, H, conflict,
+                            gate, config.gtpo_gamma)
     per_token = per_token * batch.scale
+    total = grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens)
 
     none = torch.zeros((), device=logp.device)          # this objective has no KL and no clip
     sums = {**grpo.common_sums(logp, entropy, old, mask), "kl": none, "clip_ratio": none,
             "gate_dropped_frac": (gate == 0).sum(),
             "conflict_amplified_frac": (conflict > 1).sum(),
             "conflict_protected_frac": ((conflict == 0) & mask.bool()).sum()}
-    return grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums
+    return total, sums
 
 
 # ----------------------------------------------------- not pure: what only the first policy can say

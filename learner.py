@@ -10,7 +10,7 @@ An objective is a module (grpo.py, gtpo.py, offpolicy.py; its name stands in con
     METRICS                                 {name: "tokens" | "rows"}: sums that `loss` returns, and
                                             the count that they are divided by
     prepare(rollout, rewards, config)       -> Batch; pure
-    loss(logp, entropy, batch, config, normalizer)      -> (scalar, sums); pure. The sums have at least
+    loss(logp, entropy, batch, config, normalizer)      -> (scalar, sums); pure. Among the sums are
                                             those of grpo.common_sums
 
 and, where it needs them,
@@ -20,8 +20,8 @@ and, where it needs them,
     complete(learner, batch)                adds to the batch, in place, what only a model or other
                                             ranks can tell
     forward(model, micro, rows, config)     -> (logp, entropy), if they are not those of token_logps
-    learn(learner, rollout, rewards)        -> (updates, more for the log), if a rollout is more than
-                                            one batch
+    learn(learner, rollout, rewards)        -> (updates, more for the log), if a rollout is more
+                                            than one batch
 """
 import math
 from contextlib import nullcontext
@@ -147,7 +147,7 @@ class Learner:
         out = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
         for part, micro in parts_of(batch, rows, self.config):
             dist.detail("scoring")
-            both = torch.stack(forward(model, micro, part, self.config))        # (2, rows, T of the part)
+            both = torch.stack(forward(model, micro, part, self.config))    # (2, rows, T of part)
             out[:, part, :both.shape[2]] = both * micro.mask
 
         dist.reshard(model)
@@ -233,12 +233,14 @@ class Learner:
     def finish(self, sums, normalizer):
         """Reduce the sums over ranks, and step."""
         deviation = {"ratio_max_dev": sums.pop("ratio_max_dev")}
-        out = {**dist.all_reduce(sums, self.device), **dist.all_reduce(deviation, self.device, "max")}
+        out = dist.all_reduce(sums, self.device)
+        out |= dist.all_reduce(deviation, self.device, "max")
 
         for p in trainable(self.model):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        out["grad_norm"] = self.descend(out["loss"]) if normalizer > 0 else 0.0     # no signal: no step
-        self.optimizer.zero_grad(set_to_none=True)      # now, so that the next rollout has their memory
+        any_signal = normalizer > 0
+        out["grad_norm"] = self.descend(out["loss"]) if any_signal else 0.0
+        self.optimizer.zero_grad(set_to_none=True)      # now: the next rollout needs their memory
         return out
 
     def descend(self, loss):
@@ -297,7 +299,9 @@ def gradient_variance(parameters, of_first, counts):
 
 # ----------------------------------------------------------------------------------- micro-batches
 
-KEYS = 4        # attention may read so many keys for each token of the budget: they are copied, but narrow
+# Attention may read so many keys for each token of the budget: they are copied, but they are
+# narrow.
+KEYS = 4
 
 
 def micro_batches(rows, lengths, prompt_lengths, group_size, budget):

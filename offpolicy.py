@@ -3,31 +3,30 @@
 Drawing completions often costs most of a step, so let more than one update learn from them. There
 are two ways, often confused:
 
-    stale weights   --sync-every v     fresh completions every step, drawn by weights up to v - 1 steps
-                                       old, so that sampling need not wait for training. It is what
-                                       arXiv 2505.22257 does (v = 10)
-    sample reuse    --replay-ratio K   K passes a rollout: one over the fresh groups, K - 1 over groups
-                                       from the buffer (replay.py). That paper's own reuse arm converged
-                                       more slowly; it is classic for off-policy RL
+    stale weights   --sync-every v     fresh completions every step, drawn by weights up to v - 1
+                                       steps old, so that sampling need not wait for training. It is
+                                       what arXiv 2505.22257 does (v = 10)
+    sample reuse    --replay-ratio K   K passes a rollout: one over the fresh groups, K - 1 over
+                                       groups from the buffer (replay.py). That paper's own reuse
+                                       arm converged more slowly; it is classic for off-policy RL
 
 Both train pi on tokens of mu. There are two forms of the loss, with a ratio a token as in grpo.py:
 
     bypass      - min(rho A, clip(rho) A)       rho = pi / mu; the clip is the only correction
                                                 (2505.22257)
     decoupled   - W min(rho A, clip(rho) A)     rho = pi / prox, W = importance weight of prox / mu
-                                                without gradient; prox = pi at the start of the pass,
-                                                one more forward, for samples that are not pi's
-                                                (AReaL, arXiv 2505.24298; verl)
+                                                without gradient; prox = pi at the start of the
+                                                pass, one more forward, for samples that are not
+                                                pi's (AReaL, arXiv 2505.24298; verl)
 
 The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu.
 Sequence weights are exact, but their variance grows like exp(2 KL) of the whole completion; token
 weights are biased but tame. Truncating at 2 had the smallest error of all in an exact comparison on
 8-token sequences. For long completions watch `ess`. Function by function beside grpo.py:
 
-    prepare      the same, also for groups from the buffer        policy_loss   the same
-    correct      new: weights of a pass                           loss          + weights, prox for mu,
-                                                                                  trust region
-    learn        new: several passes a rollout
+    prepare      the same, also for groups from the buffer      policy_loss   the same
+    correct      new: weights of a pass                         loss          + weights, trust
+    learn        new: several passes a rollout                                  region, prox for mu
 
 --replay-ratio 1 --sync-every 1 is grpo.py, bit for bit.
 Left out: weights that change in the middle of a completion; asynchronous processes.
@@ -48,6 +47,7 @@ CAPPED = ("clipped", "truncated", "masked")
 SCHEMES = ("none", "standard", *CAPPED, "self_normalized", *TRACES)
 LEVELS = ("token", "sequence", "geometric")
 NORMALIZERS = ("", "batch", "group")
+CORRECTIONS = ("decoupled", "bypass")
 REGIONS = ("", "sequence", "token", "second_moment")
 
 
@@ -64,17 +64,17 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
       none             1: biased, no variance
       standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about
                        1 / (1 + chi^2)
-      clipped          w in [low, cap], low by default 1 / cap (CISPO, arXiv 2506.13585; not PPO's clip,
-                       which masks)
+      clipped          w in [low, cap], low by default 1 / cap (CISPO, arXiv 2506.13585; not PPO's
+                       clip, which masks)
       truncated        min(w, cap) (TIS, V-trace's rho-bar)
       masked           w where low <= w <= cap, else 0 (MIS, IcePop); low by default 0
       self_normalized  w / mean(w): biased by O(1/B), bounded by B; the same as standard with
                        normalize="batch"
-      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace (arXiv 1802.01561)
-                       without a critic. Beware: the product dies exponentially with length (exp(-8) for
-                       1,024 tokens of sd 0.02), so early tokens learn nothing
-      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS, 1 is
-                       retrace. Both ignore level, cap and normalize
+      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace (arXiv
+                       1802.01561) without a critic. Beware: the product dies exponentially with
+                       length (exp(-8) for 1,024 tokens of sd 0.02), so early tokens learn nothing
+      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS,
+                       1 is retrace. Both ignore level, cap and normalize
 
     normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean
     weight, over rows, for token level over tokens. mean: that mean where it comes from more than
@@ -284,60 +284,67 @@ def adapt_replay(ratio, tripped, most):
 
 # ---------------------------------------------------------------------------------------- settings
 
-DECOUPLED = (lambda c: c.correction == "decoupled",
-             "--correction decoupled: beside the ratio to mu it would count twice")
-REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
-REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
-                 "--replay-ratio above 1 or --adaptive-clip")
-
-
 def scheme_in(names):
     """A condition of setting(needs=...): --importance is one of these."""
     return lambda c: c.importance in names, "--importance " + " or ".join(names)
 
 
-WEIGHTED = scheme_in([s for s in SCHEMES if s not in ("none", *TRACES)])
+# conditions without which a setting would do nothing: (of the config, what to give)
+DECOUPLED = (lambda c: c.correction == "decoupled",
+             "--correction decoupled: beside the ratio to mu it would count twice")
+WEIGHTED = scheme_in([name for name in SCHEMES if name not in ("none", *TRACES)])
+HAS_CAP = scheme_in(CAPPED)
+HAS_LOW = scheme_in(("clipped", "masked"))
+HAS_TRACE = scheme_in(TRACES)
+IN_REGION = (lambda c: c.trust_region, "--trust-region")
+REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
+REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
+                 "--replay-ratio above 1 or --adaptive-clip")
+BY_PRIORITY = (lambda c: c.priority, "--priority")
 
 
 @dataclass
 class Settings(grpo.Settings):          # those of GRPO, and these
     # objective: old samples (offpolicy.py)
-    sync_every: int = setting(1, least=1)           # v: steps between updates of the weights that draw
-    replay_ratio: int = setting(2, least=1)         # K: passes a rollout, one over fresh groups and
-                                                    # K - 1 over the buffer
-    correction: str = setting("decoupled", choices=("bypass", "decoupled"))     # ratio to mu, or to
-                                                    # prox with importance weights
-    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED])  # scheme of the weights
-    importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])  # whose
-    importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, scheme_in(CAPPED)])     # largest
-    importance_low: float = setting(0.0, least=0, needs=[DECOUPLED, scheme_in(("clipped", "masked"))])
-                                                    # least weight (0: with clipped 1 / cap)
-    importance_normalize: str = setting("", choices=NORMALIZERS, needs=[DECOUPLED, WEIGHTED])   # batch,
-                                                    # group: weights of mean 1
-    trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, scheme_in(TRACES)])  # of the traces
-    trust_region: str = setting("", choices=REGIONS)    # leave out what has drifted: sequence, token,
-                                                        # second_moment
-    trust_delta: float = setting(0.0, least=0,
-                                 needs=[(lambda c: c.trust_region, "--trust-region")])
-                                                    # sequence: nats a token, token: probability;
-                                                    # 0: 0.2 (second_moment: 0.04)
-    kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])      # nats a token: above this
-                                                    # KL(pi||mu) the reuse of a step ends; 0: never
-    adaptive_clip: bool = False                     # widen and narrow the clip to hold --kl-limit
+    sync_every: int = setting(1, least=1)       # v: steps between updates of the weights that draw
+    replay_ratio: int = setting(2, least=1)     # K: passes a rollout, one over fresh groups and
+                                                # K - 1 over the buffer
+    correction: str = setting("decoupled", choices=CORRECTIONS)     # decoupled (ratio to prox,
+                                                # importance weights), bypass (ratio to mu)
+    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED])  # none, standard,
+                                                # clipped, truncated, masked, self_normalized,
+                                                # retrace, tempered
+    importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])
+                                                # token, sequence, geometric
+    importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, HAS_CAP])
+                                                # largest weight of clipped, truncated, masked
+    importance_low: float = setting(0.0, least=0, needs=[DECOUPLED, HAS_LOW])
+                                                # least weight of clipped (0: 1 / cap) and masked
+    importance_normalize: str = setting("", choices=NORMALIZERS, needs=[DECOUPLED, WEIGHTED])
+                                                # batch, group: weights of mean 1
+    trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
+                                                # of retrace and tempered
+    trust_region: str = setting("", choices=REGIONS)    # sequence, token, second_moment: leave out
+                                                        # what has drifted
+    trust_delta: float = setting(0.0, least=0, needs=[IN_REGION])   # sequence: nats a token,
+                                                # token: probability; 0: 0.2 (second_moment: 0.04)
+    kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])  # nats a token: above this
+                                                # KL(pi||mu) the reuse of a step ends; 0: never
+    adaptive_clip: bool = False                 # widen and narrow the clip to hold --kl-limit
     adaptive_replay: bool = setting(False, needs=[REUSE])   # let ESS (below half) and --kl-limit
                                                             # choose K, up to --replay-ratio
-    buffer_groups: int = setting(512, least=1, needs=[REUSE])       # capacity in groups
-    buffer_mb: float = setting(0.0, least=0, needs=[REUSE])         # and in megabytes; 0: no bound
-    max_staleness: int = setting(32, least=0, needs=[REUSE])        # optimizer updates after which a
-                                                                    # group leaves; 0: never
-    max_reuse: int = setting(0, least=0, needs=[REUSE])             # draws after which it leaves
-    min_ess: float = setting(0.0, least=0, most=1, needs=[REUSE])   # least share of effective sequences
-                                                    # at its last replay, else it leaves
+    buffer_groups: int = setting(512, least=1, needs=[REUSE])   # capacity in groups
+    buffer_mb: float = setting(0.0, least=0, needs=[REUSE])     # and in megabytes; 0: no bound
+    max_staleness: int = setting(32, least=0, needs=[REUSE])    # optimizer updates after which a
+                                                                # group leaves; 0: never
+    max_reuse: int = setting(0, least=0, needs=[REUSE])         # draws after which it leaves;
+                                                                # 0: never
+    min_ess: float = setting(0.0, least=0, most=1, needs=[REUSE])   # least share of effective
+                                                # sequences at its last replay, else it leaves
     priority: float = setting(0.0, least=0, needs=[REUSE])      # alpha: draw by (reward std x
-                                                    # exp(-age / 16 updates))^alpha; usual 0.6
-    priority_beta: float = setting(0.4, least=0, most=1,
-                                   needs=[(lambda c: c.priority, "--priority")])
-                                                    # its bias correction at the start, 1 at --steps
+                                                # exp(-age / 16 updates))^alpha; usual 0.6
+    priority_beta: float = setting(0.4, least=0, most=1, needs=[BY_PRIORITY])   # its bias
+                                                # correction at the start, rising to 1 at --steps
 
     def __post_init__(self):
         default = 0.04 if self.trust_region == "second_moment" else 0.2
@@ -345,19 +352,22 @@ class Settings(grpo.Settings):          # those of GRPO, and these
 
     def check(self):
         """Raise ValueError for combinations that contradict each other."""
-        least = self.importance_low or (1 / self.importance_cap if self.importance == "clipped" else 0)
+        least = self.importance_low
+        if self.importance == "clipped":
+            least = least or 1 / self.importance_cap
         if self.importance in ("clipped", "masked") and least > self.importance_cap:
-            raise ValueError(f"--importance-cap {self.importance_cap}: below the least weight, {least:g}")
+            raise ValueError(f"--importance-cap {self.importance_cap}: "
+                             f"below the least weight, {least:g}")
 
         if self.replay_ratio > 1:
             updates_a_pass = self.epochs * self.minibatches
             oldest = updates_a_pass * (1 + (self.sync_every - 1) * self.replay_ratio)   # on entry
             if 0 < self.max_staleness < oldest:
-                raise ValueError(f"--max-staleness {self.max_staleness}: fresh groups may be {oldest} "
-                                 "updates old; raise it, or 0")
+                raise ValueError(f"--max-staleness {self.max_staleness}: fresh groups may be "
+                                 f"{oldest} updates old; raise it, or 0")
             if self.advantage_scale == "batch":
-                raise ValueError("--advantage-scale batch: its std is that of one rollout, not of a batch "
-                                 "from the buffer; use another, or --replay-ratio 1")
+                raise ValueError("--advantage-scale batch: its std is that of one rollout, not of a "
+                                 "batch from the buffer; use another, or --replay-ratio 1")
 
         elif self.trust_region == "second_moment" and self.sync_every == 1:
             raise ValueError("--trust-region second_moment needs samples of older weights: "
@@ -377,7 +387,7 @@ METRICS = grpo.METRICS
 class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
     lag: torch.Tensor | None = None             # (B,) age in optimizer updates
-    prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass; None: not needed
+    prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
     weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
     replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
 
@@ -414,11 +424,13 @@ def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda
 
 def configured_weights(log_ratio, mask, config, reduce):
     """importance_weights as the config names them; a mean over the batch is one over all ranks."""
-    scheme, level, normalize = config.importance, config.importance_level, config.importance_normalize
+    scheme, level = config.importance, config.importance_level
+    normalize = config.importance_normalize
     if scheme == "self_normalized":
         scheme = "standard"
         normalize = normalize or "batch"
-    bounds = {"cap": config.importance_cap, "low": config.importance_low or None, "trace": config.trace}
+    bounds = {"cap": config.importance_cap, "low": config.importance_low or None,
+              "trace": config.trace}
 
     if normalize != "batch":
         return importance_weights(log_ratio, mask, scheme, level, normalize=normalize,
@@ -606,7 +618,8 @@ def adapt(learner, last):
     if c.adaptive_replay and last.tokens > 0:           # some token was trained
         state.replay_ratio = adapt_replay(state.replay_ratio, too_far(c, last), c.replay_ratio)
     if c.adaptive_clip and last.oldest > 0:             # by samples that pi did not draw
-        state.clip = adapt_clip(state.clip, last.kl_a_token, c.kl_limit, c.clip_low / 4, c.clip_low * 2)
+        state.clip = adapt_clip(state.clip, last.kl_a_token, c.kl_limit,
+                                least=c.clip_low / 4, most=c.clip_low * 2)
 
 
 def annealed_beta(learner):

@@ -1,7 +1,7 @@
 """The replay buffer: prompt groups of the last rollouts, to be learned from more than once.
 
-    pack      a rollout and its rewards  ->  one compact Group for each prompt that can teach something
-    unpack    groups  ->  the tensors of a rollout again, as they were given to `pack`
+    pack            a rollout and its rewards  ->  one compact Group a prompt that can teach
+    unpack          groups  ->  the tensors of a rollout again, as they were given to `pack`
     ReplayBuffer    keeps groups, lets the old and the useless go, and draws some by priority
 
 Priorities are those of prioritized replay (Schaul et al., arXiv 1511.05952), with the group's
@@ -132,7 +132,7 @@ class ReplayBuffer:
         self.seed = seed
 
         self.groups = []
-        self.version = 0        # the trainer's optimizer updates, when the buffer last heard of them
+        self.version = 0        # the trainer's updates, when last heard of
         self.draws = 0          # calls of `sample` so far
 
     def __len__(self):

@@ -36,14 +36,16 @@ from model import ModelConfig, Transformer
 
 @dataclass
 class SFTConfig:
-    data: str = "arithmetic"                # a built-in task, gsm8k, math, or a .jsonl with solutions
+    data: str = "arithmetic"                # a built-in task, gsm8k, math,
+                                            # or a .jsonl with solutions
     out: str = "runs/warm"                  # receives the checkpoint, in HF layout
     model: str = ""                         # checkpoint to start from;
                                             # empty: a new model of the shape below
     hidden_size: int = setting(96, least=1)         # of a new model
     layers: int = setting(4, least=1)               # of a new model
     heads: int = setting(4, least=1)                # of a new model; half as many key-value heads
-    vocab_size: int = setting(512, least=1)         # of a new model: its tokenizer learns from the data
+    vocab_size: int = setting(512, least=1)         # of a new model, whose tokenizer learns
+                                                    # from the data
     max_length: int = setting(512, least=1)         # longest prompt + completion in tokens;
                                                     # longer ones are dropped
     terse_steps: int = setting(0, least=0)          # optimizer steps of a second stage that mixes
@@ -155,7 +157,7 @@ def learning_rate(step, config):
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model, pairs, config, show=True):
+def train(model, pairs, config, progress=True):
     """Minimise the cross-entropy in place. Every rank enters, each with its share of every batch.
 
     Returns the mean loss (nats a token) of the last tenth of the steps."""
@@ -166,7 +168,7 @@ def train(model, pairs, config, show=True):
 
     losses = []
     bar = tqdm(batches(pairs, config.batch_size, config.steps, config.seed), total=config.steps,
-               desc="warm start", disable=not show or dist.rank() > 0)
+               desc="warm start", disable=not progress or dist.rank() > 0)
     for step, chosen in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -197,7 +199,7 @@ def build(problems, config):
     return Transformer(shape).init_weights(config.seed), tokenizer
 
 
-def warm_start(config, show=True):
+def warm_start(config, progress=True):
     """Do the whole thing: data, model, training, checkpoint in config.out. Every rank enters.
 
     Returns (model, tokenizer)."""
@@ -212,11 +214,11 @@ def warm_start(config, show=True):
         model, tokenizer = build(problems, config)
         model = place(model.to(device))
 
-    last_loss = train(model, corpus(problems, tokenizer, config), config, show)
+    last_loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:
         second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
         mixed = corpus(problems, tokenizer, config, config.terse_share)
-        last_loss = train(model, mixed, second, show)
+        last_loss = train(model, mixed, second, progress)
 
     first_rank = dist.rank() == 0
     model.save_pretrained(config.out, write=first_rank)

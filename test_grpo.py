@@ -1,11 +1,11 @@
-"""The objective, specified by examples: worked numbers first, then properties that hold for any input.
+"""The objective, specified by examples: worked numbers first, then properties that hold for any
+input.
 
 Golden numbers were made by running TRL 1.16 and verl 0.9.1 in float64 on the small tensors below.
 """
 import itertools
 import math
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grpo
 from rollout import Rollout
-from train import Config
+from config import Config
 from learner import parts_of
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def random_batch(seed, B=6, T=9):
     return logp, old, torch.randn(B, generator=g, dtype=torch.float64), mask
 
 
-# -------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------- advantages
 
 def test_two_right_two_wrong():
     """mean 1/2, population std 1/2: the right ones get +1, the wrong ones -1."""
@@ -66,7 +66,8 @@ def test_batch_scale_divides_by_the_std_of_all_rewards():
 @pytest.mark.parametrize("scale", ["std", "none", "loo", "batch"])
 @pytest.mark.parametrize("G", [1, 2, 7, 8])
 def test_equal_rewards_give_exactly_zero(value, scale, G):
-    """In float32 the mean of eight 0.7 is not 0.7: dividing that error by its own std would make |A| = 0.06."""
+    """In float32 the mean of eight 0.7 is not 0.7: dividing that error by its own std would make
+    |A| = 0.06."""
     r = torch.full((3, G), value)
     assert (grpo.group_advantages(r, scale) == 0).all()
     assert not grpo.informative(r).any()
@@ -102,10 +103,12 @@ def test_bad_advantage_arguments_are_named():
 @pytest.mark.parametrize("G, p, expected", [(2, .01, 1.00), (8, .01, 2.61), (64, .01, 6.74), (2, .5, 1.00),
                                             (8, .5, 1.86), (64, .5, 1.98)])
 def test_what_the_std_normalised_gradient_is_on_average(G, p, expected):
-    """E[gradient] = C_G(p) x grad p with C_G = E[sqrt(K (G - K))] / (G p (1 - p)), K ~ Bin(G, p): dividing by the std
-    re-weights prompts by their success rate (1 for every p at G = 2; 1 / sqrt(p (1 - p)) for large G).
+    """E[gradient] = C_G(p) x grad p with C_G = E[sqrt(K (G - K))] / (G p (1 - p)), K ~ Bin(G, p):
+    dividing by the std re-weights prompts by their success rate (1 for every p at G = 2; 1 / sqrt(p
+    (1 - p)) for large G).
 
-    The policy here is a Bernoulli with success probability p = sigmoid(theta): score = r - p, dp/dtheta = p (1 - p)."""
+    The policy here is a Bernoulli with success probability p = sigmoid(theta): score = r - p,
+    dp/dtheta = p (1 - p)."""
     total = closed = 0.0
     for K in range(G + 1):
         weight = math.comb(G, K) * p ** K * (1 - p) ** (G - K)
@@ -128,7 +131,7 @@ def test_leave_one_out_is_unbiased_and_mean_only_shrinks_by_one_over_g():
     assert loo == pytest.approx(p * (1 - p)) and plain == pytest.approx(p * (1 - p) * (G - 1) / G)
 
 
-# ------------------------------------------------------------------------------------ golden numbers of the peers
+# ---------------------------------------------------------------------- golden numbers of the peers
 
 @pytest.mark.parametrize("name, expected", [
     ("grpo", 0.103388283), ("dapo, clip-higher", -0.147289929), ("token mean", -0.131289929),
@@ -150,7 +153,7 @@ def test_golden_losses(name, expected):
     assert values[name]().item() == pytest.approx(expected, abs=1e-8)
 
 
-# ------------------------------------------------------------------------------------------- ratio and clip
+# ----------------------------------------------------------------------------------- ratio and clip
 
 def test_on_policy_the_loss_is_minus_mean_advantage_and_the_gradient_is_reinforce():
     """Ratio 1: a loss near zero is normal; the gradient is -A / normaliser on every token."""
@@ -169,15 +172,16 @@ def test_the_clip_removes_the_gradient_only_where_the_policy_already_moved_that_
     A, mask, old = torch.tensor([float(advantage)]), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.float64)
     grpo.policy_loss(logp, old, A, mask).sum().backward()
     assert (logp.grad == 0).item() == clipped
-    assert grpo.clipped(logp, old, A, mask).item() == float(clipped)
+    assert grpo.clipped_tokens(logp, old, A, mask).item() == float(clipped)
 
 
 def test_the_reported_clip_is_that_of_the_ratio_in_use():
-    """Token ratios e^.1 and e^-.1 leave a clip of 5 %; their geometric mean is 1 and leaves nothing."""
+    """Token ratios e^.1 and e^-.1 leave a clip of 5 %; their geometric mean is 1 and leaves
+    nothing."""
     logp, A, mask = torch.tensor([[.1, -.1]]), torch.ones(1), torch.ones(1, 2)
     old = torch.zeros(1, 2)
-    assert grpo.clipped(logp, old, A, mask, .05, .05).tolist() == [[1., 0.]]
-    assert grpo.clipped(logp, old, A, mask, .05, .05, "sequence").tolist() == [[0., 0.]]
+    assert grpo.clipped_tokens(logp, old, A, mask, .05, .05).tolist() == [[1., 0.]]
+    assert grpo.clipped_tokens(logp, old, A, mask, .05, .05, "sequence").tolist() == [[0., 0.]]
     x = logp.clone().requires_grad_()
     grpo.policy_loss(x, old, A, mask, .05, .05, "sequence").sum().backward()
     assert (x.grad != 0).all()
@@ -192,7 +196,8 @@ def test_asymmetric_clip():
 
 
 def test_dual_clip_bounds_the_loss_of_a_wrong_completion():
-    """A = -1, ratio 10: the loss would be 10; with dual_clip 3 it is 3 and has no gradient. A = +1 is not touched."""
+    """A = -1, ratio 10: the loss would be 10; with dual_clip 3 it is 3 and has no gradient. A = +1
+    is not touched."""
     logp = torch.full((2, 1), math.log(10.)).requires_grad_()
     loss = grpo.policy_loss(logp, torch.zeros(2, 1), torch.tensor([-1., 1.]), torch.ones(2, 1), dual_clip=3.0)
     loss.sum().backward()
@@ -217,10 +222,11 @@ def test_huge_ratios_stay_finite():
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
 
 
-# -------------------------------------------------------------------------------------------------- KL
+# ----------------------------------------------------------------------------------------------- KL
 
 def policy_kl(logits, ref, kind):
-    """E over all six tokens of the penalty, its value and its gradient with respect to the logits."""
+    """E over all six tokens of the penalty, its value and its gradient with respect to the
+    logits."""
     logits = logits.clone().requires_grad_()
     logp = logits.log_softmax(-1)
     penalty = grpo.kl_penalty(logp[None], ref[None], kind, logp.detach()[None])[0]
@@ -251,7 +257,7 @@ def test_k3_is_never_negative_and_zero_at_the_reference():
     assert (grpo.kl_penalty(ref, ref, mask=mask) == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------- aggregation
+# -------------------------------------------------------------------------------------- aggregation
 
 def test_three_aggregations_by_hand():
     loss = torch.tensor([[1., 2., 3.], [4., 99., 99.]])
@@ -280,7 +286,8 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(how, seed, cut):
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_padding_and_empty_rows_change_nothing(how, level):
-    """Longer padding filled with nan, and a row without a single token: same loss, finite gradient."""
+    """Longer padding filled with nan, and a row without a single token: same loss, finite
+    gradient."""
     logp, old, A, mask = random_batch(7)
     bad = torch.full((6, 4), float("nan"), dtype=torch.float64)
     wide = [torch.cat([x, bad], 1) for x in (logp, old)]
@@ -294,7 +301,7 @@ def test_padding_and_empty_rows_change_nothing(how, level):
     torch.testing.assert_close(torch.autograd.grad(b, logp)[0], first)
 
 
-# ------------------------------------------------------------------------------- prepare and loss, as train.py calls
+# -------------------------------------------------------------- prepare and loss, as train.py calls
 
 def rollout_of(seed=0, N=3, G=4, T=10):
     g = torch.Generator().manual_seed(seed)
@@ -306,13 +313,20 @@ def rollout_of(seed=0, N=3, G=4, T=10):
     return r
 
 
+def probed(batch, **tensors):
+    """The batch with more tensors of B rows, which `rows` cuts as it cuts the others."""
+    kind = make_dataclass("Probed", [(name, object, None) for name in tensors], bases=(type(batch),))
+    return kind(**vars(batch), **tensors)
+
+
 def total_gradient(batch, config, logp, rows, budget=1000):
-    """The gradient of update.update's loss by logp, over micro-batches of `budget` tokens; groups of four."""
-    count = batch["mask"][rows].sum() if config.aggregation == "token" else len(rows)
-    parts = list(parts_of({**batch, "logp": logp}, rows, replace(config, micro_batch_tokens=budget, group_size=4)))
+    """The gradient of learner.step's loss by logp, over micro-batches of `budget` tokens; groups of
+    four."""
+    count = batch.mask[rows].sum() if config.aggregation == "token" else len(rows)
+    parts = list(parts_of(probed(batch, logp=logp), rows, replace(config, micro_batch_tokens=budget, group_size=4)))
     assert sorted(r for part, _ in parts for r in part) == rows and (budget >= 1000 or len(parts) > 1)
     for _, micro in parts:
-        loss, _ = grpo.loss(micro["logp"], torch.zeros_like(micro["logp"]), micro, config, count)
+        loss, _ = grpo.loss(micro.logp, torch.zeros_like(micro.logp), micro, config, count)
         loss.backward(retain_graph=True)
     return logp.grad
 
@@ -320,12 +334,12 @@ def total_gradient(batch, config, logp, rows, budget=1000):
 def test_groups_of_equal_rewards_leave_loss_and_normaliser_exactly():
     rollout, config = rollout_of(), Config(beta=.1)
     rewards = torch.tensor([[1., 0., 0., 1.], [.7] * 4, [0., 0., 0., 1.]])
-    batch = {**grpo.prepare(rollout, rewards, config), "ref_logp": rollout.logps - .3}
-    assert batch["active"].tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    batch = replace(grpo.prepare(rollout, rewards, config), ref_logp=rollout.logps - .3)
+    assert batch.active.tolist() == [True] * 4 + [False] * 4 + [True] * 4
     kept = grpo.prepare(rollout, rewards, Config(zero_variance="keep"))
-    assert kept["active"].all() and (kept["advantages"][4:8] == 0).all()
+    assert kept.active.all() and (kept.advantages[4:8] == 0).all()
     logp = (rollout.logps + .1).requires_grad_()
-    rows = batch["active"].nonzero()[:, 0].tolist()
+    rows = batch.active.nonzero()[:, 0].tolist()
     gradient = total_gradient(batch, config, logp, rows)
     assert (gradient[4:8] == 0).all() and (gradient[0] != 0).any()
 
@@ -334,7 +348,7 @@ def test_groups_of_equal_rewards_leave_loss_and_normaliser_exactly():
 def test_the_token_budget_does_not_change_the_gradient(aggregation):
     rollout, config = rollout_of(2), Config(aggregation=aggregation, beta=.1)
     rewards = torch.tensor([[1., 0., 0., 1.], [1., 1., 0., 1.], [0., 0., 0., 1.]])
-    batch = {**grpo.prepare(rollout, rewards, config), "ref_logp": rollout.logps - .3}
+    batch = replace(grpo.prepare(rollout, rewards, config), ref_logp=rollout.logps - .3)
     gradients = []
     for budget in (1, 13, 30, 10000):
         logp = (rollout.logps + .1).requires_grad_()
@@ -348,12 +362,13 @@ def test_masking_truncated_rows_keeps_them_in_the_baseline():
     rollout.finished = torch.tensor([True, False, True, True] * 3)
     rewards = torch.tensor([[1., 0., 0., 1.]] * 3)
     batch = grpo.prepare(rollout, rewards, Config(mask_truncated=True))
-    assert (batch["mask"][1::4] == 0).all() and not batch["active"][1::4].any()
-    torch.testing.assert_close(batch["advantages"].view(3, 4), grpo.group_advantages(rewards))
+    assert (batch.mask[1::4] == 0).all() and not batch.active[1::4].any()
+    torch.testing.assert_close(batch.advantages.view(3, 4), grpo.group_advantages(rewards))
 
 
 def test_the_stop_token_is_trained_also_when_it_equals_the_padding():
-    """Token 0 is both stop token and padding; the mask comes from lengths, so position 3 (the stop) counts."""
+    """Token 0 is both stop token and padding; the mask comes from lengths, so position 3 (the stop)
+    counts."""
     rollout = Rollout(torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([2]), torch.tensor([4]), torch.zeros(1, 5),
                       torch.tensor([True]))
     assert rollout.completion_mask().tolist() == [[0, 0, 1, 1, 0]]
@@ -366,9 +381,9 @@ def test_every_aggregation_and_level_runs_with_every_kl(tmp_path):
     for how, level, kind in itertools.product(("token", "sequence", "constant"), ("token", "sequence"),
                                               ("k1", "k2", "k3", "k3_is")):
         config = Config(aggregation=how, ratio_level=level, kl_kind=kind, beta=.1, dual_clip=3.0)
-        batch = {**grpo.prepare(rollout, rewards, config), "ref_logp": rollout.logps - .3}
+        batch = replace(grpo.prepare(rollout, rewards, config), ref_logp=rollout.logps - .3)
         logp = (rollout.logps + .1 * rollout.completion_mask()).requires_grad_()
         loss, sums = grpo.loss(logp, torch.ones_like(logp), batch, config, 12)
         loss.backward()
-        assert torch.isfinite(logp.grad).all() and sums["tokens"] == batch["mask"].sum()
+        assert torch.isfinite(logp.grad).all() and sums["tokens"] == batch.mask.sum()
         assert sums["entropy"] == sums["tokens"] and sums["ratio_max_dev"].item() == pytest.approx(math.e ** .1 - 1, rel=1e-4)

@@ -1,11 +1,13 @@
 """Train a language model to reason with critic-free reinforcement learning: one loop, one file a
 concept.
 
-    python train.py                                   a small model, on a laptop, nothing to download
-    python train.py --algo gtpo                       another objective: grpo, gtpo, offpolicy
-    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512      a real model
-    torchrun --nproc-per-node 8 train.py --model DIR ...      the same numbers on any number of devices
-    python train.py --resume --out runs/NAME          go on after a crash or Ctrl-C (on CPU bit for bit)
+    python train.py                             a small model, on a laptop, nothing to download
+    python train.py --algo gtpo                 another objective: grpo, gtpo, offpolicy
+    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512
+                                                a real model
+    torchrun --nproc-per-node 8 train.py --model DIR ...
+                                                the same numbers on any number of devices
+    python train.py --resume --out runs/NAME    go on after a crash or Ctrl-C (on CPU bit for bit)
 
 Each step takes problems (data.py), draws a group of completions of each (rollout.py), rewards them
 (reward.py), turns rewards into advantages and a loss (grpo.py, gtpo.py or offpolicy.py), and takes
@@ -33,11 +35,10 @@ import prompts
 import report
 import reward
 import sft
-from config import Config, objective, parse, parse_levels
-from engine.checkpoint import (agree_on_run, checkpoints, claim, load_checkpoint, release,
+from config import objective, parse, parse_levels
+from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, load_checkpoint, release,
                                save_checkpoint, write_whole)
 from learner import Learner, adamw
-from engine.checkpoint import Progress
 from model import ModelConfig, Transformer
 from rollout import Sampler, check_request, completions
 
@@ -156,7 +157,7 @@ def rollout_metrics(run, rollout, rewards, parts, begin):
         "truncated_frac": sums["cut"] / rows,
         "num_tokens": progress.num_tokens,
         "num_samples": progress.step * c.prompts_per_step * c.group_size,
-        "entropy": sums["entropy"] / sums["drawn"],     # the sampler's estimate, until `learn` has another
+        "entropy": sums["entropy"] / sums["drawn"],     # the sampler's; `learn` may have a better
         "pass@G": sums["solved"] / groups,
         "rollout_time": seconds,
         "rollout_tokens_per_s": sums["drawn"] / seconds,
@@ -171,7 +172,8 @@ def evaluate(sampler, tokenizer, held_out, config):
     dist.phase("evaluation")
     with sampler.loaded():
         greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)
-        drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples, config.temperature)
+        drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples,
+                          config.temperature)
     return {"eval_pass@1": drawn["right"] / drawn["rows"],
             "eval_greedy": greedy["right"] / greedy["rows"],
             "eval_length": drawn["tokens"] / drawn["rows"]}
@@ -236,15 +238,15 @@ def finish(run):
     """Write the model in HF format and the last line."""
     progress = run.learner.progress
     first = progress.first
-    last = run.latest or evaluate_run(run)      # nothing evaluated yet: a resumed run without a step left
+    last = run.latest or evaluate_run(run)      # a resumed run without a step left has none
     dist.phase("writing the model")
     run.learner.model.save_pretrained(run.folder / "model", write=dist.rank() == 0)
 
     if dist.rank() == 0:
         minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
-        print(f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
-              f"{first['eval_length']:.0f} -> {last['eval_length']:.0f}, {minutes} min {seconds} s, "
-              f"model in {run.folder}/model")
+        print(f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, "
+              f"completion length {first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
+              f"{minutes} min {seconds} s, model in {run.folder}/model")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -270,7 +272,8 @@ def save(run):
     seconds = progress.seconds + time.perf_counter() - BEGIN
     now = Progress(**{**asdict(progress), "seconds": seconds})
     extra = learner.state.state_dict() if learner.state else {}
-    save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra, learner.config.keep_checkpoints)
+    save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra,
+                    learner.config.keep_checkpoints)
 
 
 def restore(run):
@@ -329,8 +332,8 @@ def start(c, folder, device):
     held_out = prompts.tokenize_prompts(held_out[:c.eval_problems], tokenizer, c.template,
                                         c.max_prompt_tokens, say)
     for problems in (train, held_out):
-        check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens, c.temperature,
-                      model.config)
+        check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
+                      c.temperature, model.config)
     functions = reward_functions(c)
     claim(c, folder)
 
@@ -367,8 +370,9 @@ def check_surroundings(c, device):
 
     room = ModelConfig.max_position_embeddings
     if not c.model and c.max_prompt_tokens + c.max_new_tokens > room:
-        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens "
-                         f"{c.max_new_tokens} leave the context of {room} tokens of the built-in model")
+        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and "
+                         f"--max-new-tokens {c.max_new_tokens} leave the context of {room} tokens "
+                         "of the built-in model")
 
 
 def reward_functions(c):
@@ -378,7 +382,8 @@ def reward_functions(c):
     for item in filter(None, c.reward.split(",")):
         name, _, weight = item.partition("=")
         if name not in reward.REWARDS:
-            raise ValueError(f"--reward {item}: choose {', '.join(reward.REWARDS)}, each with =WEIGHT")
+            raise ValueError(f"--reward {item}: choose {', '.join(reward.REWARDS)}, "
+                             "each with =WEIGHT")
         try:
             weights[name] = float(weight or 1)
         except ValueError:

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from engine import checkpoint
+from engine.checkpoint import Progress
 import dist
 import grpo
 import train
@@ -105,17 +106,14 @@ def share(rollout, rewards, G):
 def gradient(model, rollout, rewards, config, count):
     """(loss, norm, whole gradient by name) of the update that train.py would make."""
     found = {}
-    run = SimpleNamespace(c=config, model=model, device=torch.device("cpu"), algo=grpo, optimizer=learner.adamw(model, 0.0),
-                          reference=None, step=1, updates=0, bad_steps=0, say=print)
+    one = learner.Learner(config, grpo, model, learner.adamw(model, 0.0), Progress(step=1))
 
-    def descend(run, loss):
+    def descend(loss):
         for name, p in model.named_parameters():
             found[name] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
         return dist.total(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    original, learner.descend = learner.descend, descend
-    out = learner.one_pass(run, learner.make_batch(run, rollout, rewards), count, config)
-    learner.descend = original
-    return out[0], found
+    one.descend = descend
+    return one.passes(one.batch(rollout, rewards), count)[0], found
 
 
 @check
@@ -185,8 +183,8 @@ def rollouts_and_files_are_those_of_one_process(folder):
     assert sampler.weights is None
     tokens, mask = expected.tokens, expected.completion_mask()
     with torch.no_grad():                           # no gathered weights are left behind that an update would make old
-        learner.score(loaded, {"tokens": tokens, "mask": mask, "lengths": expected.lengths, "active": torch.ones(15).bool(),
-                              "prompt_lengths": expected.prompt_lengths}, Config(group_size=3, micro_batch_tokens=40))
+        batch = grpo.Batch(tokens, expected.prompt_lengths, expected.lengths, mask, None, None, torch.ones(15).bool(), None)
+        learner.Learner(Config(group_size=3, micro_batch_tokens=40), grpo, loaded, None, Progress()).score(batch)
         for p in loaded.parameters():
             p.to_local().zero_()
         logps = loaded.token_logps(tokens, mask)[0][mask.bool()]
@@ -198,11 +196,11 @@ def a_lost_rank_is_named_by_the_others(folder):
     dist.setup("cpu", 120)
     dist.watch(60)
     dist.phase("step 3: training")
-    dist.all_reduce([1.0], torch.device("cpu"))
+    dist.all_reduce({"one": 1.0}, torch.device("cpu"))
     if dist.rank() == 1:
         os._exit(0)
     try:
-        dist.all_reduce([1.0], torch.device("cpu"))
+        dist.all_reduce({"one": 1.0}, torch.device("cpu"))
     except RuntimeError as error:
         assert "rank 0 lost another rank in 'step 3: training, waiting for the others in all_reduce'" in dist.lost_contact(error)
         os._exit(0)

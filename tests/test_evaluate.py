@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import evaluate
 import reward
 import sft
 import train
+from config import Config
 from evaluate import majority_at_k, pass_at_k, subsets, vote_labels
 from report import standard_error
 
@@ -245,9 +245,7 @@ def test_the_training_log_and_this_file_agree(folder, first):
     """eval_greedy and eval_pass@1 of log.jsonl are the same numbers, when the problems are."""
     c = evaluate.EvalConfig(model=str(folder / "model"), data=str(folder / "problems.jsonl"), device="cpu", threads=1)
     sampler, tokenizer, problems, _ = evaluate.start(c)
-    config = train.Config(max_new_tokens=8, eval_samples=4)
-    line = train.evaluate(SimpleNamespace(c=config, held_out=problems, sampler=sampler, tokenizer=tokenizer,
-                                          device=sampler.model.device))
+    line = train.evaluate(sampler, tokenizer, problems, Config(max_new_tokens=8, eval_samples=4))
     assert line["eval_greedy"] == pytest.approx(first["strict"]["greedy"]["mean"])
     assert line["eval_pass@1"] == pytest.approx(first["strict"]["pass@1"]["mean"])
     assert line["eval_length"] == pytest.approx(first["sampled"]["completion_length"])

@@ -5,6 +5,7 @@ Expected numbers are worked by hand (shown) or come from `slow_conflicts`, the d
 import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 import gtpo
 import train
 import learner
+from engine.checkpoint import Progress
 from model import ModelConfig, Transformer
 from rollout import Rollout, empty_rollout
-from test_grpo import rollout_of
+from test_grpo import probed, rollout_of
 from test_train import fast, log_of, same_on_ranks, start, stored       # start is a fixture
-from train import Config
+from config import Config
 
 torch.set_num_threads(1)
 LN2 = 0.6931471805599453
@@ -221,7 +223,7 @@ def test_the_loss_of_random_batches_equals_the_definition(options):
                              **{"official": True} if official else {"cap": cap})
         starts = torch.tensor(starts)
         rollout = Rollout(tokens, starts, starts + mask.sum(1).long(), old, starts >= 0)
-        batch = {**gtpo.prepare(rollout, rewards, config), "initial_entropy": torch.full_like(A, .3)}
+        batch = replace(gtpo.prepare(rollout, rewards, config), initial_entropy=torch.full_like(A, .3))
         two, _ = gtpo.loss(logp, entropy, batch, config, len(rows))
         assert [one.item(), two.item()] == pytest.approx([total / len(rows)] * 2, abs=1e-6), seed
 
@@ -243,28 +245,29 @@ def test_cut_rows_left_out_still_make_conflicts_and_the_log_counts_by_hand(mask_
     """lambda 0: four tokens of row 1, three of row 2. lambda 2: five of row 0 (its "3" thanks to the cut row 2), three of
     row 3. H is .1, but 1 in row 1, which the gate drops."""
     config = Config(algo="gtpo", mask_truncated=mask_truncated)
-    batch = {**gtpo.prepare(worked_rollout(), REWARDS[:1], config), "initial_entropy": torch.full((4,), .2)}
+    batch = replace(gtpo.prepare(worked_rollout(), REWARDS[:1], config), initial_entropy=torch.full((4,), .2))
     expected = LAMBDA * torch.tensor([1, 1, not mask_truncated, 1])[:, None]
-    torch.testing.assert_close(batch["conflict"], torch.cat([torch.zeros(4, 2), expected], 1))
-    assert batch["advantages"].tolist() == [.5, -.5, -.5, .5]                           # r - mean by default
-    _, sums = gtpo.loss(torch.zeros(4, 9), batch["mask"] * torch.tensor([[.1], [1.], [.1], [.1]]), batch, config, 4)
+    torch.testing.assert_close(batch.conflict, torch.cat([torch.zeros(4, 2), expected], 1))
+    assert batch.advantages.tolist() == [.5, -.5, -.5, .5]                           # r - mean by default
+    _, sums = gtpo.loss(torch.zeros(4, 9), batch.mask * torch.tensor([[.1], [1.], [.1], [.1]]), batch, config, 4)
     assert (sums["conflict_protected_frac"], sums["conflict_amplified_frac"], sums["tokens"]) == (protected, 5 + 3, tokens)
     assert (sums["gate_dropped_frac"], sums["rows"]) == (1, 3 if mask_truncated else 4)
     assert gtpo.METRICS["gate_dropped_frac"] == "rows" and gtpo.METRICS["conflict_protected_frac"] == "tokens"
 
 
 def batch_gradient(rollout, rewards, budget=10 ** 6, log_ratio=0.0, **options):
-    """The gradient by logp as learner.update makes it, micro-batches of `budget` tokens over one normaliser; the batch."""
+    """The gradient by logp as learner.step makes it, micro-batches of `budget` tokens over one normaliser; the batch."""
     config = Config(algo="gtpo", gtpo_gamma=.1, group_size=4, micro_batch_tokens=budget, **options)
-    batch = {**gtpo.prepare(rollout, rewards, config), "initial_entropy": torch.full((rewards.numel(),), .2)}
-    batch["logp"] = logp = (rollout.logps + log_ratio).requires_grad_()
-    batch["entropy"] = torch.rand(logp.shape, generator=torch.Generator().manual_seed(9)) * batch["mask"]
-    rows = batch["active"].nonzero()[:, 0].tolist()
-    count = batch["mask"][rows].sum() if config.aggregation == "token" else len(rows)
+    batch = replace(gtpo.prepare(rollout, rewards, config), initial_entropy=torch.full((rewards.numel(),), .2))
+    logp = (rollout.logps + log_ratio).requires_grad_()
+    entropy = torch.rand(logp.shape, generator=torch.Generator().manual_seed(9)) * batch.mask
+    batch = probed(batch, logp=logp, entropy=entropy)
+    rows = batch.active.nonzero()[:, 0].tolist()
+    count = batch.mask[rows].sum() if config.aggregation == "token" else len(rows)
     parts = list(learner.parts_of(batch, rows, config))
     assert sorted(r for part, _ in parts for r in part) == rows and (budget >= 1000 or len(parts) > 1)
     for _, micro in parts:
-        gtpo.loss(micro["logp"], micro["entropy"], micro, config, count)[0].backward()
+        gtpo.loss(micro.logp, micro.entropy, micro, config, count)[0].backward()
     return logp.grad, batch
 
 
@@ -280,8 +283,8 @@ def test_micro_batches_add_up_to_the_whole(options):
 def test_a_group_of_equal_rewards_is_pushed_down_with_keep_and_left_alone_with_drop():
     """A = 0 leaves -gamma H: the gradient of each token is +gamma H / |o| / 12 rows, so a step lowers its probability."""
     kept, batch = batch_gradient(rollout_of(5), REWARDS, zero_variance="keep")
-    mask, n = batch["mask"][4:8], batch["mask"][4:8].sum(1)
-    H = (batch["entropy"][4:8] * mask).sum(1) / n
+    mask, n = batch.mask[4:8], batch.mask[4:8].sum(1)
+    H = (batch.entropy[4:8] * mask).sum(1) / n
     torch.testing.assert_close(kept[4:8], (.1 * H * (H <= LN2) / n / 12)[:, None] * mask)
     assert (kept[4:8] > 0).any()
     dropped, _ = batch_gradient(rollout_of(5), REWARDS)
@@ -293,18 +296,19 @@ def test_the_initial_entropy_is_measured_once_over_completions_that_count(mask_t
     """Entropy is a tenth of the token: row means .1 (1) and .4 (2 4 6), so .25. A cut row left out is no row of entropy 0."""
     tokens, lengths = torch.tensor([[9, 1, 0, 0], [9, 2, 4, 6]] * 2), torch.tensor([2, 4] * 2)
     finished = torch.tensor([True, True, not mask_truncated, not mask_truncated])
-    model = SimpleNamespace(token_logps=lambda tokens, mask, temperature, prompts: (mask * 0.0, tokens / 10 * mask))
+    model = SimpleNamespace(device=torch.device("cpu"), token_logps=lambda tokens, mask, temperature, prompts: (
+        mask * 0.0, tokens / 10 * mask))
     config = Config(algo="gtpo", mask_truncated=mask_truncated, group_size=2)
-    run = SimpleNamespace(c=config, algo=gtpo, model=model, reference=None, initial_entropy=None, device=torch.device("cpu"))
+    one = learner.Learner(config, gtpo, model, None, Progress(), state=gtpo.State(config))
     for later in (0, 3):                                                                # a later rollout is not measured
         rollout = Rollout(tokens + later, torch.ones(4, dtype=torch.int64), lengths, torch.zeros(4, 4), finished)
-        batch = learner.make_batch(run, rollout, torch.tensor([[1., 0.], [1., 0.]]))
-        torch.testing.assert_close(batch["initial_entropy"], torch.full((4,), .25))
+        batch = one.batch(rollout, torch.tensor([[1., 0.], [1., 0.]]))
+        torch.testing.assert_close(batch.initial_entropy, torch.full((4,), .25))
 
 
 def test_a_rank_without_prompts_prepares_an_empty_batch():
     batch = gtpo.prepare(empty_rollout("cpu"), torch.zeros(0, 4), Config(algo="gtpo"))
-    assert len(batch["conflict"]) == len(batch["scale"]) == len(batch["advantages"]) == 0
+    assert len(batch.conflict) == len(batch.scale) == len(batch.advantages) == 0
 
 
 def test_one_forward_gives_log_probs_with_and_entropies_without_gradient(monkeypatch):
@@ -312,10 +316,10 @@ def test_one_forward_gives_log_probs_with_and_entropies_without_gradient(monkeyp
     model = Transformer(ModelConfig(vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=1)).init_weights()
     passes, real, config = [], model.hidden_states, Config(algo="gtpo")
     monkeypatch.setattr(model, "hidden_states", lambda *a: passes.append(1) or real(*a))
-    batch = {**gtpo.prepare(worked_rollout(), REWARDS[:1], config), "initial_entropy": torch.full((4,), 3.)}
-    logp, entropy = model.token_logps(batch["tokens"], batch["mask"])
+    batch = replace(gtpo.prepare(worked_rollout(), REWARDS[:1], config), initial_entropy=torch.full((4,), 3.))
+    logp, entropy = model.token_logps(batch.tokens, batch.mask)
     assert logp.requires_grad and not entropy.requires_grad
-    gtpo.loss(logp, entropy, {**batch, "old_logp": logp.detach()}, config, 4)[0].backward()
+    gtpo.loss(logp, entropy, replace(batch, old_logp=logp.detach()), config, 4)[0].backward()
     assert len(passes) == 1 and any(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -327,8 +331,9 @@ def run_gtpo(start, out, *extra):
 
 
 def checkpoint(out, step):
-    state = out / "checkpoints" / f"step-{step:06d}" / "state.json"
-    return stored(out, step), json.loads(state.read_text())
+    """Tensors of a checkpoint, and the objective's state."""
+    extra = out / "checkpoints" / f"step-{step:06d}" / "extra.pt"
+    return stored(out, step), torch.load(extra, weights_only=True)
 
 
 def test_a_run_resumes_bit_for_bit_and_logs_what_was_promised(start, tmp_path):

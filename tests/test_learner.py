@@ -13,7 +13,7 @@ import train
 import learner
 from config import Config
 from model import Transformer
-from measure import common
+from engine.checkpoint import Progress
 from offpolicy import ReplayBuffer
 from rollout import Sampler
 from test_decode import small_model
@@ -50,13 +50,13 @@ def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatc
     """Four groups of three completions, of which two teach something: the tokens that go through the model are theirs, the
     prompt once a group, without the last token of a completion (nothing comes after it)."""
     model, seen = small_model(), []
-    run = common.make_run(model, Config(group_size=3))
+    one = learner.Learner(Config(group_size=3), grpo, model, learner.adamw(model, 1e-4), Progress())
     out = Sampler(model, []).generate([[1, 2], [3, 4, 5], [6], [7, 8]], 3, [4, 5, 6] * 4)
     rewards = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
     forward = Transformer.hidden_states
     monkeypatch.setattr(Transformer, "hidden_states", lambda self, tokens, *more: seen.append(len(tokens)) or forward(
         self, tokens, *more))
-    learner.one_pass(run, grpo.prepare(out, rewards, run.c), 4, run.c)
+    one.passes(grpo.prepare(out, rewards, one.config), 4)
     assert seen == [2 + 1 + 2 * (3 + 4 + 5)]
 
 

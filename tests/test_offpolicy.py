@@ -19,8 +19,8 @@ import learner
 from model import ModelConfig, Transformer
 from offpolicy import ReplayBuffer, importance_weights
 from rollout import Rollout, Sampler
-from test_grpo import random_batch
-from train import Config
+from test_grpo import probed, random_batch
+from config import Config
 
 torch.set_num_threads(1)
 NAN = math.nan
@@ -172,14 +172,15 @@ def test_the_drift_of_two_parts_adds_up():
     """Sequence weights 4, 1 and 1/2: ESS 5.5^2 / 17.25 of 3. KL: 2 tokens of 2 ln 2 - 1, one of (ln 1/2) / 2 + 1/2."""
     log_ratio = torch.tensor([[2., 2.], [1., NAN], [NAN, .5], [NAN, NAN]], dtype=torch.float64).log()
     mask = torch.tensor([[1., 1.], [1., 0.], [0., 1.], [0., 0.]])
-    parts = [offpolicy.drift(log_ratio[s], mask[s]) for s in (slice(0, 1), slice(1, 4), slice(4, 4))]
-    assert [maximum for _, maximum in parts] == [[pytest.approx(4)], [1], [0]]
+    parts = [offpolicy.drift_of(log_ratio[s], mask[s]) for s in (slice(0, 1), slice(1, 4), slice(4, 4))]
+    assert [part.largest_weight for part in parts] == [pytest.approx(4), 1, 0]
     kl = (2 * (2 * math.log(2) - 1) + (1 - math.log(2)) / 2) / 4
-    metrics = offpolicy.drift_metrics([sum(x) for x in zip(*(sums for sums, _ in parts))])
-    assert metrics == {"ess": pytest.approx(5.5 ** 2 / 17.25 / 3), "kl_pi_mu": pytest.approx(kl)}
-    assert offpolicy.drift_metrics([0.] * 5) == {"ess": 1, "kl_pi_mu": 0}
+    both = sum(parts, offpolicy.Drift())
+    assert both.ess == pytest.approx(5.5 ** 2 / 17.25 / 3) and both.kl_a_token == pytest.approx(kl)
+    assert both.largest_weight == pytest.approx(4)
+    assert offpolicy.Drift().ess == 1 and offpolicy.Drift().kl_a_token == 0
     for w in (.9, 1.1, 1.3713139731745285):                 # 24 equal weights, with the float32 sums that the ranks return
-        assert 1 - 1e-6 < offpolicy.drift_metrics(torch.tensor([24., 24 * w, 24 * w * w, 1., 0.]).tolist())["ess"] <= 1
+        assert 1 - 1e-6 < offpolicy.Drift(*torch.tensor([24., 24 * w, 24 * w * w, 1., 0.]).tolist()).ess <= 1
 
 
 # ------------------------------------------------------------------------------------------------- trust region
@@ -343,10 +344,10 @@ def test_old_samples_really_come_back_and_change_the_loss():
     back = Rollout(**fields_)
     assert set(map(tuple, back.completions())) <= set(map(tuple, old.completions())) and stamps.tolist() == [0] * 16
     for rollout, scores in (drawn(model, seed=2), (back, r)):
-        batch = grpo.prepare(rollout, scores, config)
+        batch = offpolicy.prepare(rollout, scores, config)
         offpolicy.correct(batch, config)
-        logp, entropy = model.token_logps(batch["tokens"], batch["mask"])
-        loss, sums = offpolicy.loss(logp, entropy, batch, config, batch["mask"].sum())
+        logp, entropy = model.token_logps(batch.tokens, batch.mask)
+        loss, sums = offpolicy.loss(logp, entropy, batch, config, batch.mask.sum())
         gradient = torch.autograd.grad(loss, model.model.layers[0].mlp.up_proj.weight)[0]
         results.append((loss.item(), sums["ratio_max_dev"].item(), gradient.flatten()))
     (fresh, on_policy, g), (replayed, off_policy, h) = results
@@ -364,13 +365,15 @@ def batch_of(seed=0, drift=.3):
     """logp with gradient, and the batch of a pass: mu, prox `drift` away from it, pi a little further."""
     logp, old, advantages, mask = random_batch(seed)
     prox = old + drift * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    return (prox - old + logp.detach()).requires_grad_(), {
-        "tokens": torch.zeros(old.shape, dtype=torch.int64), "lengths": mask.sum(1).long(), "old_logp": old,
-        "prox_logp": prox, "mask": mask, "advantages": advantages, "active": torch.ones(6, dtype=torch.bool)}
+    lengths = mask.sum(1).long()
+    batch = offpolicy.Batch(
+        tokens=torch.zeros(old.shape, dtype=torch.int64), prompt_lengths=0 * lengths, lengths=lengths, mask=mask,
+        rewards=advantages, advantages=advantages, active=torch.ones(6, dtype=torch.bool), old_logp=old, prox_logp=prox)
+    return (prox - old + logp.detach()).requires_grad_(), batch
 
 
 def value_and_gradient(module, logp, batch, config):
-    loss, _ = module.loss(logp, torch.zeros_like(logp), batch, config, batch["mask"].sum())
+    loss, _ = module.loss(logp, torch.zeros_like(logp), batch, config, batch.mask.sum())
     return loss, torch.autograd.grad(loss, logp)[0]
 
 
@@ -388,10 +391,10 @@ def test_without_drift_the_decoupled_loss_is_that_of_grpo(importance):
 def test_decoupled_multiplies_rows_by_their_weights_and_bypass_has_the_ratio_to_mu(config, anchor, weight):
     """Both times the weights of the replay buffer. A row of weight 0 stays in the denominator."""
     logp, batch = batch_of(2, drift=.6)
-    mask, replay = batch["mask"], torch.tensor([1., .5, .25, 1., .75, 1.], dtype=torch.float64)
-    w = [math.exp(x) for x in ((batch["prox_logp"] - batch["old_logp"]) * mask).sum(1).tolist()]
+    mask, replay = batch.mask, torch.tensor([1., .5, .25, 1., .75, 1.], dtype=torch.float64)
+    w = [math.exp(x) for x in ((batch.prox_logp - batch.old_logp) * mask).sum(1).tolist()]
     offpolicy.correct(batch, config, replay)
-    surrogate = grpo.policy_loss(logp, batch[anchor], batch["advantages"], mask)
+    surrogate = grpo.policy_loss(logp, getattr(batch, anchor), batch.advantages, mask)
     expected = sum(weight(w[i]) * replay[i] * surrogate[i].sum() for i in range(6)) / mask.sum()
     value, gradient = value_and_gradient(offpolicy, logp, batch, config)
     close(value.detach(), expected.item())
@@ -402,10 +405,10 @@ def test_decoupled_multiplies_rows_by_their_weights_and_bypass_has_the_ratio_to_
 @pytest.mark.parametrize("kind, delta", [("sequence", .1), ("token", .05), ("second_moment", .04)])
 def test_a_trust_region_takes_gradients_but_not_the_denominator(kind, delta):
     logp, batch = batch_of(5)
-    mu, mask, replay, gradients = batch["old_logp"], batch["mask"], torch.linspace(.1, .6, 6), []
-    squares = (batch["prox_logp"] - mu).square()
+    mu, mask, replay, gradients = batch.old_logp, batch.mask, torch.linspace(.1, .6, 6), []
+    squares = (batch.prox_logp - mu).square()
     stays = {"sequence": offpolicy.sequence_mask, "token": offpolicy.token_mask, "second_moment": lambda *_: squares <
-             offpolicy.second_moment_limit(squares[mask > 0], delta)}[kind](logp, mu, batch["advantages"], mask, delta)
+             offpolicy.second_moment_limit(squares[mask > 0], delta)}[kind](logp, mu, batch.advantages, mask, delta)
     for region in ("", kind):
         config = Config(algo="offpolicy", correction="bypass", trust_region=region, trust_delta=delta, clip_high=9.)
         offpolicy.correct(batch, config, replay)
@@ -417,10 +420,10 @@ def test_a_trust_region_takes_gradients_but_not_the_denominator(kind, delta):
 def test_the_second_moment_is_that_of_the_tokens_that_are_trained():
     """Row 0 has squares of .09 against a limit of .04; the rows of equal rewards, not trained, are still at mu."""
     _, batch = batch_of()
-    batch["prox_logp"] = batch["old_logp"] + torch.tensor([.3] + [0.] * 5)[:, None]
-    batch["active"] = torch.tensor([True] + [False] * 5)
+    batch.prox_logp = batch.old_logp + torch.tensor([.3] + [0.] * 5)[:, None]
+    batch.active = torch.tensor([True] + [False] * 5)
     offpolicy.correct(batch, Config(algo="offpolicy", trust_region="second_moment", trust_delta=.04))
-    assert (batch["weight"][0] == 0).all()
+    assert (batch.weight[0] == 0).all()
 
 
 @pytest.mark.parametrize("config", [
@@ -430,20 +433,22 @@ def test_the_second_moment_is_that_of_the_tokens_that_are_trained():
 def test_ranks_and_micro_batches_add_up_to_the_whole(config):
     """Two ranks of three rows: what `reduce` and `gather` get from one rank is joined with the other's."""
     logp, batch = batch_of(4)
-    batch["active"][1] = False                              # a row that is not trained has no part in a mean weight
-    halves, sums, squares = [{k: v[s] for k, v in batch.items()} for s in (slice(3), slice(3, 6))], [], []
+    batch.active[1] = False                              # a row that is not trained has no part in a mean weight
+    halves, sums, squares = [], [], []
+    for part in (slice(3), slice(3, 6)):
+        halves.append(replace(batch, **{k: v[part] for k, v in vars(batch).items() if torch.is_tensor(v)}))
     offpolicy.correct(batch, config)
     for half in halves:
-        offpolicy.correct(dict(half), config, None, lambda x: sums.append(x) or x, lambda x: squares.append(x) or x)
+        offpolicy.correct(replace(half), config, None, lambda x: sums.append(x) or x, lambda x: squares.append(x) or x)
     for half in halves:
-        offpolicy.correct(half, config, None, lambda _: [sum(x) for x in zip(*sums)], lambda _: torch.cat(squares))
-    close(torch.cat([half["weight"] for half in halves]), batch["weight"])
+        offpolicy.correct(half, config, None, lambda _: {k: sum(x[k] for x in sums) for k in sums[0]}, lambda _: torch.cat(squares))
+    close(torch.cat([half.weight for half in halves]), batch.weight)
     if config.importance == "self_normalized":
-        on = batch["active"][:, None] * (batch["mask"] if config.importance_level == "token" else torch.eye(9)[:1])
-        assert (batch["weight"] * on).sum().item() / on.sum().item() == pytest.approx(1)
-    count, gradients = batch["mask"].sum() if config.aggregation == "token" else 6, []
+        on = batch.active[:, None] * (batch.mask if config.importance_level == "token" else torch.eye(9)[:1])
+        assert (batch.weight * on).sum().item() / on.sum().item() == pytest.approx(1)
+    count, gradients = batch.mask.sum() if config.aggregation == "token" else 6, []
     for parts in ([range(6)], [[0, 4], [1, 2, 3], [5]]):
-        micros = [learner.rows_of({**batch, "logp": logp}, list(rows)) for rows in parts]
-        total = sum(offpolicy.loss(m["logp"], torch.zeros_like(m["logp"]), m, config, count)[0] for m in micros)
+        micros = [probed(batch, logp=logp).rows(list(rows)) for rows in parts]
+        total = sum(offpolicy.loss(m.logp, torch.zeros_like(m.logp), m, config, count)[0] for m in micros)
         gradients.append(torch.autograd.grad(total, logp)[0])
     close(gradients[1], gradients[0], 1e-12)

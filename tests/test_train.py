@@ -17,6 +17,7 @@ import dist
 import sft
 import train
 import learner
+from config import Config
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ def test_a_problem_is_never_both_trained_on_and_held_out(start, tmp_path, capsys
     rows = [json.loads(x) for x in open(start.parent / "problems.jsonl")]
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("\n".join(map(json.dumps, rows[:50])))
-    config = train.Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
+    config = Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
     said = []
     trained, evaluated = train.load_split(config, said.append)
     assert len(trained) == 150 and len(evaluated) == 50 and "left 50 of 200" in said[0]
