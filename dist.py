@@ -1,9 +1,9 @@
 """Processes, devices and sharding: the same program alone, on 8 GPUs, and on 20 Ascend chips in
 three nodes.
 
-    float32 weights, gradients and Adam's moments are cut in `shard` parts (FSDP2: ZeRO-3, arXiv 1910.02054, 2304.11277); the
-    parts are repeated world / shard times (HSDP). A block is gathered in the compute dtype when it is needed, and its
-    gradients are summed in float32 into the parts again.
+float32 weights, gradients and Adam's moments are cut in `shard` parts (FSDP2: ZeRO-3, arXiv
+1910.02054, 2304.11277). The parts are repeated world / shard times (HSDP). A block is gathered in
+the compute dtype when it is needed, and its gradients are summed in float32 into the parts again.
 
 A loss is divided by a *global* count before backward, so summing the gradients over ranks gives the
 gradient of the single-process run: no rank average, no dependence on how many prompts a rank got. A
@@ -11,8 +11,8 @@ rank without prompts runs one token times zero and enters the same collectives. 
 one process: float32 without any of this, bfloat16 as a mesh of one, for its float32 masters.
 
 Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere. Left out:
-tensor, pipeline and sequence parallelism; FSDP2 with one chip's share of 14B parameters and their
-optimizer fits (bench.py memory). """
+tensor, pipeline and sequence parallelism, because FSDP2 with one chip's share of 14B parameters and
+their optimizer fits (bench.py memory). """
 import datetime
 import gc
 import os
@@ -27,41 +27,53 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    fully_shard, register_fsdp_forward_method)
 
 
-# ---------------------------------------------------------------------------- devices and processes
+# -------------------------------------------------------------------------- devices and processes
 
 def setup(device_name="", timeout=1800):
-    """Join the process group that torchrun describes (none under plain python) and return this
-    rank's device.
+    """Join the process group that torchrun describes (none under plain python). Returns the device.
 
     device_name: "cpu", "cuda", "npu" or "" for the accelerator that is here. timeout: seconds that
-    a collective may take. ValueError when the device is absent, or the other ranks cannot be
+    a collective may take. Raises ValueError when the device is absent, or the other ranks cannot be
     reached."""
-    found = torch.accelerator.current_accelerator(check_available=True)     # built for one is not having one
-    kind = device_name or (found.type if found and found.type in ("cuda", "npu") else "cpu")
-    if kind != "cpu" and (found is None or found.type != kind):
-        raise ValueError(f"--device {kind}: no such device here (found: {found.type if found else 'cpu only'})")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if kind != "cpu" and local_rank >= torch.accelerator.device_count():
-        raise ValueError(f"local rank {local_rank} has no {kind} device: start at most "
-                         f"{torch.accelerator.device_count()} processes a node")
-    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
-    if kind != "cpu":
-        torch.accelerator.set_device_index(local_rank)
+    device = own_device(device_name)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+
     if "RANK" in os.environ and not c10d.is_initialized():
         try:
-            c10d.init_process_group(backends(kind), timeout=datetime.timedelta(seconds=timeout),
+            c10d.init_process_group(backends(device.type),
+                                    timeout=datetime.timedelta(seconds=timeout),
                                     **meeting_point(min(timeout, 600)))
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: {first_line(error)}") from None
+            raise ValueError(f"rank {os.environ['RANK']} cannot reach the others: "
+                             f"{first_line(error)}") from None
     return device
 
 
+def own_device(device_name):
+    """The device of this rank, by its place on the node. Raises ValueError when it is absent."""
+    found = torch.accelerator.current_accelerator(check_available=True)     # not only built for
+    found_kind = found.type if found else "cpu"
+    kind = device_name or (found_kind if found_kind in ("cuda", "npu") else "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != found_kind:
+        raise ValueError(f"--device {kind}: no such device here "
+                         f"(found: {found.type if found else 'cpu only'})")
+
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ValueError(f"local rank {local_rank} has no {kind} device: "
+                         f"start at most {count} processes a node")
+    return torch.device(kind, local_rank)
+
+
 def meeting_point(timeout):
-    """Arguments of init_process_group: torchrun's store, under a name that only the ranks of this
-    start know.
+    """Arguments of init_process_group: torchrun's store, under a name that only this start knows.
 
     torchrun keeps its store when it restarts the ranks, and with it the addresses of ranks that are
     gone; its count of restarts differs between nodes. So rank 0 makes up a name and tells it to
@@ -69,34 +81,52 @@ def meeting_point(timeout):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":        # rank 0 makes a new store
         return {}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          timeout=datetime.timedelta(seconds=timeout))
-    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    if rank > 0:
-        greeting = name
-        store.set(f"greeting/{rank}", greeting)
-        name = store.get(f"answer/{greeting}").decode()         # waits
-        store.set(f"{name}/{rank}", "confirmed")
-    missing = set(range(1, world)) if rank == 0 else set()
+    store = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=datetime.timedelta(seconds=timeout))
+    name = answer_greetings(store, world, timeout) if rank == 0 else greet(store, rank)
+    return {"store": c10d.PrefixStore(name, store), "rank": rank, "world_size": world}
+
+
+def greet(store, rank):
+    """Ask rank 0 for the name of this start. Returns it when it has come."""
+    greeting = uuid.uuid4().hex
+    store.set(f"greeting/{rank}", greeting)
+    name = store.get(f"answer/{greeting}").decode()         # waits
+    store.set(f"{name}/{rank}", "confirmed")
+    return name
+
+
+def answer_greetings(store, world, timeout):
+    """Make up the name of this start and tell it to all other ranks. Returns it when all have it.
+
+    A rank may greet again after a restart, so greetings are answered until every rank has
+    confirmed. Raises RuntimeError when some have not come in `timeout` seconds."""
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout
+    missing = set(range(1, world))
     while missing:
         for other in sorted(missing):
             if store.check([f"greeting/{other}"]):
-                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+                greeting = store.get(f"greeting/{other}").decode()
+                store.set(f"answer/{greeting}", name)
         missing = {other for other in missing if not store.check([f"{name}/{other}"])}
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {sorted(missing)} have not come in {timeout} s")
         time.sleep(0.01)
-    return {"store": c10d.PrefixStore(name, store), "rank": rank, "world_size": world}
+    return name
 
 
 def backends(kind):
-    """Gloo beside the device's own: objects of the host travel over it."""
-    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{c10d.get_default_backend_for_device(kind)}"
+    """The backend of a kind of device, and Gloo beside it: objects of the host travel over that."""
+    if kind == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{kind}:{c10d.get_default_backend_for_device(kind)}"
 
 
 def close():
-    """Leave the process group, if there is one. Drop sharded models before: what holds the group
-    keeps its threads alive."""
+    """Leave the process group, if there is one.
+
+    Drop sharded models before: what holds the group keeps its threads alive."""
     if c10d.is_initialized():
         gc.collect()
         c10d.destroy_process_group()
@@ -111,12 +141,13 @@ def world():
 
 
 def split(count):
-    """This rank's range of `count` items: contiguous, sizes differ by at most one, any world size;
-    rank 0 has the most."""
+    """This rank's range of `count` items, on any world size.
+
+    The ranges are contiguous and their sizes differ by at most one; rank 0 has the most."""
     return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
-# ----------------------------------------------------------------------------------------- sharding
+# --------------------------------------------------------------------------------------- sharding
 
 class Sharding:
     """Where the weights of a model lie; call it on a model (on the meta device, before it is
@@ -124,51 +155,68 @@ class Sharding:
 
     dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload:
     the parts, their gradients and the optimizer's state stay in the memory of the host. timeout:
-    seconds of a collective of the mesh. ValueError when shard does not divide the world, or there
-    is nothing to offload from."""
+    seconds of a collective of the mesh. Raises ValueError when shard does not divide the world, or
+    there is nothing to offload from."""
 
     def __init__(self, device, dtype, shard=0, offload=False, timeout=1800):
-        self.device, self.dtype, self.offload = device, dtype, offload
+        self.device = device
+        self.dtype = dtype
+        self.offload = offload
         shard = shard or world()
         if world() % shard:
-            raise ValueError(f"--shard {shard}: {world()} rank{'s' * (world() > 1)} cannot be cut into groups of {shard}")
+            raise ValueError(f"--shard {shard}: {world()} rank{'s' * (world() > 1)} "
+                             f"cannot be cut into groups of {shard}")
         if offload and device.type == "cpu":
-            raise ValueError("--offload moves the optimizer's state from an accelerator to the host: leave it out on the CPU")
+            raise ValueError("--offload moves the optimizer's state from an accelerator to the "
+                             "host: leave it out on the CPU")
+
+        # plain python in float32: the model is its own master
         self.active = c10d.is_initialized() or dtype != torch.float32 or offload
-        if not self.active:         # the model is its own master
-            return
+        if self.active:
+            self.mesh = self.make_mesh(shard, timeout)
+
+    def make_mesh(self, shard, timeout):
+        """The mesh of ranks: (shard,), or (copies, shard) when there are several copies."""
+        kind = self.device.type
         if not c10d.is_initialized():
-            c10d.init_process_group(backends(device.type), store=c10d.HashStore(), rank=0, world_size=1)
+            c10d.init_process_group(backends(kind), store=c10d.HashStore(), rank=0, world_size=1)
         if shard == world():
-            self.mesh = DeviceMesh.from_group(c10d.group.WORLD, device.type, mesh_dim_names=("shard",))
-            return
+            return DeviceMesh.from_group(c10d.group.WORLD, kind, mesh_dim_names=("shard",))
+
         ranks = torch.arange(world()).view(-1, shard)
-        groups = [own_group(rows, timeout) for rows in (ranks.T.tolist(), ranks.tolist())]
-        self.mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("copies", "shard"))
+        of_copies = own_group(ranks.T.tolist(), timeout)
+        of_shards = own_group(ranks.tolist(), timeout)
+        return DeviceMesh.from_group([of_copies, of_shards], kind, mesh=ranks,
+                                     mesh_dim_names=("copies", "shard"))
 
     def __call__(self, model):
         model.computes_on = self.device, self.dtype
         if not self.active:
             return model
-        settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)}
+
+        settings = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(
+            self.dtype, torch.float32, cast_forward_inputs=False)}
         if self.offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for module in (*model.model.layers, model):     # the rest, embedding and lm_head, is gathered as one
+
+        for module in (*model.model.layers, model):     # embedding and lm_head are gathered as one
             fully_shard(module, **settings)
-            module.set_gradient_divide_factor(1.0)      # sums, not means: the loss is divided already
-            module.set_force_sum_reduction_for_comms(True)      # and by SUM alone, which every backend has
+            module.set_gradient_divide_factor(1.0)      # sums: the loss is divided already
+            module.set_force_sum_reduction_for_comms(True)      # by SUM, which every backend has
         register_fsdp_forward_method(model, "token_logps")
         return model
 
     @property
     def home(self):
-        """Of the parts."""
+        """Device on which this rank keeps its part of the weights."""
         return torch.device("cpu") if self.offload else self.device
 
 
 def own_group(rows, timeout):
-    """This rank's process group among those of the rows (lists of ranks). Every rank makes all of
-    them, in this order; a mesh would make them as well, but with a timeout of its own."""
+    """This rank's process group among those of the rows (lists of ranks).
+
+    Every rank makes all of them, in this order. A mesh would make them as well, but with a timeout
+    of its own."""
     groups = [c10d.new_group(row, timeout=datetime.timedelta(seconds=timeout)) for row in rows]
     return next(group for row, group in zip(rows, groups) if rank() in row)
 
@@ -178,15 +226,17 @@ def sharded(model):
 
 
 def reduce_over_copies(model, now):
-    """Whether the next backward also sums gradients over the copies of the weights: of several,
-    only the last has to."""
+    """Say whether the next backward also sums gradients over the copies of the weights.
+
+    Of several backwards only the last one has to."""
     if sharded(model):
         model.set_requires_all_reduce(now)
 
 
 def reshard(model):
-    """Give up the gathered weights that a forward without backward leaves: they would be old after
-    the next update."""
+    """Give up the gathered weights that a forward without backward leaves.
+
+    They would be old after the next update."""
     if sharded(model):
         model.reshard()
 
@@ -201,7 +251,7 @@ def total(value):
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()
 
 
-# -------------------------------------------------------------------------------------- collectives
+# ------------------------------------------------------------------------------------ collectives
 
 def barrier():
     if c10d.is_initialized():
@@ -212,9 +262,10 @@ def barrier():
 def all_reduce(values, device, op="sum"):
     """A dict of named numbers, reduced over ranks ("sum" or "max"): the same names, as floats.
 
-    Every rank must bring the same names in the same order. In float32, so counts stay exact to 16
-    million."""
-    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float32, device=device)
+    Every rank must bring the same names in the same order. The numbers travel in float32, so counts
+    stay exact to 16 million."""
+    numbers = [float(value) for value in values.values()]
+    numbers = torch.tensor(numbers, dtype=torch.float32, device=device)
     if c10d.is_initialized():
         with waiting("all_reduce"):
             c10d.all_reduce(numbers, op=c10d.ReduceOp.SUM if op == "sum" else c10d.ReduceOp.MAX)
@@ -231,8 +282,9 @@ def broadcast_object(value):
 
 
 def gather_objects(value):
-    """Every rank's value, in a list by rank, on every rank. Between our own processes only: it
-    pickles."""
+    """Every rank's value, in a list by rank, on every rank.
+
+    Between our own processes only, because it pickles."""
     box = [value]
     if c10d.is_initialized():
         box = [None] * world()
@@ -241,20 +293,24 @@ def gather_objects(value):
     return box
 
 
-# ----------------------------------------------------------------------------------------- watching
+# --------------------------------------------------------------------------------------- watching
 
 class Watchdog(threading.Thread):
-    """Says on stderr which rank has been in which phase for longer than `limit` seconds, again each
-    time it doubles."""
+    """Says on stderr which rank has been in which phase for longer than `limit` seconds.
+
+    It says so again each time that the time has doubled."""
 
     def __init__(self, limit):
         super().__init__(daemon=True)
-        self.limit, self.stopped = limit, threading.Event()
+        self.limit = limit
+        self.stopped = threading.Event()
         self.enter("start")
 
     def enter(self, phase, detail=""):
-        self.base, self.detail = phase, detail
-        self.since, self.told = time.monotonic(), 0.0
+        self.base = phase
+        self.detail = detail
+        self.since = time.monotonic()
+        self.told = 0.0
 
     @property
     def phase(self):
@@ -265,15 +321,15 @@ class Watchdog(threading.Thread):
             seconds = time.monotonic() - self.since
             if seconds > max(self.limit, 2 * self.told):
                 self.told = seconds
-                print(f"rank {rank()} (pid {os.getpid()} on {socket.gethostname()}) has been in {self.phase!r} for {seconds:.0f} s",
-                      file=sys.stderr, flush=True)
+                print(f"rank {rank()} (pid {os.getpid()} on {socket.gethostname()}) has been in "
+                      f"{self.phase!r} for {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 _watchdog = None
 
 
 def watch(limit):
-    """Start the watchdog; 0: none."""
+    """Start the watchdog; a limit of 0 starts none."""
     global _watchdog
     if limit > 0:
         _watchdog = Watchdog(limit)
@@ -281,26 +337,30 @@ def watch(limit):
 
 
 def phase(name):
-    """What this rank does from now on, for the watchdog."""
+    """Tell the watchdog what this rank does from now on."""
     if _watchdog:
         _watchdog.enter(name)
 
 
 def detail(text):
-    """A part of the present phase."""
+    """Tell the watchdog which part of the present phase this is."""
     if _watchdog:
         _watchdog.enter(_watchdog.base, text)
 
 
 @contextmanager
 def waiting(what):
-    """A collective outside of the model: a rank that is late is one that is not waiting. (Those
-    inside are in "training".)"""
+    """While open, this rank waits for the others in a collective outside of the model.
+
+    So the late rank is the one that is not waiting. Collectives inside the model are in
+    "training"."""
     before = _watchdog.detail if _watchdog else ""
     detail(f"waiting for the others in {what}")
     yield
     detail(before)
 
+
+# ----------------------------------------------------------------------------------------- errors
 
 class Agreed(ValueError):
     """An error that every rank raises: one of them says it."""
@@ -314,12 +374,15 @@ def lost_contact(error):
     if world() == 1 or not LOST.search(str(error)):
         return None
     where = _watchdog.phase if _watchdog else "a collective"
-    return f"rank {rank()} lost another rank in {where!r} ({first_line(error)[:200]}): its own message says why"
+    return (f"rank {rank()} lost another rank in {where!r} ({first_line(error)[:200]}): "
+            "its own message says why")
 
 
 def fail(error):
-    """End the program with one line. One of several ranks ends at once: leaving the group would
-    wait for the others, who may wait for this one; torchrun ends them."""
+    """End the program with one line.
+
+    One of several ranks ends at once: leaving the group would wait for the others, who may wait for
+    this one. torchrun ends them."""
     if world() == 1:
         sys.exit(f"error: {error}")
     if rank() == 0 or not isinstance(error, Agreed):
@@ -328,4 +391,5 @@ def fail(error):
 
 
 def first_line(error):
+    """The first line of an error's message; its type when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

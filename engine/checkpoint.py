@@ -1,15 +1,17 @@
-"""A run's folder, and checkpoints that survive anything: a crash at any moment, a full disk,
-another number of ranks.
+"""A run's folder, and checkpoints that survive a crash at any moment, a full disk, another world
+size.
 
-    folder/config.json          the run's settings          folder/.lock        held while a run writes here
-    folder/checkpoints/step-000020/     *.distcp, .metadata     weights, Adam's moments, the lagging weights: each rank its part
-                                        extra.pt                the objective's state, the same on every rank
-                                        state.json              Progress, and the size of every file
+    folder/config.json          the run's settings
+    folder/.lock                held while a run writes here
+    folder/checkpoints/step-000020/
+        *.distcp, .metadata     weights, Adam's moments, the lagging weights: each rank its part
+        extra.pt                the objective's state, the same on every rank
+        state.json              Progress, and the size of every file
 
 A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is
 whole or absent. Tensors are saved by torch.distributed.checkpoint under their names, whatever part
-of them a rank held, so that any number of ranks can go on from them. Several nodes need a folder
-that all of them see. (Its index is a pickle: resume only your own runs.) """
+of them a rank held, so any number of ranks can go on from them. Several nodes need a folder that
+all of them see. The index of the tensors is a pickle: resume only your own runs. """
 import fcntl
 import json
 import os
@@ -26,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from dist import Agreed, barrier, broadcast_object, first_line, gather_objects, rank
 from engine.machine import choose_threads
 
+
 @dataclass
 class Progress:
     """How far a run has come: the numbers that every checkpoint keeps, in state.json."""
@@ -39,45 +42,56 @@ class Progress:
     first: dict = field(default_factory=dict)       # evaluation before the first step
 
 
-# --------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------------------- run folder
 
 _lock = []      # the open lock file of this process
 
 
-def open_run(c, restarted):
-    """(this run's settings, its folder), not yet written to; ValueError when it is another run's.
-
-    restarted: torchrun started the processes again after one of them was lost; a run of these
-    settings then goes on by itself. One of others is left alone."""
-    c.out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
-    folder = Path(c.out)
-    if restarted and not c.resume and (folder / "config.json").exists():
-        stored = json.loads((folder / "config.json").read_text())
-        if stored == {**asdict(c), "threads": stored.get("threads")}:
-            c = replace(c, resume=True, threads=stored["threads"])
-    if not c.resume and folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
-        hint = f"python train.py --resume --out {c.out}" if (folder / "config.json").exists() else "an empty one"
-        raise ValueError(f"--out {c.out} is not empty: choose another folder, or go on with it: {hint}")
-    if c.resume:
-        lock(folder)
-    c.threads = c.threads or choose_threads()
-    return c, folder
-
-
 def agree_on_run(c):
-    """Rank 0 looks at the folder; every rank gets the same settings, or the same error."""
-    restarted = any(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))     # of any node's torchrun
-    return together(lambda: open_run(c, restarted))
+    """Choose the run's folder and settings. Returns (settings, folder), the same on every rank.
+
+    Rank 0 looks at the folder. Raises ValueError on every rank when it is another run's."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarted = any(gather_objects(restarts > 0))       # of any node's torchrun
+    chosen = together(lambda: open_run(c, restarted))
+    return replace(c, **chosen), Path(chosen["out"])
+
+
+def open_run(c, restarted):
+    """Look at the run's folder, without writing to it. Returns the settings that follow from it.
+
+    restarted: torchrun started the processes again after one of them was lost. A run of these
+    settings then goes on by itself; one of others is left alone. Raises ValueError when the folder
+    is taken."""
+    out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    folder, config = Path(out), Path(out) / "config.json"
+    resume, threads = c.resume, c.threads
+
+    if restarted and not resume and config.exists():
+        stored = json.loads(config.read_text())
+        mine = {**asdict(c), "out": out, "threads": stored.get("threads")}
+        if stored == mine:
+            resume, threads = True, stored["threads"]
+
+    taken = folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir())
+    if taken and not resume:
+        hint = f"python train.py --resume --out {out}" if config.exists() else "an empty one"
+        raise ValueError(f"--out {out} is not empty: choose another folder, "
+                         f"or go on with it: {hint}")
+    if resume:
+        lock(folder)
+    return {"out": out, "resume": resume, "threads": threads or choose_threads()}
 
 
 def together(act):
-    """Rank 0 acts; every rank gets its result, or the error that it met."""
+    """Let rank 0 act. Every rank gets its result, or raises the error that it met."""
     result = problem = None
     if rank() == 0:
         try:
             result = act()
         except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
             problem = first_line(error)
+
     result, problem = broadcast_object((result, problem))
     if problem:
         raise Agreed(problem)
@@ -85,8 +99,8 @@ def together(act):
 
 
 def lock(folder):
-    """Hold the folder until this process ends, however it ends; ValueError when another one holds
-    it."""
+    """Hold the folder until this process ends, however it ends. Raises ValueError when another
+    does."""
     if _lock and Path(_lock[0].name) == folder / ".lock":
         return
     _lock[:] = [open(folder / ".lock", "a")]
@@ -94,7 +108,8 @@ def lock(folder):
         fcntl.flock(_lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         _lock.clear()
-        raise ValueError(f"{folder}: another run is writing there; stop it, or choose another --out") from None
+        raise ValueError(f"{folder}: another run is writing there; "
+                         "stop it, or choose another --out") from None
     except OSError:         # a file system without locks
         pass
 
@@ -105,80 +120,76 @@ def release():
 
 
 def claim(c, folder):
-    """Write config.json: from here on the folder is this run's. Only after the input has proved
-    readable."""
+    """Write config.json: from here on the folder is this run's. Every rank enters.
+
+    It is called only after the input has proved readable."""
     def write():
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        write_whole(folder / "config.json", json.dumps({**asdict(c), "resume": False}, indent=2) + "\n")
+        settings = {**asdict(c), "resume": False}
+        write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     together(write)
 
 
 def write_whole(file, text):
-    """Never half a file."""
+    """Write a file such that there is never half of it."""
     part = file.with_name("." + file.name)
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 
 def checkpoints(folder):
     """The whole checkpoints of a folder, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [x for x in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", x.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def save_checkpoint(folder, progress, tensors, extra=None, keep=2):
     """Write folder/step-NNNNNN, whole or not at all. Every rank enters.
 
-    progress: Progress. tensors: {name: tensor, sharded or the same on every rank}. extra: a dict of
-    tensors, lists and numbers, of which rank 0's is written. The newest `keep` stay. Raises
-    ValueError on every rank when it cannot be written."""
+    tensors: {name: tensor, sharded or the same on every rank}. extra: a dict of tensors, lists and
+    numbers, of which rank 0's is written. The newest `keep` checkpoints stay. Raises ValueError on
+    every rank when it cannot be written."""
     step = progress.step
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
     try:
         together(lambda: make_part(folder, part))
-        blind = [i for i, sees in enumerate(gather_objects(part.is_dir())) if not sees]
-        if blind:
+        sees = gather_objects(part.is_dir())
+        if not all(sees):
+            blind = [i for i, there in enumerate(sees) if not there]
             raise OSError(f"ranks {blind} do not see {folder}: give an --out that all nodes share")
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # of dcp: that there is one process only
+            warnings.simplefilter("ignore")         # of dcp: that there is one process only
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
-        together(lambda: finish_part(folder, part, final, asdict(progress), extra, keep))
+        together(lambda: finish_part(folder, part, final, progress, extra, keep))
 
-    except (Exception, dcp.CheckpointException) as error:       # the latter, no Exception, holds those of all ranks
+    # a CheckpointException, which is no Exception, holds the errors of all ranks
+    except (Exception, dcp.CheckpointException) as error:
         barrier()
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)     # on a full disk, room for others
         raise Agreed(not_written(folder, step, error)) from None
 
 
-def not_written(folder, step, error):
-    """The line that says why a checkpoint was not written, and how to go on."""
-    whole = checkpoints(folder)
-    there = next(path for path in Path(folder).absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free // 2 ** 20
-    go_on = f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet"
-    return f"checkpoint of step {step} not written ({reason(error)}; {free} MB are free there); {go_on}"
-
-
 def make_part(folder, part):
-    """Make the hidden folder that a checkpoint is written into."""
-    for left_over in Path(folder).glob(".part-*"):       # of a crash while saving
+    """Make the hidden folder that a checkpoint is written into; what a crash left goes."""
+    for left_over in Path(folder).glob(".part-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     part.mkdir(parents=True)
 
 
-def finish_part(folder, part, final, state, extra, keep):
-    """What rank 0 adds, then the rename, then the oldest go."""
+def finish_part(folder, part, final, progress, extra, keep):
+    """Add what rank 0 adds, then rename; then let the oldest go."""
     torch.save(extra or {}, part / "extra.pt")
     sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
-    (part / "state.json").write_text(json.dumps({**state, "files": sizes}))
+    (part / "state.json").write_text(json.dumps({**asdict(progress), "files": sizes}))
     for path in (*part.iterdir(), part):
         sync(path)
     os.replace(part, final)
+
     try:
         sync(folder)
         for old in checkpoints(folder)[:-keep]:
@@ -196,6 +207,16 @@ def sync(path):
     os.close(handle)
 
 
+def not_written(folder, step, error):
+    """The line that says why a checkpoint was not written, and how to go on."""
+    whole = checkpoints(folder)
+    there = next(path for path in Path(folder).absolute().parents if path.exists())
+    free_mb = shutil.disk_usage(there).free // 2 ** 20
+    go_on = f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet"
+    return (f"checkpoint of step {step} not written ({reason(error)}; "
+            f"{free_mb} MB are free there); {go_on}")
+
+
 @torch.no_grad()
 def load_checkpoint(path, tensors):
     """Fill the tensors {name: tensor} in place, each rank its part. Every rank enters.
@@ -206,7 +227,7 @@ def load_checkpoint(path, tensors):
         problem = progress = extra = None
         try:
             progress, extra = read_state(path)
-        except Exception as error:      # foreign or misshapen files raise many types; all mean the same here
+        except Exception as error:      # foreign or misshapen files raise many types
             problem = first_line(error)
         problem = next(filter(None, gather_objects(problem)), None)
         if problem:
@@ -225,16 +246,20 @@ def load_checkpoint(path, tensors):
 
 
 def read_state(path):
-    """(Progress, extra) of a checkpoint whose files all have the size that was written."""
+    """(Progress, extra) of a checkpoint. Raises an error when a file has not the size it was
+    given."""
     state = json.loads((path / "state.json").read_text())
     for name, size in state.pop("files").items():
         found = (path / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes, {size} were written")
-    return Progress(**state), torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+    extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
+    return Progress(**state), extra
 
 
 def reason(error):
-    """The first line that says something; dcp.CheckpointException collects one error a rank."""
+    """The first line of an error that says something.
+
+    A CheckpointException collects one error a rank."""
     failures = getattr(error, "failures", None)
     return first_line(next(iter(failures.values()))[0] if failures else error)

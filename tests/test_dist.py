@@ -42,10 +42,9 @@ def check(function):
 
 
 def launch(*args, nproc, **options):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc),
-                           *map(str, args)], cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          **options)
-    return done
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'tests'}"}
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=env, **options)
 
 
 @pytest.mark.slow
