@@ -188,7 +188,7 @@ class Learner:
         """The trained tokens of these rows, or their number, over all ranks: the loss is divided by
         it."""
         here = float(len(rows))
-        if config.aggregation == "token":
+        if getattr(config, "aggregation", "token") == "token":
             here = float(batch.mask[rows].sum()) if rows else 0.0
         return dist.all_reduce({"count": here}, self.device)["count"]
 

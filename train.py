@@ -21,7 +21,8 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
@@ -35,6 +36,7 @@ import prompts
 import report
 import reward
 import sft
+import tasks
 from config import objective, parse, parse_levels
 from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, load_checkpoint, release,
                                save_checkpoint, write_whole)
@@ -270,7 +272,7 @@ def save(run):
     dist.phase(f"step {progress.step}: checkpoint")
     progress.cursor = run.stream.cursor
     seconds = progress.seconds + time.perf_counter() - BEGIN
-    now = Progress(**{**asdict(progress), "seconds": seconds})
+    now = replace(progress, seconds=seconds)
     extra = learner.state.state_dict() if learner.state else {}
     save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra,
                     learner.config.keep_checkpoints)
@@ -364,7 +366,7 @@ def check_surroundings(c, device):
     """Raise ValueError for settings that cannot work here, before anything is read or written."""
     if c.graph == "on" and device.type == "cpu":
         raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
-    if not c.model and c.data != "arithmetic":
+    if not c.model and c.data not in tasks.TASKS:
         raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
                          f"to make a small one: python sft.py --data {c.data} --out DIR")
 
@@ -396,7 +398,7 @@ def load_split(c, say):
     """(training problems, held-out problems), never overlapping."""
     levels = parse_levels(c.levels)
     train = data.load_problems(c.data, "train", c.seed, levels, report=say)
-    has_test_split = c.data == "arithmetic" or c.data in data.HUB
+    has_test_split = c.data in tasks.TASKS or c.data in data.HUB
     if not c.eval_data and not has_test_split:
         return data.hold_out(train, c.eval_problems)
 
@@ -412,14 +414,25 @@ def load_split(c, say):
 
 
 def warm_start(c, folder, device):
-    """The default run's starting point, cached in the run folder: a small model that has seen
-    worked solutions."""
-    final = folder / "warm_start"
-    if dist.rank() == 0 and not final.exists():
-        part = folder / ".warm_start"
-        sft.warm_start(sft.SFTConfig(out=str(part), seed=c.seed, steps=c.warm_start_steps,
-                                     terse_steps=c.warm_start_steps // 5, levels=c.levels, device=str(device)))
-        os.replace(part, final)         # whole or absent: an interrupted warm start is never taken for a finished one
+    """Make the default run's starting point: a small model that has seen worked solutions.
+
+    It lies beside the run folders, under a name with a checksum of its settings, so that other runs of
+    the same seed find it there. Every rank enters. Returns its folder."""
+    settings = sft.SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
+                             terse_steps=c.warm_start_steps // 5, out="", device="")
+    checksum = zlib.crc32(repr(settings).encode())
+    final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
+    if dist.broadcast_object(final.exists()):
+        return str(final)
+
+    part = folder / ".warm_start"
+    sft.warm_start(replace(settings, out=str(part), device=str(device)))
+    if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
+        try:
+            os.replace(part, final)
+        except OSError:
+            if not final.exists():          # else another run has been faster
+                raise
     dist.barrier()
     return str(final)
 

@@ -1,0 +1,101 @@
+"""What a reader adds: an objective, a reward and a task are one file and one line each."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import config
+import reward
+import tasks
+import train
+from test_train import HERE, fast, log_of, start         # start is a fixture
+from test_train import stored
+
+WITH_REINFORCE = "import sys, config, train; config.ALGOS += ('reinforce',); train.main(sys.argv[1:])"
+
+
+@pytest.fixture
+def reinforce(monkeypatch):
+    monkeypatch.setattr(config, "ALGOS", (*config.ALGOS, "reinforce"))
+
+
+def test_an_objective_is_a_file_and_a_word(start, tmp_path, reinforce):
+    """Two steps change the weights; the policy gradient is that of the definition, at the first step."""
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "2",
+                "--algo", "reinforce", "--baseline", "mean"])
+    lines = log_of(tmp_path / "run")[1:]
+    assert all(line["kept"] == 1 and line["entropy"] > 0 for line in lines)
+    assert any(line["grad_norm"] > 0 for line in lines)
+    first, second = (stored(tmp_path / "run", step) for step in (2, 2))
+    before = train.Transformer.from_pretrained(start)
+    assert any(not torch.equal(p, first["model." + n]) for n, p in before.named_parameters())
+
+
+def test_its_flags_are_its_own(start, tmp_path, reinforce):
+    for args, message in ((["--algo", "grpo", "--baseline", "none"], "it is a setting of reinforce"),
+                          (["--algo", "reinforce", "--beta", "1"], "it is a setting of grpo and offpolicy"),
+                          (["--algo", "reinforce", "--baseline", "x"], "choose mean, none")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--model", str(start), "--out", str(tmp_path / "run"), *args])
+
+
+@pytest.mark.slow
+def test_it_runs_on_two_ranks_and_gives_the_same_numbers(start, tmp_path, reinforce):
+    options = [*fast(start), "--steps", "2", "--algo", "reinforce"]
+    train.main(["--model", str(start), "--out", str(tmp_path / "one"), *options])
+    program = tmp_path / "program.py"
+    program.write_text(WITH_REINFORCE)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(program), "--model", str(start), "--out", str(tmp_path / "two"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_is_a_function_and_a_line(start, tmp_path, monkeypatch):
+    """Each completion's length in letters, times 0.01, on top of correctness; logged before its weight."""
+    def letters(problems, groups):
+        return [[float(len(text)) for text in group] for group in groups]
+
+    monkeypatch.setitem(reward.REWARDS, "letters", letters)
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *fast(start), "--steps", "2",
+                "--reward", "letters=0.01"])
+    for line in log_of(out)[1:]:
+        assert line["rewards/letters"] > 0 and 0 <= line["rewards/correct"] <= 1
+        total = line["rewards/correct"] + 0.01 * line["rewards/letters"]
+        assert line["reward"] == pytest.approx(total, abs=1e-5)
+    for sample in map(json.loads, open(out / "samples.jsonl")):
+        right = reward.verify(sample["completion"], sample["answer"])
+        assert sample["reward"] == pytest.approx(right + 0.01 * len(sample["completion"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("value, message", [("tone=1", "choose correct"), ("format=much", "'much' is not a number")])
+def test_an_unknown_reward_is_one_line(start, tmp_path, value, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--reward", value])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):
+    """Say a letter that the word has: many answers are right, so the task brings its own checker."""
+    def letter_of_a_word(count, split, seed, levels):
+        return [{"problem": f"A digit of {number}, {split}?", "answer": str(number)[0], "solution": "",
+                 "task": "digit", "level": 1, "id": f"digit/{split}/{number}"}
+                for number in range(1000, 1000 + count)]
+
+    def check(problem, completion):
+        return any(digit in completion for digit in problem["answer"])
+
+    monkeypatch.setitem(tasks.TASKS, "digit", tasks.Task(letter_of_a_word, check))
+    out = tmp_path / "run"
+    options = [*fast(start), "--steps", "2"]
+    del options[options.index("--data"):][:2]
+    train.main(["--model", str(start), "--out", str(out), *options, "--data", "digit"])
+    for sample in map(json.loads, open(out / "samples.jsonl")):
+        assert sample["reward"] == ("1" in sample["completion"])
