@@ -171,6 +171,28 @@ def normalize(row, name):
 
 # --------------------------------------------------------------------------------------- order
 
+def load_split(source, eval_source, seed, levels, eval_count, report=print):
+    """Returns (training problems, held-out problems), which never overlap.
+
+    The held-out ones are those of eval_source or, without it, the source's test split. A file has none,
+    so a part of it is held out. Raises ValueError when nothing is left to train on.
+    """
+    train = load_problems(source, "train", seed, levels, report=report)
+    has_test_split = source in tasks.TASKS or source in HUB
+    if not eval_source and not has_test_split:
+        return hold_out(train, eval_count)
+
+    held_out = load_problems(eval_source or source, "test", 0, levels, eval_count, report)
+    texts = {p["problem"] for p in held_out}
+    kept = [p for p in train if p["problem"] not in texts]
+    if len(kept) < len(train):
+        report(f"data: left {len(train) - len(kept)} of {len(train)} training problems out: "
+               "they are held out as well")
+    if not kept:
+        raise ValueError("every training problem is held out as well: give another --eval-data")
+    return kept, held_out
+
+
 def hold_out(problems, count):
     """Split the problems of a file without splits. Returns (training, held-out) problems.
 

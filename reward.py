@@ -256,3 +256,22 @@ def consistency(problems, groups):
 
 
 REWARDS = {"correct": correct, "format": form, "consistency": consistency}
+
+
+def weighted(text="", **weights):
+    """The reward functions of a run: [(name, weight, function)]; correctness is always among them.
+
+    text: NAME=WEIGHT,NAME=WEIGHT; weights: the same by name. Those of weight 0 are left out. Raises
+    ValueError, one line, for a name that is not in REWARDS or a weight that is no number."""
+    chosen = {"correct": 1.0, **weights}
+    for item in filter(None, text.split(",")):
+        name, _, weight = item.partition("=")
+        if name not in REWARDS:
+            raise ValueError(f"--reward {item}: choose {', '.join(REWARDS)}, each with =WEIGHT")
+        try:
+            chosen[name] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"--reward {item}: {weight!r} is not a number") from None
+
+    return [(name, weight, REWARDS[name]) for name, weight in chosen.items()
+            if weight or name == "correct"]

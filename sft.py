@@ -15,8 +15,10 @@ To the learner this is one more objective (`loss`, below), whose batches come fr
 from a rollout. Left out: packing several problems into one sequence, because no padding is computed
 anyway. """
 import math
+import os
 import random
 import sys
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -228,6 +230,30 @@ def warm_start(config, progress=True):
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
     dist.barrier()
     return model, tokenizer
+
+
+def default_start(c, folder, device):
+    """Make the default run's starting point: a small model that has seen worked solutions.
+
+    It lies beside the run folders, under a name with a checksum of its settings, so that other runs of
+    the same seed find it there. Every rank enters. Returns its folder."""
+    settings = SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
+                             terse_steps=c.warm_start_steps // 5, out="", device="")
+    checksum = zlib.crc32(repr(settings).encode())
+    final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
+    if dist.broadcast_object(final.exists()):
+        return str(final)
+
+    part = folder / ".warm_start"
+    warm_start(replace(settings, out=str(part), device=str(device)))
+    if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
+        try:
+            os.replace(part, final)
+        except OSError:
+            if not final.exists():          # else another run has been faster
+                raise
+    dist.barrier()
+    return str(final)
 
 
 # ------------------------------------------------------------------------------------ the program

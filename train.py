@@ -16,12 +16,8 @@ there.
 
 All randomness is a function of (seed, step, prompt, sample): no generator state is saved or shared.
 """
-import json
 import os
-import signal
-import sys
 import time
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,8 +34,8 @@ import reward
 import sft
 import tasks
 from config import objective, parse, parse_levels
-from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, load_checkpoint, release,
-                               save_checkpoint, write_whole)
+from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, cut_log, load_checkpoint,
+                               release, save_checkpoint, tensors_of)
 from learner import Learner, adamw
 from model import ModelConfig, Transformer
 from rollout import Sampler, check_request, completions
@@ -254,16 +250,8 @@ def finish(run):
 # ------------------------------------------------------------------------------------- checkpoints
 
 def tensors(run):
-    """The (possibly sharded) tensors of a checkpoint, by name: weights, Adam's state, lagging
-    weights."""
-    model, optimizer = run.learner.model, run.learner.optimizer
-    found = {f"model.{name}": p for name, p in model.named_parameters()}
-    if run.behaviour is not run.sampler:
-        found |= {f"behaviour.{name}": p for name, p in run.behaviour.model.named_parameters()}
-    for name, p in model.named_parameters():
-        moments = optimizer.state.get(p, {})            # a frozen weight has none
-        found |= {f"{kind}.{name}": value for kind, value in moments.items()}
-    return {name: tensor.detach() for name, tensor in found.items()}
+    lagging = run.behaviour.model if run.behaviour is not run.sampler else None
+    return tensors_of(run.learner.model, run.learner.optimizer, lagging)
 
 
 def save(run):
@@ -298,17 +286,6 @@ def restore(run):
             cut_log(run.folder / name, learner.progress.step if found else None)
 
 
-def cut_log(file, step):
-    """Leave the lines up to a step in a log; None: begin it anew, and what was there stays to be
-    read."""
-    lines = list(open(file, encoding="utf-8")) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
-    if whole and step is None:
-        os.replace(file, file.with_name(file.name + ".old"))
-    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
-    write_whole(file, "".join(kept))
-
-
 # ------------------------------------------------------------------------------------------ set-up
 
 def start(c, folder, device):
@@ -317,10 +294,11 @@ def start(c, folder, device):
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     check_surroundings(c, device)
 
-    train, held_out = load_split(c, say)
+    train, held_out = data.load_split(c.data, c.eval_data, c.seed, parse_levels(c.levels),
+                                      c.eval_problems, say)
     if not c.model:
         claim(c, folder)            # before the warm start, which takes a while
-    source = c.model or warm_start(c, folder, device)
+    source = c.model or sft.default_start(c, folder, device)
 
     # pi, and where its weights lie
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -336,7 +314,7 @@ def start(c, folder, device):
     for problems in (train, held_out):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
-    functions = reward_functions(c)
+    functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
     claim(c, folder)
 
     # the learner: pi_ref with --beta, and what the objective carries from step to step
@@ -377,97 +355,14 @@ def check_surroundings(c, device):
                          "of the built-in model")
 
 
-def reward_functions(c):
-    """The reward functions of a run: [(name, weight, function)]. Correctness is always among
-    them."""
-    weights = {"correct": 1.0, "format": c.format_reward, "consistency": c.consistency_reward}
-    for item in filter(None, c.reward.split(",")):
-        name, _, weight = item.partition("=")
-        if name not in reward.REWARDS:
-            raise ValueError(f"--reward {item}: choose {', '.join(reward.REWARDS)}, "
-                             "each with =WEIGHT")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"--reward {item}: {weight!r} is not a number") from None
-    return [(name, weight, reward.REWARDS[name]) for name, weight in weights.items()
-            if weight or name == "correct"]
-
-
-def load_split(c, say):
-    """(training problems, held-out problems), never overlapping."""
-    levels = parse_levels(c.levels)
-    train = data.load_problems(c.data, "train", c.seed, levels, report=say)
-    has_test_split = c.data in tasks.TASKS or c.data in data.HUB
-    if not c.eval_data and not has_test_split:
-        return data.hold_out(train, c.eval_problems)
-
-    held_out = data.load_problems(c.eval_data or c.data, "test", 0, levels, c.eval_problems, say)
-    texts = {p["problem"] for p in held_out}
-    kept = [p for p in train if p["problem"] not in texts]
-    if len(kept) < len(train):
-        say(f"data: left {len(train) - len(kept)} of {len(train)} training problems out: "
-            "they are held out as well")
-    if not kept:
-        raise ValueError("every training problem is held out as well: give another --eval-data")
-    return kept, held_out
-
-
-def warm_start(c, folder, device):
-    """Make the default run's starting point: a small model that has seen worked solutions.
-
-    It lies beside the run folders, under a name with a checksum of its settings, so that other runs of
-    the same seed find it there. Every rank enters. Returns its folder."""
-    settings = sft.SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
-                             terse_steps=c.warm_start_steps // 5, out="", device="")
-    checksum = zlib.crc32(repr(settings).encode())
-    final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
-    if dist.broadcast_object(final.exists()):
-        return str(final)
-
-    part = folder / ".warm_start"
-    sft.warm_start(replace(settings, out=str(part), device=str(device)))
-    if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
-        try:
-            os.replace(part, final)
-        except OSError:
-            if not final.exists():          # else another run has been faster
-                raise
-    dist.barrier()
-    return str(final)
-
-
 # ------------------------------------------------------------------------------------- the program
-
-class Interrupt:
-    """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. A second Ctrl-C stops at once.
-
-    SIGTERM is what schedulers and torchrun send, sometimes twice."""
-
-    def __enter__(self):
-        self.asked = 0
-        self.before = signal.signal(signal.SIGINT, self.on_signal)
-        signal.signal(signal.SIGTERM, self.on_signal)
-        return self
-
-    def on_signal(self, number, _):
-        self.asked += 1
-        if number == signal.SIGINT and self.asked > 1:
-            raise KeyboardInterrupt
-        print("\ninterrupted: finishing this step, then saving (Ctrl-C again to stop at once)",
-              file=sys.stderr)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
 
 def train(c, folder, device):
     """Set up, make all steps, write the model. Returns False when an interrupt came before the last
     step."""
     run = start(c, folder, device)
     restore(run)
-    with Interrupt() as interrupt:
+    with machine.Interrupt() as interrupt:
         done = loop(run, interrupt)
     if done:
         finish(run)

@@ -146,6 +146,19 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def tensors_of(model, optimizer, lagging=None):
+    """The (possibly sharded) tensors of a checkpoint, {name: tensor}: weights and Adam's state.
+
+    lagging: another copy of the weights, which draws completions."""
+    found = {f"model.{name}": p for name, p in model.named_parameters()}
+    if lagging is not None:
+        found |= {f"behaviour.{name}": p for name, p in lagging.named_parameters()}
+    for name, p in model.named_parameters():
+        moments = optimizer.state.get(p, {})            # a frozen weight has none
+        found |= {f"{kind}.{name}": value for kind, value in moments.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
 def save_checkpoint(folder, progress, tensors, extra=None, keep=2):
     """Write folder/step-NNNNNN, whole or not at all. Every rank enters.
 
@@ -263,3 +276,14 @@ def reason(error):
     A CheckpointException collects one error a rank."""
     failures = getattr(error, "failures", None)
     return first_line(next(iter(failures.values()))[0] if failures else error)
+
+
+def cut_log(file, step):
+    """Leave the lines up to a step in a log; None: begin it anew, and what was there stays to be
+    read."""
+    lines = list(open(file, encoding="utf-8")) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
+    if whole and step is None:
+        os.replace(file, file.with_name(file.name + ".old"))
+    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
+    write_whole(file, "".join(kept))

@@ -6,6 +6,7 @@ wait for each other. """
 import ctypes
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -99,3 +100,26 @@ def program(stopped=lambda: "interrupted: nothing was written"):
         dist.fail(lost or f"rank {dist.rank()}: {dist.first_line(error)}")
     finally:
         dist.close()
+
+
+class Interrupt:
+    """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. A second Ctrl-C stops at once.
+
+    SIGTERM is what schedulers and torchrun send, sometimes twice."""
+
+    def __enter__(self):
+        self.asked = 0
+        self.before = signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
+        return self
+
+    def on_signal(self, number, _):
+        self.asked += 1
+        if number == signal.SIGINT and self.asked > 1:
+            raise KeyboardInterrupt
+        print("\ninterrupted: finishing this step, then saving (Ctrl-C again to stop at once)",
+              file=sys.stderr)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

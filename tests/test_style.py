@@ -1,0 +1,117 @@
+"""How the code reads, as numbers that may fall but not grow: width, paragraphs, arrows, sizes."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+PROGRAMS = sorted(file for folder in (".", "engine", "verifier", "measure")
+                  for file in (HERE / folder).glob("*.py") if not file.name.startswith("test_"))
+READING_PATH = ("grpo.py", "rollout.py", "learner.py", "train.py", "model.py")
+OBJECTIVES = {"grpo", "gtpo", "offpolicy"}      # and replay.py, which offpolicy.py brings
+COMPANIONS = {"gtpo", "offpolicy", "replay", "measure", "bench", "evaluate", "matplotlib", "datasets", "lora",
+              "dpo", "distill", "curriculum", "judge", "pipeline", "study", "actors", "moe"}
+
+
+def lines_of(file):
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def filled(file):
+    """Lines that are not blank."""
+    return sum(bool(line.strip()) for line in lines_of(file))
+
+
+def modules():
+    """{module: file} of the project, engine.decode and the like by their full name."""
+    found = {}
+    for file in PROGRAMS:
+        relative = file.relative_to(HERE).with_suffix("")
+        found[".".join(relative.parts)] = file
+    return found
+
+
+def imported(file, everywhere=False):
+    """The project's modules that a file imports at its top, or anywhere in it."""
+    tree, known, names = ast.parse(file.read_text(encoding="utf-8")), modules(), set()
+    for node in (ast.walk(tree) if everywhere else tree.body):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (parts & known.keys()) or {node.module}
+    return names & known.keys()
+
+
+def test_program_lines_are_at_most_100_columns_wide():
+    wide = [f"{file.name}:{i}" for file in PROGRAMS for i, line in enumerate(lines_of(file), 1) if len(line) > 100]
+    assert not wide
+
+
+def test_long_functions_have_paragraphs():
+    """A function of 15 lines or more has a blank line or a comment line in its body."""
+    long, dense = 0, []
+    for file in PROGRAMS:
+        lines = lines_of(file)
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 14:
+                has_docstring = ast.get_docstring(node) is not None
+                first = node.body[1] if has_docstring and len(node.body) > 1 else node.body[0]
+                body = lines[first.lineno - 1:node.end_lineno]
+                long += 1
+                if len(body) >= 15 and not any(not line.strip() or line.strip().startswith("#") for line in body):
+                    dense.append(f"{file.name}:{node.lineno} {node.name}")
+    assert long > 50 and not dense
+
+
+def test_the_arrows_point_one_way():
+    """engine imports nothing of the root but dist, verifier nothing at all, the concepts nothing of measure; no circle."""
+    arrows = {name: imported(file, everywhere=True) for name, file in modules().items()}
+    for name, targets in arrows.items():
+        if name.startswith("engine"):
+            assert all(target.startswith("engine") or target == "dist" for target in targets), name
+        if name.startswith("verifier"):
+            assert all(target.startswith("verifier") for target in targets), name
+        if not name.startswith("measure") and name != "bench":
+            assert not any(target.startswith(("measure", "bench")) for target in targets), name
+
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for target in arrows[name]:
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in arrows:
+        visit(name, [])
+
+
+def test_nothing_of_a_companion_is_imported_unless_it_is_asked_for():
+    code = "import sys, train; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "learner" in loaded and not loaded & COMPANIONS
+
+
+def test_sizes():
+    assert sum(filled(HERE / name) for name in READING_PATH) <= 1400
+    assert len([path for path in subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=HERE, text=True,
+                                                capture_output=True).stdout.split()]) <= 48
+    assert sum(filled(file) for file in (HERE / "engine").glob("*.py")) <= 1700
+    assert sum(filled(file) for file in (HERE / "verifier").glob("*.py")) <= 950
+    assert (HERE / "README.md").stat().st_size <= 10_000
+    assert (HERE / "LOG.md").stat().st_size <= 20_000
+
+
+@pytest.mark.parametrize("word", ["SimpleNamespace", "eval(", "pickle.load", "trust_remote_code=True"])
+def test_words_that_do_not_occur(word):
+    used = []
+    for file in PROGRAMS:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id == word.strip("("):
+                used.append(f"{file.name}:{node.lineno}")
+    assert not used
