@@ -289,10 +289,10 @@ def restore(run):
 # ------------------------------------------------------------------------------------------ set-up
 
 def start(c, folder, device):
-    """Everything that the loop needs: a Run. The folder is claimed when the input has proved
-    readable."""
+    """Everything that the loop needs. The folder is claimed when the input has proved readable."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     check_surroundings(c, device)
+    functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
 
     train, held_out = data.load_split(c.data, c.eval_data, c.seed, parse_levels(c.levels),
                                       c.eval_problems, say)
@@ -314,7 +314,6 @@ def start(c, folder, device):
     for problems in (train, held_out):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
-    functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
     claim(c, folder)
 
     # the learner: pi_ref with --beta, and what the objective carries from step to step
@@ -358,8 +357,7 @@ def check_surroundings(c, device):
 # ------------------------------------------------------------------------------------- the program
 
 def train(c, folder, device):
-    """Set up, make all steps, write the model. Returns False when an interrupt came before the last
-    step."""
+    """Set up, make all steps, write the model. Returns False when an interrupt came before."""
     run = start(c, folder, device)
     restore(run)
     with machine.Interrupt() as interrupt:
