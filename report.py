@@ -57,7 +57,7 @@ def write_line(folder, line):
 def warnings_of(line, config):
     """Returns what a beginner should see at once about a step, as lines of text.
 
-    line holds the step's metrics; of config group_size and max_new_tokens are read."""
+    line holds the step's metrics. The config gives group_size and max_new_tokens."""
     said = []
     if line["step"] == 1:
         said.append(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "

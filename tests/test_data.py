@@ -174,6 +174,7 @@ def follow(problem):
     """Solve a story independently, with nothing but regular expressions. Returns its result."""
     first, *sentences = [s.strip() for s in problem["problem"].rstrip("?").split(".")[:-1]]
     value = int(re.search(r"\d+", first)[0])
+
     for s in sentences:
         if "half" in s:
             value //= 2
