@@ -20,17 +20,14 @@ from reward import extract_answer
 
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-    "prealgebra", "precalculus",
-)
+    "prealgebra", "precalculus")
 HUB = {     # name -> split -> [(dataset, configuration, split on the hub)]
     "gsm8k": {
         "train": [("openai/gsm8k", "main", "train")],
-        "test": [("openai/gsm8k", "main", "test")],
-    },
+        "test": [("openai/gsm8k", "main", "test")]},
     "math": {
         "train": [("EleutherAI/hendrycks_math", subject, "train") for subject in MATH_SUBJECTS],
-        "test": [("HuggingFaceH4/MATH-500", None, "test")],
-    },
+        "test": [("HuggingFaceH4/MATH-500", None, "test")]},
 }
 
 
@@ -42,8 +39,7 @@ def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, repor
     data is the name of a built-in task, "gsm8k", "math", or the path of a jsonl file, which has no
     splits. seed, levels (fewest, most) and count concern only built-in tasks. report takes the line
     that says how many problems were dropped for want of an answer. Raises FileNotFoundError or
-    ValueError, in one line, when there is nothing usable.
-    """
+    ValueError, in one line, when there is nothing usable."""
     if data in tasks.TASKS:
         return built_in(data, split, seed, levels, count)
 
@@ -70,8 +66,7 @@ def built_in(name, split, seed, levels, count):
 def from_jsonl(path):
     """Returns the problems of a file with one JSON object a line, in any layout of `normalize`.
 
-    Raises ValueError for a malformed line, with the file, the line's number and the reason.
-    """
+    Raises ValueError for a malformed line, with the file, the line's number and the reason."""
     path = Path(path)
     if not path.is_file():
         names = ", ".join([*tasks.TASKS, *HUB])
@@ -92,8 +87,7 @@ def from_jsonl(path):
 def read_text(path):
     """Returns the text of a UTF-8 file, with or without a byte-order mark.
 
-    Raises ValueError that names the file when it is something else.
-    """
+    Raises ValueError that names the file when it is something else."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,8 +98,7 @@ def from_hub(name, split, report):
     """Returns gsm8k or math through the `datasets` library, which is imported only here.
 
     Rows without an answer are dropped and reported. Raises FileNotFoundError, with another way to
-    get the data, when the library or the hub is out of reach.
-    """
+    get the data, when the library or the hub is out of reach."""
     instead = (f"download it and pass the file instead: "
                f"--data {name}_{split}.jsonl (fields problem, answer)")
     try:
@@ -136,8 +129,7 @@ def normalize(row, name):
     """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
 
     The question stands in "problem" or "question". The answer is "answer", text or a number, or the
-    end of the solution. Raises ValueError that says which of them is missing.
-    """
+    end of the solution. Raises ValueError that says which of them is missing."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     question = row.get("problem") or row.get("question")
@@ -160,13 +152,8 @@ def normalize(row, name):
         raise ValueError(
             'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
 
-    return {
-        "problem": question,
-        "answer": answer,
-        "solution": solution,
-        "level": row.get("level"),
-        "id": row.get("id", name),
-    }
+    return {"problem": question, "answer": answer, "solution": solution,
+            "level": row.get("level"), "id": row.get("id", name)}
 
 
 # --------------------------------------------------------------------------------------- order
@@ -198,8 +185,7 @@ def hold_out(problems, count):
 
     Held out are those with the smallest checksums, `count` texts and a tenth of all at most.
     Equal texts have equal checksums and fall on the same side, so a duplicate never leaks.
-    Raises ValueError when one side would be empty.
-    """
+    Raises ValueError when one side would be empty."""
     def checksum(problem):
         return zlib.crc32(problem["problem"].encode())
 
@@ -218,8 +204,7 @@ class Stream:
     """An endless stream of problems, in a new order every epoch.
 
     An epoch's order depends on the seed and the epoch's number alone. `cursor`, the number of
-    problems taken so far, is therefore all that a checkpoint has to keep.
-    """
+    problems taken so far, is therefore all that a checkpoint has to keep."""
 
     def __init__(self, problems, seed, cursor=0):
         self.problems = problems

@@ -80,11 +80,9 @@ def pass_at_k(n, c, k):
 
     Counts must satisfy 0 <= c <= n and 1 <= k <= n. Returns 1 - C(n-c, k) / C(n, k), computed as
     the product 1 - prod_{j=n-c+1..n} (1 - k/j), which does not overflow (Chen et al., 2107.03374).
-    Raises ValueError for other counts.
-    """
+    Raises ValueError for other counts."""
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(
-            f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     if n - c < k:       # too few wrong ones to fill k places
         return 1.0
     return 1.0 - math.prod(1.0 - k / j for j in range(n - c + 1, n + 1))
@@ -95,8 +93,7 @@ def vote_labels(answers, equal=reward.equal):
 
     An answer joins the first group whose first member it equals. reward.equal is no strict
     equivalence (12% equals both 12 and 0.12, which differ), so the order of the samples can matter
-    in such cases.
-    """
+    in such cases."""
     label_of = {None: -1}
     leaders = []            # the first member of each group
 
@@ -116,8 +113,7 @@ def majority_at_k(labels, right, k):
     labels (n,) are integers, equal for equal answers; -1 is no answer and casts no vote. right (n,)
     is 0 or 1, and 1 <= k <= n. Tied answers share the credit. Returns a float in [0, 1], the mean
     over all k-subsets of the samples, or over SUBSETS random ones (fixed seed) where there are
-    more. Raises ValueError for other counts or lengths.
-    """
+    more. Raises ValueError for other counts or lengths."""
     labels = np.asarray(labels)
     right = np.asarray(right, float)
     if labels.shape != right.shape or not 1 <= k <= len(labels):
@@ -141,8 +137,7 @@ def majority_at_k(labels, right, k):
 def subsets(n, k):
     """Returns k-subsets of n samples as rows of 0/1 float32 (subsets, n).
 
-    They are all of them, or SUBSETS random ones where there are more.
-    """
+    They are all of them, or SUBSETS random ones where there are more."""
     if math.comb(n, k) > SUBSETS:
         order = np.random.default_rng(0).random((SUBSETS, n)).argsort(1)    # a permutation a row
         return (order < k).astype(np.float32)
@@ -155,8 +150,7 @@ def metrics(greedy, sampled, kind):
     """Metrics of N problems for one of KINDS, by the names of the file's docstring.
 
     greedy and sampled hold the grades of each problem's completions (`grade`). Returns a dict
-    {name: {"mean", "se"}}, where se is None for a single problem.
-    """
+    {name: {"mean", "se"}}, where se is None for a single problem."""
     n = len(sampled[0][kind]["right"])
     counts = [sum(grades[kind]["right"]) for grades in sampled]     # right samples of each problem
     powers = [2 ** i for i in range(n.bit_length())]
@@ -171,10 +165,8 @@ def metrics(greedy, sampled, kind):
         values[f"maj@{k}"] = [
             majority_at_k(grades[kind]["labels"], grades[kind]["right"], k) for grades in sampled]
 
-    return {
-        name: {"mean": sum(each) / len(each), "se": standard_error(each)}
-        for name, each in values.items()
-    }
+    return {name: {"mean": sum(each) / len(each), "se": standard_error(each)}
+            for name, each in values.items()}
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -187,8 +179,7 @@ def parse(argv=None):
 def check(config):
     """Returns the config if it can work, before anything is loaded, let alone generated.
 
-    Raises ValueError, in one line, otherwise.
-    """
+    Raises ValueError, in one line, otherwise."""
     check_settings(config)
     parse_levels(config.levels)
     if not config.model:
@@ -200,8 +191,7 @@ def check(config):
         raise ValueError(f"--json {config.json} already exists: choose another file, "
                          "results are never overwritten")
     if config.json and not os.access(Path(config.json).parent, os.W_OK):
-        raise ValueError(
-            f"--json {config.json}: its folder does not exist or cannot be written to")
+        raise ValueError(f"--json {config.json}: its folder does not exist or cannot be written to")
     return config
 
 
@@ -209,8 +199,7 @@ def start(config):
     """Load model, tokenizer and problems, and fill in the settings that were left to the machine.
 
     Returns the sampler, the tokenizer, the problems with prompts in the file's order, and how many
-    were dropped for their length.
-    """
+    were dropped for their length."""
     device = dist.setup(config.device)
     config.device = str(device)
     if not config.dtype:
@@ -246,8 +235,7 @@ def complete(config, sampler, tokenizer, problems, samples, temperature, bar):
     """Draw and grade `samples` completions of every problem, while the bar shows how far it is.
 
     Returns the grades of each problem (`grade`) in the file's order, and a dict of statistics over
-    all completions: completion_length, truncated_frac and tokens_per_s.
-    """
+    all completions: completion_length, truncated_frac and tokens_per_s."""
     grades = [None] * len(problems)
     drawn = {"completions": 0, "right": 0, "cut": 0, "tokens": 0}
     begin = time.perf_counter()
@@ -278,13 +266,10 @@ def complete(config, sampler, tokenizer, problems, samples, temperature, bar):
         bar.update(len(rollout.lengths))
 
     if drawn["cut"] == drawn["completions"]:
-        warn("warning: every completion was cut at "
-             f"--max-new-tokens {config.max_new_tokens}")
-    statistics = {
-        "completion_length": drawn["tokens"] / drawn["completions"],
-        "truncated_frac": drawn["cut"] / drawn["completions"],
-        "tokens_per_s": tokens_per_s,
-    }
+        warn(f"warning: every completion was cut at --max-new-tokens {config.max_new_tokens}")
+    statistics = {"completion_length": drawn["tokens"] / drawn["completions"],
+                  "truncated_frac": drawn["cut"] / drawn["completions"],
+                  "tokens_per_s": tokens_per_s}
     return grades, statistics
 
 
@@ -293,8 +278,7 @@ def grade(texts, gold, check=None):
 
     gold is the answer as text. check, a function of a completion, decides in its stead where the
     problem's task has one. Returns {"strict" | "lenient": {"right": [bool], "labels": [int]}}. For
-    the vote equal labels are equal answers, and -1 is no answer.
-    """
+    the vote equal labels are equal answers, and -1 is no answer."""
     checked = None
     if check is not None:
         checked = [bool(check(text)) for text in texts]
@@ -319,9 +303,7 @@ def evaluate(config):
     total = len(problems) * (1 + config.samples)
     with tqdm(total=total, unit=" completions") as bar, sampler.loaded():
         bar.set_description("greedy")
-        greedy, greedy_statistics = complete(
-            config, sampler, tokenizer, problems, 1, 0.0, bar)
-
+        greedy, greedy_statistics = complete(config, sampler, tokenizer, problems, 1, 0.0, bar)
         bar.set_description(f"{config.samples} samples")
         sampled, sampled_statistics = complete(
             config, sampler, tokenizer, problems, config.samples, config.temperature, bar)
@@ -329,24 +311,15 @@ def evaluate(config):
     rows = []
     for problem, one, many in zip(problems, greedy, sampled):
         rows.append({
-            "id": problem["id"],
-            "greedy_correct": one["strict"]["right"][0],
-            "n": config.samples,
-            "c": sum(many["strict"]["right"]),
+            "id": problem["id"], "greedy_correct": one["strict"]["right"][0],
+            "n": config.samples, "c": sum(many["strict"]["right"]),
             "greedy_correct_lenient": one["lenient"]["right"][0],
-            "c_lenient": sum(many["lenient"]["right"]),
-        })
+            "c_lenient": sum(many["lenient"]["right"])})
 
-    return {
-        "config": asdict(config),
-        "num_problems": len(problems),
-        "num_dropped": dropped,
-        "strict": metrics(greedy, sampled, "strict"),
-        "lenient": metrics(greedy, sampled, "lenient"),
-        "greedy": greedy_statistics,
-        "sampled": sampled_statistics,
-        "problems": rows,
-    }
+    return {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped,
+            "strict": metrics(greedy, sampled, "strict"),
+            "lenient": metrics(greedy, sampled, "lenient"),
+            "greedy": greedy_statistics, "sampled": sampled_statistics, "problems": rows}
 
 
 # -------------------------------------------------------------------------------------- output
@@ -357,11 +330,9 @@ def table(result):
     dropped = ""
     if result["num_dropped"]:
         dropped = f" ({result['num_dropped']} more dropped: prompt too long)"
-    lines = [
-        f"{config['model']} on {config['data']}: {result['num_problems']} problems{dropped}, "
-        f"{config['samples']} samples, temperature {config['temperature']:g}, "
-        f"top-p {config['top_p']:g}, top-k {config['top_k']}, seed {config['seed']}",
-    ]
+    lines = [f"{config['model']} on {config['data']}: {result['num_problems']} problems{dropped}, "
+             f"{config['samples']} samples, temperature {config['temperature']:g}, "
+             f"top-p {config['top_p']:g}, top-k {config['top_k']}, seed {config['seed']}"]
 
     lines.append(f"{'':12}{'strict':>18}{'lenient':>20}")
     for name in result["strict"]:

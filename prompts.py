@@ -32,8 +32,7 @@ REASONING_PROMPT = (
 def uses_chat(tokenizer, template):
     """Tell whether this template goes through the tokenizer's chat template.
 
-    Raises ValueError for an unknown template, and for "chat" where the tokenizer has none.
-    """
+    Raises ValueError for an unknown template, and for "chat" where the tokenizer has none."""
     if template not in ("auto", "chat", "plain", "reasoning"):
         raise ValueError(f"--template must be auto, chat, plain or reasoning, not {template!r}")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
@@ -49,12 +48,9 @@ def uses_chat(tokenizer, template):
 def speaks_chat(tokenizer):
     """Tell whether this is the tokenizer of an instruct model.
 
-    Base checkpoints carry a chat template too, but their eos does not end its turns.
-    """
-    turns = render(tokenizer, [
-        {"role": "user", "content": "1"},
-        {"role": "assistant", "content": "2"},
-    ])
+    Base checkpoints carry a chat template too, but their eos does not end its turns."""
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    turns = render(tokenizer, messages)
     return tokenizer.eos_token is not None and tokenizer.eos_token in turns
 
 
@@ -62,10 +58,7 @@ def prompt_text(question, tokenizer, template="auto"):
     """Returns the text that a completion continues; the file's docstring lists the templates."""
     system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
     if uses_chat(tokenizer, template):
-        messages = [
-            {"role": "system", "content": system},
-            {"role": "user", "content": question},
-        ]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         return render(tokenizer, messages, add_generation_prompt=True)
     if template == "reasoning":
         return f"{system}\n\n{question}\n"
@@ -86,8 +79,7 @@ def render(tokenizer, messages, **options):
 def encode_prompts(problems, tokenizer, template):
     """Returns the token ids of each problem's prompt.
 
-    A chat template writes its own bos; other text gets the tokenizer's, if it has one.
-    """
+    A chat template writes its own bos; other text gets the tokenizer's, if it has one."""
     chat = uses_chat(tokenizer, template)
     if template == "auto":          # decided once, not for every problem
         template = "chat" if chat else "plain"
@@ -99,8 +91,7 @@ def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
     """Returns the problems with "prompt" (token ids) added, without those above max_length tokens.
 
     report is a function that takes the line with the count of dropped problems. Raises ValueError
-    when no problem is left.
-    """
+    when no problem is left."""
     kept = []
     for problem, ids in zip(problems, encode_prompts(problems, tokenizer, template)):
         if len(ids) <= max_length:
@@ -122,16 +113,14 @@ def train_tokenizer(texts, vocab_size=512):
     """Train a byte-level BPE tokenizer (arXiv 1508.07909); every digit is a token of its own.
 
     Returns a transformers tokenizer whose eos and pad are EOS. Any text can be encoded and decoded
-    back exactly, because every byte is in the alphabet.
-    """
+    back exactly, because every byte is in the alphabet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
 
     trainer = trainers.BpeTrainer(
@@ -155,8 +144,7 @@ def save_tokenizer(tokenizer, folder):
 def load_tokenizer(folder):
     """Returns the tokenizer of a checkpoint folder or hub id, without running any code of it.
 
-    Raises ValueError, in one line, when there is none.
-    """
+    Raises ValueError, in one line, when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -175,8 +163,7 @@ def stop_ids(model, tokenizer):
     """Returns every id that ends a completion, sorted.
 
     config.json, generation_config.json and the tokenizer may each name some; all of them count.
-    Raises ValueError when none of them names an id of the vocabulary.
-    """
+    Raises ValueError when none of them names an id of the vocabulary."""
     try:
         generation = json.loads(model.files.get("generation_config.json", b"{}"))
     except ValueError as error:
@@ -184,10 +171,9 @@ def stop_ids(model, tokenizer):
     if not isinstance(generation, dict):
         generation = {}
 
+    of_model = model.config.eos_token_id
     named = []
-    sources = (
-        model.config.eos_token_id, generation.get("eos_token_id"), tokenizer.eos_token_id)
-    for value in sources:
+    for value in (of_model, generation.get("eos_token_id"), tokenizer.eos_token_id):
         named += value if isinstance(value, list) else [value]
 
     size = model.config.vocab_size

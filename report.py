@@ -25,8 +25,7 @@ SAMPLES = 4         # completions of each problem that samples.jsonl shows
 PANELS = (          # of curve.png: (title, keys of the log)
     ("accuracy", ("eval_pass@1", "eval_greedy")),
     ("training reward", ("reward",)),
-    ("completion length (tokens)", ("completion_length", "eval_length")),
-)
+    ("completion length (tokens)", ("completion_length", "eval_length")))
 
 
 # ----------------------------------------------------------------------------- of one run
@@ -34,18 +33,12 @@ PANELS = (          # of curve.png: (title, keys of the log)
 def write_samples(folder, step, problems, groups, rewards):
     """Append some completions of a step to samples.jsonl, to be read by a person.
 
-    groups holds the texts of each problem's completions, rewards a number for each of them.
-    """
+    groups holds the texts of each problem's completions, rewards a number for each of them."""
     with open(Path(folder) / "samples.jsonl", "a", encoding="utf-8") as file:
         for problem, texts, scores in zip(problems, groups, rewards):
             for text, score in zip(texts[:SAMPLES], scores):
-                sample = {
-                    "step": step,
-                    "problem": problem["problem"],
-                    "answer": problem["answer"],
-                    "completion": text,
-                    "reward": float(score),
-                }
+                sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
+                          "completion": text, "reward": float(score)}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
@@ -64,8 +57,7 @@ def write_line(folder, line):
 def warnings_of(line, config):
     """Returns what a beginner should see at once about a step, as lines of text.
 
-    line holds the step's metrics; of config group_size and max_new_tokens are read.
-    """
+    line holds the step's metrics. The config gives group_size and max_new_tokens."""
     said = []
     if line["step"] == 1:
         said.append(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "
@@ -84,8 +76,7 @@ def warnings_of(line, config):
 def draw_curve(folder):
     """Draw curve.png from log.jsonl: accuracy, reward and completion length over steps.
 
-    A figure that fails must not end the run, so any error becomes one warning on stderr.
-    """
+    A figure that fails must not end the run, so any error becomes one warning on stderr."""
     try:
         lines = read_lines(Path(folder) / "log.jsonl")
         figure, axes = new_figure(len(PANELS), width=12, height=3.4)
@@ -95,8 +86,7 @@ def draw_curve(folder):
                 points = curve(lines, "step", key)
                 if not points:
                     continue
-                steps = [step for step, _ in points]
-                values = [value for _, value in points]
+                steps, values = zip(*points)
                 marker = "o" if key.startswith("eval") else None
                 axis.plot(steps, values, marker=marker, markersize=3, label=key)
             axis.set(title=title, xlabel="step")
@@ -112,8 +102,7 @@ def draw_curve(folder):
 def new_figure(panels, width, height):
     """Returns a figure in inches and its row of axes.
 
-    The figure is not one of pyplot's, so it needs no display and is freed like any other object.
-    """
+    The figure is not one of pyplot's, so it needs no display and is freed like any other object."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, panels, squeeze=False)
@@ -137,8 +126,7 @@ def standard_error(values):
 
     It is the sample standard deviation / sqrt(N); for 0/1 values sqrt(p (1 - p) / (N - 1)). Returns
     None for fewer than two. With all values equal it is 0, which is too sure of itself: N right
-    ones in a row still allow an accuracy of 1 - 3/N.
-    """
+    ones in a row still allow an accuracy of 1 - 3/N."""
     import numpy as np
     if len(values) < 2:
         return None
@@ -148,9 +136,7 @@ def standard_error(values):
 def mean_se(values):
     """Returns the mean over runs and its standard error, which is nan for one run."""
     error = standard_error(values)
-    if error is None:
-        error = math.nan
-    return sum(values) / len(values), error
+    return sum(values) / len(values), math.nan if error is None else error
 
 
 # -------------------------------------------------------------------- several runs: reading
@@ -164,8 +150,7 @@ def read_log(path):
     """Read a run folder or log file. Returns its name without the seed, and its lines.
 
     Each line gets a key "seconds", the time of all steps so far without evaluation. Raises
-    ValueError for a file that is empty or no log, OSError for one that cannot be read.
-    """
+    ValueError for a file that is empty or no log, OSError for one that cannot be read."""
     path = Path(path)
     file = path / "log.jsonl" if path.is_dir() else path
     try:
@@ -195,8 +180,7 @@ def curve(lines, x, y):
 def first_reach(points, level):
     """Returns the x at which the line through the points first reaches the level, or None.
 
-    A level that the first point has reached already is reached at that point's x.
-    """
+    A level that the first point has reached already is reached at that point's x."""
     previous_x, previous_y = points[0]
     for x, y in points:
         if y >= level:
@@ -215,8 +199,7 @@ def compare(runs, x, y, reach):
 
     runs is {name: [lines of a run, ...]}. Returns one dict a name, from column to cell. A cell is
     text, a number of runs, or a pair (mean, standard error). Raises ValueError for a run whose log
-    has no line with both x and y.
-    """
+    has no line with both x and y."""
     rows = []
     for name, logs in runs.items():
         curves = [curve(lines, x, y) for lines in logs]
@@ -261,8 +244,7 @@ def mean_curve(logs, x, y, x_max=math.inf):
     """Returns the mean curve of several runs and its standard error, as arrays (x, mean, error).
 
     The runs need not share their x. Each is interpolated linearly at the x of the first one, as far
-    as all of them reach. Runs without y are left out; None when no run has it.
-    """
+    as all of them reach. Runs without y are left out; None when no run has it."""
     import numpy as np
     curves = [np.array(curve(lines, x, y), float) for lines in logs]        # (points, 2) each
     curves = [points for points in curves if len(points)]
@@ -285,8 +267,7 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
     """Draw a panel for each key in `panels`: the mean of each name's runs over x.
 
     A band around the mean is one standard error wide to each side. runs is {name: [lines of a run,
-    ...]}, png the file, x_max the right end, logarithmic the keys with a logarithmic axis.
-    """
+    ...]}, png the file, x_max the right end, logarithmic the keys with a logarithmic axis."""
     figure, axes = new_figure(len(panels), width=6 * len(panels), height=4)
     for axis, y in zip(axes, panels):
         # a name has the same colour in every panel, also where others are missing
@@ -311,6 +292,7 @@ def parse(argv=None):
     parser.add_argument("runs", nargs="+", help="run folders or log files")
     parser.add_argument("--x", default="step",
                         choices=["step", "num_samples", "num_tokens", "seconds"])
+
     parser.add_argument("--y", nargs="+", default=["eval_pass@1"],
                         help="keys of the log; the first goes into the table")
     parser.add_argument("--reach", nargs="*", type=float, default=[],

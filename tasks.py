@@ -22,22 +22,16 @@ import reward
 
 LARGEST = 20      # no number in a story exceeds it: the single steps are a small, learnable table
 NAMES = {
-    "Mia": "She", "Ben": "He", "Ana": "She", "Tom": "He",
-    "Eva": "She", "Sam": "He", "Lily": "She", "Max": "He",
-    "Zoe": "She", "Leo": "He", "Ruth": "She", "Omar": "He",
-    "Ines": "She", "Hugo": "He", "Nora": "She", "Ivan": "He",
-}
+    "Mia": "She", "Ben": "He", "Ana": "She", "Tom": "He", "Eva": "She", "Sam": "He",
+    "Lily": "She", "Max": "He", "Zoe": "She", "Leo": "He", "Ruth": "She", "Omar": "He",
+    "Ines": "She", "Hugo": "He", "Nora": "She", "Ivan": "He"}
 THINGS = (
-    "shells", "apples", "coins", "books", "stamps", "marbles", "pens", "cards",
-    "beads", "plums", "stones", "buttons", "tickets", "cookies", "candles", "roses",
-)
+    "shells", "apples", "coins", "books", "stamps", "marbles", "pens", "cards", "beads", "plums",
+    "stones", "buttons", "tickets", "cookies", "candles", "roses")
 OPENINGS = (
-    "{name} has {n} {things}.",
-    "{name} starts with {n} {things}.",
-    "There are {n} {things} on the table of {name}.",
-    "{name} owns {n} {things}.",
-    "In the box of {name} there are {n} {things}.",
-)
+    "{name} has {n} {things}.", "{name} starts with {n} {things}.",
+    "There are {n} {things} on the table of {name}.", "{name} owns {n} {things}.",
+    "In the box of {name} there are {n} {things}.")
 WORDINGS = {
     "+": ("{She} finds {n} more.", "{She} buys {n} more.", "{friend} brings {n}.",
           "{She} gets {n} from {friend}.", "Then {n} more arrive.", "{She} wins {n} of them.",
@@ -51,12 +45,9 @@ WORDINGS = {
           "{friend} takes half of them."),
 }
 QUESTIONS = (
-    "How many {things} does {name} have?",
-    "How many {things} are left?",
-    "How many {things} are there now?",
-    "What is the number of {things} now?",
-    "How many {things} does {name} have in the end?",
-)
+    "How many {things} does {name} have?", "How many {things} are left?",
+    "How many {things} are there now?", "What is the number of {things} now?",
+    "How many {things} does {name} have in the end?")
 
 
 def arithmetic(count, split="train", seed=0, levels=(4, 6)):
@@ -64,8 +55,8 @@ def arithmetic(count, split="train", seed=0, levels=(4, 6)):
 
     The same arguments give the same problems. Split "test" holds stories whose start and operations
     never occur in "train", whatever the seeds. The solution is in GSM8K's format, one equation a
-    line and then "#### answer"; sft.py makes terse answers of it. Raises ValueError for bad levels.
-    """
+    line and then "#### answer"; sft.py makes terse answers of it. Raises ValueError for levels
+    below 1 or in the wrong order."""
     fewest, most = levels
     if not 1 <= fewest <= most:
         raise ValueError(f"levels must be 1 <= fewest <= most, not {fewest}-{most}")
@@ -102,20 +93,15 @@ def _chain(rng, length):
 
 def _apply(value, sign, number):
     """Returns the result of one step; divisions are without remainder."""
-    results = {
-        "+": value + number,
-        "-": value - number,
-        "*": value * number,
-        "/": value // number,
-    }
+    results = {"+": value + number, "-": value - number,
+               "*": value * number, "/": value // number}
     return results[sign]
 
 
 def _held_out(start, steps):
     """Tell whether a story is held out, as one in ten is.
 
-    A checksum of its numbers and operations decides, so words can not move it to the other side.
-    """
+    A checksum of its numbers and operations decides, so words can not move it to the other side."""
     return zlib.crc32(repr((start, steps)).encode()) % 10 == 0
 
 
@@ -134,14 +120,9 @@ def _story(rng, start, steps, name):
         value = result
     sentences.append(rng.choice(QUESTIONS).format(**words))
 
-    return {
-        "problem": " ".join(sentences),
-        "answer": str(value),
-        "solution": "\n".join([*equations, f"#### {value}"]),
-        "task": "arithmetic",
-        "level": len(steps),
-        "id": name,
-    }
+    solution = "\n".join([*equations, f"#### {value}"])
+    return {"problem": " ".join(sentences), "answer": str(value), "solution": solution,
+            "task": "arithmetic", "level": len(steps), "id": name}
 
 
 # ----------------------------------------------------------------------------------- the table
@@ -165,8 +146,7 @@ def problems(name, count, split="train", seed=0, level=(4, 6)):
     """Returns `count` problems of a built-in task; the same arguments give the same problems.
 
     level is an integer or a pair (fewest, most). Each problem is a dict with "problem", "answer",
-    "solution", "task", "level" and "id". Raises ValueError for an unknown task or split.
-    """
+    "solution", "task", "level" and "id". Raises ValueError for an unknown task or split."""
     if name not in TASKS:
         raise ValueError(f"no built-in task is called {name!r}: choose {', '.join(TASKS)}")
     if split not in ("train", "test"):
@@ -179,8 +159,7 @@ def problems(name, count, split="train", seed=0, level=(4, 6)):
 def correct(problem, completion):
     """Tell whether a completion solves a problem, by the checker of the problem's task.
 
-    reward.verify compares the answers where the task has no checker and where there is no task.
-    """
+    reward.verify compares the answers where the task has no checker and where there is no task."""
     task = TASKS.get(problem.get("task"))
     if task is None or task.check is None:
         return reward.verify(completion, problem["answer"])

@@ -79,11 +79,11 @@ def train_step(run):
 
     # reward them
     parts = reward_parts(run.rewards, problems, groups, c.group_size)
-    rewards = sum(weight * parts[name] for name, weight, _ in run.rewards).float()      # (n, G)
-    rewards = rewards.to(learner.device)
+    scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
+    rewards = scores.float().to(learner.device)
     line = {"step": progress.step, **rollout_metrics(run, rollout, rewards, parts, begin)}
     if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
-        report.write_samples(run.folder, progress.step, problems[:2], groups, rewards.tolist())
+        report.write_samples(run.folder, progress.step, problems[:2], groups, scores.tolist())
 
     # learn from them
     dist.phase(f"step {progress.step}: training")

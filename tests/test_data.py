@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import data
 import prompts
-import tasks
 import reward
 import sft
+import tasks
 from model import ModelConfig, Transformer
 
 torch.set_num_threads(1)
@@ -29,33 +29,44 @@ def write(folder, *lines):
 @pytest.fixture(scope="module")
 def tokenizer():
     problems = tasks.arithmetic(500)
-    return prompts.train_tokenizer([t for p in problems for t in (p["problem"] + "\n", p["solution"])])
+    questions = [p["problem"] + "\n" for p in problems]
+    return prompts.train_tokenizer(questions + [p["solution"] for p in problems])
 
 
-# ------------------------------------------------------------------------------------------------------- jsonl
+# -------------------------------------------------------------------------------------------- jsonl
+
+HALF = {"problem": "Half?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1"}
+BOTH = {"problem": "48 + 24?", "answer": "72", "solution": "Because.\n#### 71"}
+
 
 @pytest.mark.parametrize("row, answer", [
     ({"problem": "48 + 24?", "answer": "72"}, "72"),
-    ({"question": "48 + 24?", "answer": "48+24 = <<48+24=72>>72 clips.\n#### 72"}, "72"),            # GSM8K
-    ({"problem": "48 + 24?", "solution": "It is $48+24=\\boxed{72}$."}, "72"),                         # MATH
-    ({"problem": "Half?", "solution": "It is \\boxed{\\frac{1}{2}}.", "level": "Level 1"}, "\\frac{1}{2}"),
+    ({"question": "48 + 24?", "answer": "48+24 = <<48+24=72>>72 clips.\n#### 72"}, "72"),   # GSM8K
+    ({"problem": "48 + 24?", "solution": "It is $48+24=\\boxed{72}$."}, "72"),              # MATH
+    (HALF, "\\frac{1}{2}"),
     ({"problem": "48 + 24?", "answer": 72}, "72"),
-    ({"problem": "48 + 24?", "answer": "72", "solution": "Because.\n#### 71"}, "72"),                 # the answer field rules
+    (BOTH, "72"),                                                       # the answer field rules
 ])
 def test_every_layout_gives_problem_and_answer(tmp_path, row, answer):
     problem, = data.load_problems(str(write(tmp_path, row)))
-    assert problem["answer"] == answer and problem["problem"] == (row.get("problem") or row["question"])
+    assert problem["answer"] == answer
+    assert problem["problem"] == (row.get("problem") or row["question"])
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"problem": "half', "Unterminated string"), ('["a"]', "not a JSON object"), ('{"answer": "1"}', '"problem" or "question"'),
-    ('{"problem": "x", "solution": "no end"}', 'no "answer"'), ('{"problem": "", "answer": "1"}', "no text"),
-    ('{"problem": "x", "answer": true}', 'no "answer"')])
+    ('{"problem": "half', "Unterminated string"),
+    ('["a"]', "not a JSON object"),
+    ('{"answer": "1"}', '"problem" or "question"'),
+    ('{"problem": "x", "solution": "no end"}', 'no "answer"'),
+    ('{"problem": "", "answer": "1"}', "no text"),
+    ('{"problem": "x", "answer": true}', 'no "answer"'),
+])
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, reason):
     file = write(tmp_path, {"problem": "1?", "answer": "1"}, "", line)
     with pytest.raises(ValueError) as error:
         data.load_problems(str(file))
-    assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value)
+    assert said.startswith(f"{file}:3: ") and reason in said and "\n" not in said
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -82,8 +93,13 @@ def test_line_separators_inside_a_string_do_not_cut_it(tmp_path):
 
 def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__",
-                        lambda name, *a, **k: (_ for _ in ()).throw(ImportError()) if name == "datasets" else real(name, *a, **k))
+
+    def without_datasets(name, *arguments, **options):
+        if name == "datasets":
+            raise ImportError()
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(FileNotFoundError, match=r"pip install datasets.*--data gsm8k_train\.jsonl"):
         data.load_problems("gsm8k")
 
@@ -103,11 +119,15 @@ def fake_hub(monkeypatch, rows):
 def test_the_hub_gives_gsm8k_and_math_and_rows_without_an_answer_are_dropped_loudly(monkeypatch):
     said = []
     calls = fake_hub(monkeypatch, [{"question": "2+2?", "answer": "2+2=4\n#### 4"}])
-    assert data.load_problems("gsm8k", "test")[0]["answer"] == "4" and calls == [("openai/gsm8k", "main", "test")]
-    rows = [{"problem": "Two?", "solution": "It is $\\boxed{2}$."}, {"problem": "How many?", "solution": "There are $\\boxed{}$."}]
+    assert data.load_problems("gsm8k", "test")[0]["answer"] == "4"
+    assert calls == [("openai/gsm8k", "main", "test")]
+
+    rows = [{"problem": "Two?", "solution": "It is $\\boxed{2}$."},
+            {"problem": "How many?", "solution": "There are $\\boxed{}$."}]
     calls = fake_hub(monkeypatch, rows)
     problems = data.load_problems("math", "train", report=said.append)
-    assert len(calls) == 7 and [p["answer"] for p in problems] == ["2"] * 7 and len(said) == 7 and "math/train/1" in said[0]
+    assert len(calls) == 7 and [p["answer"] for p in problems] == ["2"] * 7
+    assert len(said) == 7 and "math/train/1" in said[0]
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -125,11 +145,13 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 def test_problems_with_an_empty_answer_are_dropped_and_counted(tmp_path):
     said = []
     file = write(tmp_path, {"problem": "1?", "answer": "1"}, {"problem": "2?", "answer": " "})
-    assert len(data.load_problems(str(file), report=said.append)) == 1 and "dropped 1 of 2" in said[0]
+    assert len(data.load_problems(str(file), report=said.append)) == 1
+    assert "dropped 1 of 2" in said[0]
 
 
 def test_held_out_problems_of_a_file_never_overlap_with_training():
-    problems = [{"problem": f"question {i % 90}", "answer": "1"} for i in range(100)]       # ten duplicates
+    # 90 texts, ten of them twice
+    problems = [{"problem": f"question {i % 90}", "answer": "1"} for i in range(100)]
     train, held_out = data.hold_out(problems, 5)
     assert len(train) + len(held_out) == 100 and 5 <= len(held_out) <= 10
     assert not {p["problem"] for p in train} & {p["problem"] for p in held_out}
@@ -139,18 +161,20 @@ def test_held_out_problems_of_a_file_never_overlap_with_training():
 
 
 @pytest.mark.skipif(not PROBLEMS.exists(), reason="GSM8K and MATH are not here")
-@pytest.mark.parametrize("name, count", [("gsm8k_train", 7473), ("gsm8k_test", 1319), ("math500", 500)])
+@pytest.mark.parametrize("name, count", [
+    ("gsm8k_train", 7473), ("gsm8k_test", 1319), ("math500", 500)])
 def test_the_real_files_load_whole(name, count):
     problems = data.load_problems(str(PROBLEMS / f"{name}.jsonl"))
     assert len(problems) == count and all(p["answer"] for p in problems)
 
 
-# ------------------------------------------------------------------------------------------ the built-in task
+# -------------------------------------------------------------------------------- the built-in task
 
 def follow(problem):
-    """Read the story with nothing but regular expressions, and return its result: an independent solver."""
+    """Solve a story independently, with nothing but regular expressions. Returns its result."""
     first, *sentences = [s.strip() for s in problem["problem"].rstrip("?").split(".")[:-1]]
     value = int(re.search(r"\d+", first)[0])
+
     for s in sentences:
         if "half" in s:
             value //= 2
@@ -171,23 +195,28 @@ def test_stories_mean_what_their_answers_say(split):
         *lines, last = p["solution"].splitlines()
         assert len(lines) == p["level"] and last == "#### " + p["answer"]
         for line in lines:
-            a, sign, b, c = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign] == int(c)
-            assert 1 <= int(c) <= tasks.LARGEST
+            left, sign, right, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
+            a, b = int(left), int(right)
+            assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(result)
+            assert 1 <= int(result) <= tasks.LARGEST
         assert reward.verify(p["solution"], p["answer"])
 
 
 def test_held_out_stories_never_occur_in_training_even_with_other_words():
     def numbers(problem):
+        """The start and the operations, such as ("7", "+5", "/2")."""
         lines = problem["solution"].splitlines()[:-1]
-        return tuple(re.fullmatch(r"(\d+)(.+)=\d+", x).groups() if not i else re.sub(r"^\d+|=.*", "", x) for i, x in enumerate(lines))
+        start = re.match(r"\d+", lines[0])[0]
+        return start, *(re.sub(r"^\d+|=.*", "", line) for line in lines)
+
     train = {numbers(p) for seed in range(3) for p in tasks.arithmetic(5000, "train", seed, (2, 3))}
     test = {numbers(p) for p in tasks.arithmetic(1000, "test", 0, (2, 3))}
     assert not train & test
 
 
 def test_the_task_depends_on_its_seed_alone_and_has_many_surface_forms():
-    assert tasks.arithmetic(50, seed=1) == tasks.arithmetic(50, seed=1) != tasks.arithmetic(50, seed=2)
+    first, again, other = (tasks.arithmetic(50, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
     problems = tasks.arithmetic(3000, levels=(2, 8))
     assert {p["level"] for p in problems} == set(range(2, 9))
     assert len({p["problem"] for p in problems}) > 2900
@@ -195,10 +224,67 @@ def test_the_task_depends_on_its_seed_alone_and_has_many_surface_forms():
         tasks.arithmetic(1, levels=(4, 2))
 
 
-# ---------------------------------------------------------------------------------------------- prompts and order
+# ------------------------------------------------------------------------------- the table of tasks
+
+def echo(count, split="train", seed=0, levels=(1, 1)):
+    """A task with a checker of its own: any text with the asked number of letters a is right."""
+    numbers = [levels[0] + i % (levels[1] - levels[0] + 1) for i in range(count)]
+    return [{"problem": f"Write {n} times a ({split}, {seed}, {i}).", "answer": "a" * n,
+             "solution": "a" * n, "task": "echo", "level": n, "id": f"echo/{i}"}
+            for i, n in enumerate(numbers)]
+
+
+@pytest.fixture
+def echo_task(monkeypatch):
+    task = tasks.Task(echo, lambda problem, completion: completion.count("a") == problem["level"])
+    monkeypatch.setitem(tasks.TASKS, "echo", task)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_task_gives_whole_problems_that_its_own_solution_solves(name):
+    for split in ("train", "test"):
+        problems = tasks.problems(name, 60, split, seed=2, level=(3, 5))
+        assert len(problems) == 60 and problems == tasks.problems(name, 60, split, 2, (3, 5))
+        for problem in problems:
+            assert {"problem", "answer", "solution", "task", "level", "id"} <= problem.keys()
+            assert problem["task"] == name and 3 <= problem["level"] <= 5
+            assert tasks.correct(problem, problem["solution"]) is True
+            assert tasks.correct(problem, "I do not know.") is False
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_level_is_a_number_or_a_pair(name):
+    assert tasks.problems(name, 20, "train", 0, 4) == tasks.problems(name, 20, "train", 0, (4, 4))
+
+
+def test_unknown_tasks_and_splits_are_named():
+    with pytest.raises(ValueError, match="no built-in task is called 'chess': choose arithmetic"):
+        tasks.problems("chess", 1)
+    with pytest.raises(ValueError, match="split must be train or test, not 'validation'"):
+        tasks.problems("arithmetic", 1, "validation")
+
+
+def test_a_task_with_a_checker_is_graded_by_it(echo_task):
+    problem = tasks.problems("echo", 3, "train", 0, (1, 3))[2]
+    assert problem["answer"] == "aaa"
+    assert tasks.correct(problem, "banana") and not tasks.correct(problem, r"\boxed{aaaa}")
+    assert tasks.correct({"answer": "4"}, "#### 4")         # no task at all: by comparing answers
+
+
+def test_any_task_of_the_table_is_loaded_by_its_name_and_brings_its_checker(echo_task):
+    problems = data.load_problems("echo", "test", 3, (1, 3), 6)
+    assert [p["level"] for p in problems] == [1, 2, 3, 1, 2, 3]
+    assert "test, 3" in problems[0]["problem"]
+    assert [p["check"]("a ba") for p in problems] == [False, True, False, False, True, False]
+    plain = data.load_problems("arithmetic", count=5)
+    assert plain == tasks.arithmetic(5) and "check" not in plain[0]
+
+
+# -------------------------------------------------------------------------------- prompts and order
 
 def test_templates(tokenizer):
-    assert prompts.prompt_text("How many?", tokenizer) == prompts.prompt_text("How many?", tokenizer, "plain") == "How many?\n"
+    for template in ("auto", "plain"):
+        assert prompts.prompt_text("How many?", tokenizer, template) == "How many?\n"
     text = prompts.prompt_text("How many?", tokenizer, "reasoning")
     assert "<reasoning>" in text and "<answer>" in text and text.endswith("How many?\n")
     with pytest.raises(ValueError, match="no chat template"):
@@ -210,19 +296,25 @@ def test_templates(tokenizer):
 def test_chat_template_where_there_is_one(tokenizer):
     from copy import deepcopy
     chat = deepcopy(tokenizer)
-    chat.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + prompts.EOS + "{% endfor %}"
-                          "{% if add_generation_prompt %}<assistant>{% endif %}")
-    expected = f"<system>{prompts.BOXED_PROMPT}{prompts.EOS}<user>How many?{prompts.EOS}<assistant>"
-    assert prompts.prompt_text("How many?", chat, "auto") == prompts.prompt_text("How many?", chat, "chat") == expected
+    chat.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + prompts.EOS + "{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+    expected = (f"<system>{prompts.BOXED_PROMPT}{prompts.EOS}"
+                f"<user>How many?{prompts.EOS}<assistant>")
+    for template in ("auto", "chat"):
+        assert prompts.prompt_text("How many?", chat, template) == expected
     assert prompts.REASONING_PROMPT in prompts.prompt_text("How many?", chat, "reasoning")
     assert prompts.prompt_text("How many?", chat, "plain") == "How many?\n"
 
 
 def test_a_base_model_with_a_chat_template_gets_the_plain_question(tokenizer):
-    """Qwen's base tokenizers carry the template of their instruct siblings, whose turns their own eos does not end."""
+    """Qwen's base tokenizers carry the template of their instruct siblings.
+
+    Their own eos does not end its turns."""
     from copy import deepcopy
     base = deepcopy(tokenizer)
-    base.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    base.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                          "{{ m.content }}<|im_end|>{% endfor %}")
     assert prompts.prompt_text("How many?", base, "auto") == "How many?\n"
     assert "<|im_start|>" in prompts.prompt_text("How many?", base, "chat")
 
@@ -232,7 +324,8 @@ def test_bos_is_written_once(tokenizer):
     from copy import deepcopy
     from tokenizers.processors import TemplateProcessing
     llama = deepcopy(tokenizer)
-    llama.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 5)])
+    llama.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 5)])
     problem = [{"problem": "How many?"}]
     plain, = prompts.encode_prompts(problem, llama, "plain")
     llama.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -243,7 +336,9 @@ def test_bos_is_written_once(tokenizer):
 def test_the_date_in_a_template_is_fixed(tokenizer):
     from copy import deepcopy
     dated = deepcopy(tokenizer)
-    dated.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    dated.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+        "{{ messages[0].content }}")
     assert prompts.prompt_text("How many?", dated, "chat").startswith("26 Jul 2024")
 
 
@@ -261,7 +356,8 @@ def test_every_epoch_is_a_permutation_and_the_cursor_resumes_it(size, seed, coun
     problems = list(range(size))
     whole = data.Stream(problems, seed).next(sum(counts))
     stream, pieces = data.Stream(problems, seed), []
-    for count in counts:                                    # a fresh stream at every cursor: as after a crash
+    # a fresh stream at every cursor, as after a crash
+    for count in counts:
         pieces += stream.next(count)
         stream = data.Stream(problems, seed, stream.cursor)
     assert pieces == whole
@@ -269,7 +365,7 @@ def test_every_epoch_is_a_permutation_and_the_cursor_resumes_it(size, seed, coun
         assert sorted(whole[k:k + size]) == problems
 
 
-# ------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 @given(st.text(max_size=200))
 @settings(deadline=None, max_examples=25)
@@ -287,30 +383,35 @@ def test_the_tokenizer_is_saved_like_any_other(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = prompts.load_tokenizer(tmp_path)
     text = "Mia has 7 shells."
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.eos_token == prompts.EOS
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.eos_token == prompts.EOS
     with pytest.raises(ValueError, match="cannot read its tokenizer"):
         prompts.load_tokenizer(tmp_path / "none")
 
 
 def test_a_checkpoint_without_tokenizer_files_is_not_given_an_empty_tokenizer(tmp_path):
-    Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    shape = ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    Transformer(shape).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot read its tokenizer"):
         prompts.load_tokenizer(tmp_path)
 
 
 def test_the_stop_set_is_the_union_of_all_sources(tokenizer):
-    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, eos_token_id=7))
+    shape = ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, eos_token_id=7)
+    model = Transformer(shape)
     model.files["generation_config.json"] = b'{"eos_token_id": [9, 11]}'
     assert prompts.stop_ids(model, tokenizer) == sorted({7, 9, 11, tokenizer.eos_token_id})
 
 
-# -------------------------------------------------------------------------------------------------- warm start
+# --------------------------------------------------------------------------------------- warm start
 
 def test_terse_completions_are_the_last_line_and_all_are_correct(tokenizer):
     problems = tasks.arithmetic(400, seed=5)
     pairs = sft.corpus(problems, tokenizer, sft.SFTConfig(), terse_share=0.7)
     texts = [tokenizer.decode(c) for _, c in pairs]
-    assert all(t.endswith(prompts.EOS) and reward.verify(t.removesuffix(prompts.EOS), p["answer"]) for t, p in zip(texts, problems))
+    for text, problem in zip(texts, problems):
+        assert text.endswith(prompts.EOS)
+        assert reward.verify(text.removesuffix(prompts.EOS), problem["answer"])
     assert 0.6 < sum("=" not in t for t in texts) / len(texts) < 0.8
 
 
@@ -322,13 +423,15 @@ def test_batches_are_full_and_visit_everything_once_an_epoch():
 
 def test_collate_marks_completions_only():
     tokens, mask = sft.collate([([5, 6], [7]), ([8], [9, 10, 11])], "cpu")
-    assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]] and mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+    assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
+    assert mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
 
 
 def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path):
     losses = []
     for name in "ab":
-        config = sft.SFTConfig(out=str(tmp_path / name), steps=15, problems=200, hidden_size=32, layers=1, heads=2)
+        config = sft.SFTConfig(out=str(tmp_path / name), steps=15, problems=200, hidden_size=32,
+                               layers=1, heads=2)
         model, _ = sft.warm_start(config, progress=False)
         losses.append([p.detach().sum().item() for p in model.parameters()])
     assert losses[0] == losses[1]

@@ -1,4 +1,4 @@
-"""The metrics by worked numbers and by enumeration, and the command line from a checkpoint to the JSON file."""
+"""The metrics by worked numbers and by enumeration; the command line from checkpoint to JSON."""
 import itertools
 import json
 import math
@@ -25,10 +25,10 @@ from report import standard_error
 HERE = Path(__file__).parents[1]
 
 
-# -------------------------------------------------------------------------------------------------------- pass@k
+# ------------------------------------------------------------------------------------------- pass@k
 
 def test_pass_at_k_worked_numbers():
-    """8 samples, 2 right: 1 - C(6, k) / C(8, k); the plug-in estimate 1 - (6/8)^k is lower from k = 2 on."""
+    """8 samples, 2 right: 1 - C(6, k) / C(8, k). The plug-in 1 - (6/8)^k is lower from k = 2 on."""
     expected = {1: .25, 2: 13 / 28, 4: 11 / 14, 7: 1., 8: 1.}
     for k, value in expected.items():
         assert pass_at_k(8, 2, k) == pytest.approx(value, abs=1e-12)
@@ -54,7 +54,7 @@ def test_pass_at_k_refuses_impossible_counts(n, c, k):
         pass_at_k(n, c, k)
 
 
-# --------------------------------------------------------------------------------------------------------- maj@k
+# -------------------------------------------------------------------------------------------- maj@k
 
 def vote(answers, gold, k=None):
     """maj@k from answer texts, as grade() and metrics() do it."""
@@ -77,7 +77,8 @@ def test_majority_worked_numbers():
 
 def test_equivalent_answers_are_one_candidate():
     assert vote_labels(["1/2", "7", "0.5", r"\frac{1}{2}", "7", "x"]) == [0, 1, 0, 0, 1, 2]
-    assert vote(["1/2", "0.5", "7", "7", r"\frac12"], "0.5") == 1       # by their spelling 7 would win
+    # by their spelling 7 would win
+    assert vote(["1/2", "0.5", "7", "7", r"\frac12"], "0.5") == 1
 
 
 def test_no_answer_casts_no_vote():
@@ -102,16 +103,20 @@ def enumerated(labels, right_label, k):
 
 
 @settings(max_examples=100, deadline=None)
-@given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=9), right_label=st.integers(0, 3), data=st.data())
+@given(labels=st.lists(st.integers(-1, 3), min_size=1, max_size=9),
+       right_label=st.integers(0, 3), data=st.data())
 def test_majority_equals_enumeration(labels, right_label, data):
     k = data.draw(st.integers(1, len(labels)))
     right = [label == right_label for label in labels]
-    assert majority_at_k(labels, right, k) == pytest.approx(enumerated(labels, right_label, k), abs=1e-6)
+    expected = enumerated(labels, right_label, k)
+    assert majority_at_k(labels, right, k) == pytest.approx(expected, abs=1e-6)
     assert majority_at_k(labels, right, 1) == pytest.approx(sum(right) / len(right), abs=1e-6)
 
 
 def test_random_subsets_are_fixed_and_near_the_enumeration():
-    """C(16, 8) = 12870 subsets exceed SUBSETS: 1000 random ones, standard error below .5 / sqrt(1000) = .016."""
+    """C(16, 8) = 12870 subsets exceed SUBSETS, so 1000 random ones are looked at.
+
+    Their standard error is below .5 / sqrt(1000) = .016."""
     labels = [0] * 5 + [1] * 5 + [2] * 3 + [-1] * 3
     random.Random(0).shuffle(labels)
     right = [label == 0 for label in labels]
@@ -120,7 +125,7 @@ def test_random_subsets_are_fixed_and_near_the_enumeration():
     assert value == pytest.approx(enumerated(labels, 0, 8), abs=.05)
     subsets.cache_clear()
     assert majority_at_k(labels, right, 8) == value
-    assert len(np.unique(subsets(8, 4), axis=0)) == 70                  # few: each of the C(8, 4) once
+    assert len(np.unique(subsets(8, 4), axis=0)) == 70      # few: each of the C(8, 4) once
 
 
 def test_majority_refuses_impossible_counts():
@@ -129,10 +134,11 @@ def test_majority_refuses_impossible_counts():
             majority_at_k(labels, right, k)
 
 
-# ------------------------------------------------------------------------------------- standard errors, the metrics
+# --------------------------------------------------------------------- standard errors, the metrics
 
 def test_standard_error_by_hand():
-    assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(.25 / 3))    # sqrt(p (1 - p) / (N - 1))
+    # sqrt(p (1 - p) / (N - 1))
+    assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(.25 / 3))
     assert standard_error([0., .5, 1.]) == pytest.approx(.5 / math.sqrt(3))
     assert standard_error([1, 1, 1]) == 0
     assert standard_error([1]) is None
@@ -142,9 +148,17 @@ def test_grading_is_reward_verify_in_both_columns():
     texts = ["#### 4", "it is 4", "#### 4\nor 5", "nothing", r"so \boxed{8/2}", "#### 5 and not 4"]
     graded = evaluate.grade(texts, "4")
     for kind in evaluate.KINDS:
-        assert graded[kind]["right"] == [reward.verify(t, "4", lenient=kind == "lenient") for t in texts]
+        verified = [reward.verify(text, "4", lenient=kind == "lenient") for text in texts]
+        assert graded[kind]["right"] == verified
     assert graded["strict"]["labels"] == [0, -1, 0, -1, 0, 1]
     assert graded["lenient"]["labels"][:5] == [0, 0, 0, -1, 0]
+
+
+def test_a_tasks_own_checker_decides_in_both_columns():
+    graded = evaluate.grade(["#### 4", "four", "#### 5"], "4", check=lambda text: "5" in text)
+    for kind in evaluate.KINDS:
+        assert graded[kind]["right"] == [False, False, True]
+        assert graded[kind]["labels"] == [0, -1, 1]
 
 
 def test_metrics_of_two_problems():
@@ -154,8 +168,12 @@ def test_metrics_of_two_problems():
 
     sampled = [one([1, 1, 0, 0], [0, 0, 1, -1]), one([1, 0, 0, 0], [0, 1, 1, 1])]
     m = evaluate.metrics([one([1], [0]), one([0], [0])], sampled, "strict")
-    means = {"greedy": .5, "avg@4": 3 / 8, "pass@1": 3 / 8, "pass@2": (5 / 6 + 1 / 2) / 2, "pass@4": 1., "maj@4": .5,
-             "maj@2": ((1 + 2 * .5 + 2 * 1 + 0) / 6 + 3 * .5 / 6) / 2}   # aa, ab ab, a- a-, b-; cd cd cd, dd dd dd
+    means = {
+        "greedy": .5, "avg@4": 3 / 8,
+        "pass@1": 3 / 8, "pass@2": (5 / 6 + 1 / 2) / 2, "pass@4": 1.,
+        # the pairs aa, ab ab, a- a-, b-; and cd cd cd, dd dd dd
+        "maj@2": ((1 + 2 * .5 + 2 * 1 + 0) / 6 + 3 * .5 / 6) / 2, "maj@4": .5,
+    }
     assert {k: v["mean"] for k, v in m.items()} == pytest.approx(means)
     assert m["greedy"]["se"] == pytest.approx(.5) and m["avg@4"]["se"] == pytest.approx(.125)
     assert m["pass@4"]["se"] == 0
@@ -165,27 +183,33 @@ def test_metrics_of_two_problems():
 def test_which_k(n, ks):
     graded = [{"strict": {"right": [0] * n, "labels": [0] * n}}]
     names = list(evaluate.metrics([{"strict": {"right": [0]}}], graded, "strict"))
-    assert names == ["greedy", f"avg@{n}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks[1:])]
+    passes = [f"pass@{k}" for k in ks]
+    votes = [f"maj@{k}" for k in ks[1:]]
+    assert names == ["greedy", f"avg@{n}", *passes, *votes]
 
 
-# ---------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """model/: a tiny model that guesses among three answers; problems.jsonl: prompts of many lengths, not in order."""
+    """A folder with a tiny model that guesses among three answers, and a file of problems.
+
+    Their prompts have many lengths, in no order."""
     torch.set_num_threads(1)                # on a busy machine two are slower
     folder = tmp_path_factory.mktemp("evaluate")
-    rows = [{"problem": f"Which{' one' * (7 * i % 5)}, {i}?", "answer": str(i % 3), "id": f"p{i}"} for i in range(30)]
+    rows = [{"problem": f"Which{' one' * (7 * i % 5)}, {i}?", "answer": str(i % 3), "id": f"p{i}"}
+            for i in range(30)]
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    config = sft.SFTConfig(data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60, hidden_size=32,
-                           layers=1, heads=2, vocab_size=280, lr=8e-3)
+    config = sft.SFTConfig(data=str(folder / "problems.jsonl"), out=str(folder / "model"), steps=60,
+                           hidden_size=32, layers=1, heads=2, vocab_size=280, lr=8e-3)
     sft.warm_start(config, progress=False)
     return folder
 
 
 def options(folder, *more):
-    given = {"--model": folder / "model", "--data": folder / "problems.jsonl", "--samples": 4, "--max-new-tokens": 8,
-             "--device": "cpu", "--threads": 1, **dict(zip(more[::2], more[1::2]))}
+    given = {"--model": folder / "model", "--data": folder / "problems.jsonl", "--samples": 4,
+             "--max-new-tokens": 8, "--device": "cpu", "--threads": 1,
+             **dict(zip(more[::2], more[1::2]))}
     return [str(x) for pair in given.items() for x in pair]
 
 
@@ -211,13 +235,18 @@ def test_json_in_the_files_order_and_consistent(first):
     counts = [p["c"] for p in first["problems"]]
     assert all(p["n"] == 4 for p in first["problems"]) and 0 < sum(counts) < 120
     strict = {name: cell["mean"] for name, cell in first["strict"].items()}
-    assert list(strict) == ["greedy", "avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"] == list(first["lenient"])
-    assert strict["greedy"] == pytest.approx(np.mean([p["greedy_correct"] for p in first["problems"]]))
+    names = ["greedy", "avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"]
+    assert list(strict) == names == list(first["lenient"])
+
+    greedy = [p["greedy_correct"] for p in first["problems"]]
+    assert strict["greedy"] == pytest.approx(np.mean(greedy))
     assert strict["avg@4"] == pytest.approx(sum(counts) / 120) == strict["pass@1"]
     assert strict["pass@4"] == pytest.approx(np.mean([c > 0 for c in counts]))
-    assert first["strict"]["avg@4"]["se"] == pytest.approx(np.std([c / 4 for c in counts], ddof=1) / math.sqrt(30))
+    error = np.std([c / 4 for c in counts], ddof=1) / math.sqrt(30)
+    assert first["strict"]["avg@4"]["se"] == pytest.approx(error)
     assert first["lenient"]["avg@4"]["mean"] >= strict["avg@4"]
-    assert 1 <= first["sampled"]["completion_length"] <= 8 and 0 <= first["sampled"]["truncated_frac"] < 1
+    assert 1 <= first["sampled"]["completion_length"] <= 8
+    assert 0 <= first["sampled"]["truncated_frac"] < 1
 
 
 @pytest.mark.parametrize("rows", [1, 4, 20, 1000])
@@ -228,7 +257,8 @@ def test_the_chunk_size_does_not_change_a_number(folder, first, tmp_path, rows):
 def test_seeds(folder, first, tmp_path):
     assert run(folder, tmp_path) == first
     other = run(folder, tmp_path, "--seed", 1)
-    assert other["strict"]["greedy"] == first["strict"]["greedy"] and other["problems"] != first["problems"]
+    assert other["strict"]["greedy"] == first["strict"]["greedy"]
+    assert other["problems"] != first["problems"]
 
 
 def test_a_problems_numbers_do_not_depend_on_the_others(folder, first, tmp_path):
@@ -243,7 +273,8 @@ def test_a_problems_numbers_do_not_depend_on_the_others(folder, first, tmp_path)
 
 def test_the_training_log_and_this_file_agree(folder, first):
     """eval_greedy and eval_pass@1 of log.jsonl are the same numbers, when the problems are."""
-    c = evaluate.EvalConfig(model=str(folder / "model"), data=str(folder / "problems.jsonl"), device="cpu", threads=1)
+    c = evaluate.EvalConfig(model=str(folder / "model"), data=str(folder / "problems.jsonl"),
+                            device="cpu", threads=1)
     sampler, tokenizer, problems, _ = evaluate.start(c)
     line = train.evaluate(sampler, tokenizer, problems, Config(max_new_tokens=8, eval_samples=4))
     assert line["eval_greedy"] == pytest.approx(first["strict"]["greedy"]["mean"])
@@ -270,8 +301,10 @@ def test_every_completion_cut_is_said(folder, capsys):
 
 def test_the_built_in_task_from_a_shell(folder, tmp_path):
     """As a user types it: the table on stdout, the bar on stderr, the same numbers in the file."""
-    arguments = options(folder, "--data", "arithmetic", "--limit", 3, "--samples", 2, "--json", tmp_path / "a.json")
-    done = subprocess.run([sys.executable, str(HERE / "evaluate.py"), *arguments], capture_output=True, text=True)
+    arguments = options(folder, "--data", "arithmetic", "--limit", 3, "--samples", 2,
+                        "--json", tmp_path / "a.json")
+    command = [sys.executable, str(HERE / "evaluate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
     lines = done.stdout.splitlines()
@@ -282,7 +315,20 @@ def test_the_built_in_task_from_a_shell(folder, tmp_path):
     assert list(result["config"]) == [f.name for f in fields(evaluate.EvalConfig)]
 
 
-# ----------------------------------------------------------------------------------------------------- bad input
+def test_a_table_that_fails_costs_no_numbers(folder, tmp_path, capsys, monkeypatch):
+    """The file is written all the same; without a file the failure is an error."""
+    def fail(result):
+        raise ValueError("cannot encode")
+
+    monkeypatch.setattr(evaluate, "table", fail)
+    arguments = options(folder, "--limit", 2)
+    evaluate.main([*arguments, "--json", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text())["num_problems"] == 2
+    assert "warning: the table was not printed (cannot encode)" in capsys.readouterr().err
+    assert "cannot encode" in fails(capsys, arguments)
+
+
+# ---------------------------------------------------------------------------------------- bad input
 
 def fails(capsys, arguments):
     """The one line of a refused command; nothing on stdout, no traceback."""
@@ -328,7 +374,8 @@ def test_bad_files(folder, tmp_path, capsys):
     assert "no weights" in fails(capsys, options(folder, "--model", tmp_path / "bare"))
     weights = (folder / "model" / "model.safetensors").read_bytes()
     (tmp_path / "bare" / "model.safetensors").write_bytes(weights)
-    assert fails(capsys, options(folder, "--model", tmp_path / "bare")).startswith("error: ")      # no tokenizer
+    # no tokenizer
+    assert fails(capsys, options(folder, "--model", tmp_path / "bare")).startswith("error: ")
 
 
 def test_a_result_is_never_overwritten(folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
-"""Several runs side by side, worked by hand."""
+"""What a run writes, and several runs side by side, worked by hand."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,20 +9,82 @@ import report
 
 
 def write(path, values, **more):
-    """A log with one evaluation a step: step 0 at values[0], then a step of two seconds and eight samples each."""
-    lines = [{"step": k, "eval_pass@1": v, **({"step_time": 2.0, "num_samples": 8 * k, **more} if k else {})}
-             for k, v in enumerate(values)]
+    """Write a log with one evaluation a step; each step takes two seconds and eight samples."""
+    lines = []
+    for step, value in enumerate(values):
+        line = {"step": step, "eval_pass@1": value}
+        if step > 0:
+            line |= {"step_time": 2.0, "num_samples": 8 * step, **more}
+        lines.append(line)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
+# ------------------------------------------------------------------------------------------ one run
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_log_line_is_json_also_where_a_number_is_not_finite(tmp_path):
+    report.write_line(tmp_path, {"step": 1, "loss": math.nan, "kl": math.inf, "reward": .5})
+    report.write_line(tmp_path, {"step": 2, "gate": None})
+    assert lines_of(tmp_path / "log.jsonl") == [
+        {"step": 1, "loss": None, "kl": None, "reward": .5}, {"step": 2, "gate": None}]
+
+
+def test_samples_are_the_first_completions_of_each_problem(tmp_path):
+    problems = [{"problem": "1 + 1?", "answer": "2", "check": len},
+                {"problem": "é?", "answer": "3"}]
+    groups = [["a", "b", "c", "d", "e"], ["é"]]
+    report.write_samples(tmp_path, 7, problems, groups, [[1., 0., 0., 0., 1.], [.5]])
+    samples = lines_of(tmp_path / "samples.jsonl")
+    assert [s["completion"] for s in samples] == ["a", "b", "c", "d", "é"]
+    assert samples[4] == {
+        "step": 7, "problem": "é?", "answer": "3", "completion": "é", "reward": .5}
+
+
+@pytest.mark.parametrize("step, solved, cut, expected", [
+    (1, .25, .5, ["first rollout: 25% of the prompts"]),
+    (1, 0., .5, ["first rollout: 0% of the prompts", "warning: pass@G is 0"]),
+    (2, 0., .5, []),
+    (2, 1., 1., ["warning: step 2: every completion was cut at --max-new-tokens 16"]),
+])
+def test_what_a_beginner_should_see(step, solved, cut, expected):
+    config = SimpleNamespace(group_size=8, max_new_tokens=16)
+    line = {"step": step, "pass@G": solved, "truncated_frac": cut}
+    said = report.warnings_of(line, config)
+    assert len(said) == len(expected)
+    for text, start in zip(said, expected):
+        assert text.startswith(start) and "\n" not in text
+
+
+def test_the_curve_is_drawn_and_one_that_fails_is_a_warning(tmp_path, capsys):
+    write(tmp_path / "log.jsonl", [0., .2])
+    report.draw_curve(tmp_path)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "log.jsonl").write_text("{\n")
+    report.draw_curve(tmp_path)
+    report.draw_curve(tmp_path / "absent")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(x.startswith("warning: curve.png was not drawn") for x in said)
+
+
+# ------------------------------------------------------------------------------------- several runs
+
 def test_runs_that_differ_in_the_seed_are_one_line_with_their_standard_error(tmp_path, capsys):
-    """Ends .4 and .8: mean .6, std .2828, standard error .2. Level .3 is crossed at 1 + 1/2 and at 3/4 steps of 8 samples."""
+    """Ends .4 and .8: mean .6, std .2828, standard error .2.
+
+    Level .3 is crossed at 1 + 1/2 and at 3/4 steps of 8 samples."""
     write(tmp_path / "a-s0" / "log.jsonl", [0., .2, .4])
     write(tmp_path / "a-s1.jsonl", [0., .4, .8])
     write(tmp_path / "b-seed7.jsonl", [0., .1, .2])
-    report.main([str(tmp_path / x) for x in ("a-s0", "a-s1.jsonl", "b-seed7.jsonl")] + ["--x", "num_samples", "--reach", ".3"])
+    runs = [str(tmp_path / name) for name in ("a-s0", "a-s1.jsonl", "b-seed7.jsonl")]
+    report.main([*runs, "--x", "num_samples", "--reach", ".3"])
     assert capsys.readouterr().out.splitlines() == [
         "| name | runs | eval_pass@1 | num_samples to 0.3 |", "| --- | --- | --- | --- |",
         "| a | 2 | 0.600 ± 0.200 | 9.000 ± 3.000 |", "| b | 1 | 0.200 | 0 of 1 runs |"]
@@ -29,16 +92,18 @@ def test_runs_that_differ_in_the_seed_are_one_line_with_their_standard_error(tmp
 
 def test_seconds_add_up_the_steps_and_a_level_met_at_the_start_costs_nothing(tmp_path):
     name, lines = report.read_log(write(tmp_path / "x-s3.jsonl", [.5, .5, .9]))
-    assert name == "x" and report.curve(lines, "seconds", "eval_pass@1") == [(0, .5), (2, .5), (4, .9)]
     points = report.curve(lines, "seconds", "eval_pass@1")
-    assert report.first_reach(points, .5) == 0 and report.first_reach(points, .8) == pytest.approx(3.5)
+    assert name == "x" and points == [(0, .5), (2, .5), (4, .9)]
+    assert report.first_reach(points, .5) == 0
+    assert report.first_reach(points, .8) == pytest.approx(3.5)
     assert report.first_reach(points, .95) is None
     mean, se = report.mean_se([3.])
     assert mean == 3 and math.isnan(se)
 
 
 def test_curves_are_drawn_for_every_key_that_some_run_has(tmp_path):
-    runs = [write(tmp_path / "a-s0.jsonl", [0., .2], ess=.9), write(tmp_path / "b-s0.jsonl", [0., .2, .3])]
+    runs = [write(tmp_path / "a-s0.jsonl", [0., .2], ess=.9),
+            write(tmp_path / "b-s0.jsonl", [0., .2, .3])]
     report.main([*map(str, runs), "--y", "eval_pass@1", "ess", "--png", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
