@@ -198,22 +198,27 @@ def evaluate_run(run):
 # ---------------------------------------------------------------------------------------- the loop
 
 def loop(run, interrupt):
-    """Make steps until all are done, or until the step in which an interrupt came. Returns whether
-    all are."""
-    learner, c, progress = run.learner, run.learner.config, run.learner.progress
-    if progress.step == 0:
-        progress.first = evaluate_run(run)
-        report.write_line(run.folder, {"step": 0, **progress.first})
+    """Make steps until all are done, or until the one in which an interrupt came.
 
-    with tqdm(total=c.steps, initial=progress.step, desc=c.algo, disable=dist.rank() > 0) as bar:
-        while progress.step < c.steps:
+    Returns whether all are done."""
+    learner, c = run.learner, run.learner.config
+    bar = tqdm(total=c.steps, initial=learner.progress.step, disable=dist.rank() > 0)
+    with bar:
+        if learner.progress.step == 0:
+            bar.set_description("first evaluation")
+            learner.progress.first = evaluate_run(run)
+            report.write_line(run.folder, {"step": 0, **learner.progress.first})
+
+        while learner.progress.step < c.steps:
+            bar.set_description(c.algo)
             line = train_step(run)
             for warning in report.warnings_of(line, c):
                 learner.say(warning)
 
-            last = progress.step == c.steps
-            evaluates = last or progress.step % c.eval_every == 0
+            last = line["step"] == c.steps
+            evaluates = last or line["step"] % c.eval_every == 0
             if evaluates:
+                bar.set_description("evaluation")
                 run.latest = evaluate_run(run)
                 line.update(run.latest)
             report.write_line(run.folder, line)
@@ -223,7 +228,7 @@ def loop(run, interrupt):
 
             asked = {"stop": interrupt.asked}           # of any rank: they stop after the same step
             stop = dist.all_reduce(asked, learner.device, "max")["stop"] > 0
-            if last or stop or progress.step % c.save_every == 0:
+            if last or stop or line["step"] % c.save_every == 0:
                 save(run)
             if evaluates and dist.rank() == 0:
                 report.draw_curve(run.folder)
