@@ -298,7 +298,7 @@ def test_a_restart_goes_on_with_its_own_run_and_leaves_another_alone(tmp_path, m
     (lambda folder: (folder / "state.json").write_text("{"), "cannot be read")])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(damage, message, tmp_path):
     tensors = {"model.a": torch.arange(6.0)}
-    checkpoint.save_checkpoint(tmp_path, 3, tensors, {"cursor": 1})
+    checkpoint.save_checkpoint(tmp_path, Progress(step=3, cursor=1), tensors)
     damage(tmp_path / "step-000003")
     with pytest.raises(ValueError, match="step-000003 cannot be read") as stop:
         checkpoint.load_checkpoint(tmp_path / "step-000003", {"model.a": torch.zeros(6)})
@@ -307,12 +307,13 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(damage, message, tmp_pat
 
 def test_checkpoints_come_back_as_they_were_and_the_newest_stay(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save_checkpoint(tmp_path, step, {"a": torch.full((2, 3), float(step)), "s": torch.tensor(step * 1.5)},
-                                   {"cursor": step}, {"buffer": [step]}, keep=2)
+        tensors = {"a": torch.full((2, 3), float(step)), "s": torch.tensor(step * 1.5)}
+        checkpoint.save_checkpoint(tmp_path, Progress(step=step, cursor=10 * step), tensors, {"buffer": [step]}, keep=2)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     into = {"a": torch.zeros(2, 3), "s": torch.zeros(())}
-    state, extra = checkpoint.load_checkpoint(tmp_path / "step-000002", into)
-    assert (into["a"] == 2).all() and into["s"] == 3 and state["cursor"] == 2 and state["step"] == 2 and extra == {"buffer": [2]}
+    progress, extra = checkpoint.load_checkpoint(tmp_path / "step-000002", into)
+    assert (into["a"] == 2).all() and into["s"] == 3 and extra == {"buffer": [2]}
+    assert progress == Progress(step=2, cursor=20)
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load_checkpoint(tmp_path / "step-000002", {"another": torch.zeros(1)})
 
@@ -325,10 +326,10 @@ def test_only_numbered_folders_are_checkpoints_and_they_go_by_their_number(tmp_p
 
 def test_a_disk_that_fills_up_with_the_replay_buffer_is_no_whole_checkpoint(tmp_path, monkeypatch):
     """torch.save raises a RuntimeError then, after all ranks have written their parts."""
-    checkpoint.save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {})
+    checkpoint.save_checkpoint(tmp_path, Progress(step=1), {"a": torch.ones(3)})
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("unexpected pos 576 vs 534")))
     with pytest.raises(ValueError, match=r"step 2 not written \(unexpected pos .* MB are free there\); step-000001 is whole"):
-        checkpoint.save_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {})
+        checkpoint.save_checkpoint(tmp_path, Progress(step=2), {"a": torch.ones(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
