@@ -86,7 +86,7 @@ def test_every_measurement_runs(command, tmp_path):
         assert result["largest_logp_deviation_from_trainer"] < 1e-4 and len(result["ratio"]["rounds"]) == 1
 
 
-@pytest.mark.parametrize("what", bench.WHAT)
+@pytest.mark.parametrize("what", bench.COMMANDS)
 def test_a_result_is_never_overwritten(what, monkeypatch, tmp_path):
     file = tmp_path / "out.json"
     file.write_text("a result")

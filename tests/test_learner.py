@@ -50,7 +50,7 @@ def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatc
     """Four groups of three completions, of which two teach something: the tokens that go through the model are theirs, the
     prompt once a group, without the last token of a completion (nothing comes after it)."""
     model, seen = small_model(), []
-    run = common.make_run(model, Config(group_size=3))
+    run = common.make_learner(model, Config(group_size=3))
     out = Sampler(model, []).generate([[1, 2], [3, 4, 5], [6], [7, 8]], 3, [4, 5, 6] * 4)
     rewards = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
     forward = Transformer.hidden_states
