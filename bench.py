@@ -57,7 +57,7 @@ def parser():
                  allow_abbrev=False)
     out.add_argument("what", choices=COMMANDS)
     out.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model [tiny]")
-    out.add_argument("--device", default="", help="cpu, cuda or npu; the one that is here")
+    out.add_argument("--device", default="", help="cpu, cuda or npu [the one that is here]")
     out.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     out.add_argument("--threads", type=int, default=0, help="0: the fastest number, measured")
     out.add_argument("--json", default="", help="a file for the result, which must not exist yet")

@@ -300,7 +300,7 @@ def step(c, load, world, shard, size=2):
     micro_batches = max(1, ceil_div(round(load.trained(world)), load.micro_batch_tokens))
     shards_cross, copies_cross = crosses_nodes(world, shard)
 
-    spent = {"rollout": 0.0, "training": 0.0}       # seconds of communication in each phase
+    spent = {"rollout": 0, "training": 0}       # seconds of communication in each phase
     for collective in traffic(c, world, shard, micro_batches, size):
         crosses = copies_cross if collective.kind == "all_reduce" else shards_cross
         spent[collective.phase] += seconds(collective, crosses)
