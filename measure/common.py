@@ -1,8 +1,7 @@
-"""What the measurements share: models and work of given shapes, a learner, a stopwatch, and the
-rates of this machine.
+"""Tools that the measurements share: models and work of given shapes, a stopwatch, rates.
 
-Whatever the measurements need of the learner and of its batch stands in one section here: they are
-measured as train.py uses them, but without a run folder around them.
+All that they need of the learner and of its batch stands in one section here. The learner is
+measured as train.py uses it, but without a run folder around it.
 """
 import time
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from model import ModelConfig, Transformer, pack
 
 def shape(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
     """Returns the config.json (a dict) of a model of this kind; `more` overrides the rest."""
+    # the context and the base of the rotation decide no shape
     given = {
         "model_type": kind,
         "architectures": [f"{kind.capitalize()}ForCausalLM"],

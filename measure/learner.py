@@ -1,8 +1,8 @@
 """`bench.py train` and `bench.py logps`: seconds of a training step, and memory of its log-probs.
 
-A training step goes twice through the same batch: with each prompt packed once a group, as train.py
-does it ("shared"), and with each prompt once a completion ("alone"). Both give the same gradient,
-so their losses and gradient norms stand beside each other in the result.
+A training step goes through the same batch in two ways. "shared" packs each prompt once a group, as
+train.py does it, and "alone" once a completion. Both give the same gradient, so their losses and
+gradient norms stand beside each other in the result.
 """
 import json
 import subprocess

@@ -1,8 +1,8 @@
 """`bench.py rollout`: tokens/s of the sampler, beside the roofline and transformers.generate.
 
-The roofline is the least time that this machine could take: every product at the rate of a large
-one, and everything that is read at the full bandwidth of the memory. Both rates are measured in
-each round, because those of a shared machine change. With --vs hf, transformers.generate draws
+The roofline is the least time that this machine could take. Every product then runs at the rate of
+a large one, and memory is read at its full bandwidth. Both rates are measured in each round,
+because those of a shared machine change. With --vs hf, transformers.generate draws
 completions of the same lengths, from the same weights and prompts, in the same process.
 """
 import sys

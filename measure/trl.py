@@ -1,12 +1,13 @@
 """`bench.py train --vs trl`: a whole GRPO step here and in TRL's GRPOTrainer, in turns.
 
-Both sides run in one process and start from the same weights. They have the same prompts, group
-size, limits, stop tokens, reward function, objective (TRL's "dapo": all tokens averaged, no KL),
-learning rate, clipping and threads, in float32 on the CPU, without activation checkpointing. A step
-is everything from prompts to new weights: drawing, decoding, rewards, loss, optimizer.
+Both sides run in one process and start from the same weights. The same for both are prompts, group
+size, limits, stop tokens, reward function, learning rate, clipping and threads. So is the
+objective, TRL's "dapo": all tokens averaged, no KL. Both compute in float32 on the CPU, without
+activation checkpointing. A step is everything from prompts to new weights: drawing, decoding,
+rewards, loss, optimizer.
 
-That the losses are the same is checked on TRL's own first batch: our loss and gradient norm on it
-stand beside TRL's in the result. This module is apart from measure/learner.py because it imports
+The losses are compared on TRL's own first batch, and stand beside each other in the result, with
+the gradient norms. This module is apart from measure/learner.py because it imports
 TRL (pip install trl).
 """
 import itertools

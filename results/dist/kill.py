@@ -40,6 +40,7 @@ def command(args, folder, out):
     if args.agents > 1:
         together = ["--nnodes", str(args.agents), "--rdzv-backend", "c10d",
                     "--rdzv-endpoint", "127.0.0.1:29577", "--rdzv-id", out.name]
+
     return [
         sys.executable, "-m", "torch.distributed.run",
         *together,
@@ -201,6 +202,7 @@ def compared(calm, wild, kills):
     """Returns how the end of the disturbed run compares with that of the undisturbed one."""
     checkpoint, tensors, rest = stored(calm)
     _, tensors_after_kills, rest_after_kills = stored(wild)
+
     return {
         "command": "python " + " ".join(sys.argv),
         "kills": len(kills),

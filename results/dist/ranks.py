@@ -104,6 +104,7 @@ def compared(args, folder, algo, one, nodes, shard):
     counts = [int(count) for count in nodes.split("+")]
     many, seconds = run(args, folder, algo, counts, shard)
     far = deviation(one, many)
+
     return {
         "algo": algo,
         "nodes": nodes,
