@@ -1,24 +1,46 @@
-"""What the measurements share: shapes of models, work for them, a stopwatch, and the rates of this machine."""
+"""Tools that the measurements share: models and work of given shapes, a stopwatch, rates.
+
+All that they need of the learner and of its batch stands in one section here. The learner is
+measured as train.py uses it, but without a run folder around it.
+"""
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import dist
 import grpo
+from engine.checkpoint import Progress
 from engine.decode import Linear
-from learner import adamw
-from model import ModelConfig, Transformer
+from learner import Learner, adamw, parts_of
+from model import ModelConfig, Transformer, pack
 
+
+# ------------------------------------------------------------------------------------------- models
 
 def shape(kind, vocab, hidden, intermediate, layers, heads, kv_heads, **more):
-    return dict(model_type=kind, architectures=[f"{kind.capitalize()}ForCausalLM"], vocab_size=vocab, hidden_size=hidden,
-                intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                max_position_embeddings=32768, rope_theta=1e6, **{"tie_word_embeddings": True, **more})
+    """Returns the config.json (a dict) of a model of this kind; `more` overrides the rest."""
+    # the context and the base of the rotation decide no shape
+    given = {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    }
+    return {**given, **more}
 
 
-SHAPES = {   # config.json of the published checkpoints, as far as it decides shapes; tiny and 40m are ours
+# config.json of the published checkpoints, as far as it decides shapes; tiny and 40m are ours
+UNTIED = {"head_dim": 128, "tie_word_embeddings": False}
+SHAPES = {      # kind, vocabulary, hidden, intermediate, layers, heads, heads of keys and values
     "tiny": shape("qwen3", 512, 96, 288, 4, 4, 2, head_dim=24),
     "40m": shape("qwen3", 8192, 512, 1536, 12, 8, 4, head_dim=64),
     "qwen2.5-0.5b": shape("qwen2", 151936, 896, 4864, 24, 14, 2),
@@ -26,97 +48,190 @@ SHAPES = {   # config.json of the published checkpoints, as far as it decides sh
     "llama3.2-1b": shape("llama", 128256, 2048, 8192, 16, 32, 8, head_dim=64),
     "qwen2.5-3b": shape("qwen2", 151936, 2048, 11008, 36, 16, 2),
     "qwen3-4b": shape("qwen3", 151936, 2560, 9728, 36, 32, 8, head_dim=128),
-    "qwen3-8b": shape("qwen3", 151936, 4096, 12288, 36, 32, 8, head_dim=128, tie_word_embeddings=False),
-    "qwen3-14b": shape("qwen3", 151936, 5120, 17408, 40, 40, 8, head_dim=128, tie_word_embeddings=False),
+    "qwen3-8b": shape("qwen3", 151936, 4096, 12288, 36, 32, 8, **UNTIED),
+    "qwen3-14b": shape("qwen3", 151936, 5120, 17408, 40, 40, 8, **UNTIED),
 }
 
 
+def config_of(name):
+    """Returns the ModelConfig of one of SHAPES."""
+    return ModelConfig.from_dict(SHAPES[name])
+
+
 def random_model(args, device, place=None):
-    """Random weights of the shape: for inference in --dtype on the device; with place (dist.Sharding) for training."""
+    """Returns a Transformer of --shape with random weights.
+
+    Without place it is for inference, in --dtype on the device. With place (a dist.Sharding) it is
+    to be trained: its weights lie where training has them, in float32."""
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_dict(SHAPES[args.shape]))
+        model = Transformer(config_of(args.shape))
     if place:
         place(model)
     model.to_empty(device=place.home if place else device)
     model.tie()
+
+    # as at the start of a pretraining: norms are 1, biases 0, matrices normal
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            p = dist.local(p)
-            p.fill_(0.0 if name.endswith("bias") else 1.0) if p.ndim == 1 else p.normal_(0, 0.02)
+        for name, weight in model.named_parameters():
+            weight = dist.local(weight)
+            if name.endswith("bias"):
+                weight.fill_(0.0)
+            elif weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0, 0.02)
+
     return model if place else model.to(getattr(torch, args.dtype))
 
 
+def parameter_count(model):
+    """Returns the number of all parameters; of a sharded model those of all ranks together."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def matrix_parameters(config):
+    """Returns how many parameters every token is multiplied with.
+
+    These are all matrices, lm_head included; the lookup in the embedding is no product."""
+    c = config
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads       # q and o, k and v
+    attention = c.hidden_size * c.head_dim * heads
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    return c.num_hidden_layers * (attention + mlp) + c.vocab_size * c.hidden_size
+
+
+# --------------------------------------------------------------------------------------------- work
+
 def workload(args, config):
-    """Prompts, and the length of each completion: all --new-tokens, or ragged as GSM8K's (log-normal, mean a third)."""
-    rng, B = np.random.default_rng(0), args.prompts * args.group_size
+    """Returns prompts (lists of random ids) and the length of each completion, prompt-major.
+
+    The lengths are all --new-tokens, or ragged as GSM8K's: log-normal with a mean of a third of
+    --new-tokens, and the first is the longest."""
+    rng = np.random.default_rng(0)
     sizes = rng.integers(args.prompt_tokens // 2, args.prompt_tokens + 1, args.prompts)
-    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in sizes]
-    lengths = np.full(B, args.new_tokens)
-    if args.lengths == "ragged":
-        lengths = rng.lognormal(np.log(args.new_tokens / 3) - 0.125, 0.5, B).round().clip(1, args.new_tokens).astype(int)
-        lengths[0] = args.new_tokens
+    prompts = [rng.integers(0, config.vocab_size, size).tolist() for size in sizes]
+
+    count = args.prompts * args.group_size
+    if args.lengths == "equal":
+        return prompts, [args.new_tokens] * count
+
+    center = np.log(args.new_tokens / 3) - 0.125        # sigma^2 / 2 below: the mean is a third
+    lengths = rng.lognormal(center, 0.5, count).round().clip(1, args.new_tokens).astype(int)
+    lengths[0] = args.new_tokens
     return prompts, lengths.tolist()
 
 
 def random_rewards(args, device):
-    return torch.rand(args.prompts, args.group_size, generator=torch.Generator().manual_seed(0)).to(device)
+    """Returns rewards (prompts, group size) between 0 and 1, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(args.prompts, args.group_size, generator=generator).to(device)
 
 
-def timed(f, device):
-    """(seconds, result) of f(), the device's work included."""
-    def wait():
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-    wait()
+# ------------------------------------------------------------------------ the learner and its batch
+
+def make_learner(model, config):
+    """Returns a GRPO learner of a model, as train.py builds it."""
+    return Learner(config=config, objective=grpo, model=model, progress=Progress(step=1),
+                   optimizer=adamw(model, config.lr))
+
+
+def with_config(learner, config):
+    """Returns a learner of the same model and optimizer under other settings."""
+    return replace(learner, config=config)
+
+
+def one_step(learner, batch, rows):
+    """Makes one optimizer step on these rows of a batch. Returns its loss and gradient norm."""
+    sums = learner.step(batch, rows)
+    return sums["loss"], sums["grad_norm"]
+
+
+def replaced(batch, **tensors):
+    """Returns the batch with other tensors under the given names."""
+    return replace(batch, **tensors)
+
+
+def trained_tokens(batch):
+    """Returns the number of completion tokens in the batch: those that the loss reads."""
+    return batch.mask.sum().item()
+
+
+def packed_tokens(batch, rows, config):
+    """Returns how many tokens of these rows go through the model in an optimizer step.
+
+    A group's prompt is packed once in each micro-batch that has completions of the group."""
+    count = 0
+    for part, _ in parts_of(batch, rows, config):
+        groups = [row // config.group_size for row in part]
+        packed, *_ = pack(batch.mask[part].bool(), groups)
+        count += len(packed)
+    return count
+
+
+def largest_over_ranks(value, device):
+    """Returns the largest of a number that each rank has."""
+    return dist.all_reduce({"value": value}, device, "max")["value"]
+
+
+# ---------------------------------------------------------------------------------------- stopwatch
+
+def timed(function, device):
+    """Returns (seconds, result) of function(); what the device still works at is waited for."""
+    wait_for(device)
     begin = time.perf_counter()
-    result = f()
-    wait()
+    result = function()
+    wait_for(device)
     return time.perf_counter() - begin, result
 
 
-def product_rate(device, dtype):
-    """FLOP/s of a large matrix product, measured here and now."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    products = [lambda: a @ b]
-    if device.type == "cpu":        # the sampler's blocked product is faster than the plain one: the roof is the better
-        layer = torch.nn.Linear(n, n, bias=False, dtype=dtype)
-        blocked = Linear([layer], n)
-        products.append(lambda: blocked(a))
-    with torch.inference_mode():
-        return 2 * n ** 3 / min(timed(f, device)[0] for f in products for _ in range(5))
-
-
-def bandwidth(device):
-    """bytes/s of reading or copying memory, the better, measured here and now."""
-    x = torch.empty(2 ** 30, device=device, dtype=torch.int8).fill_(1)       # many times any cache: of 64 MB much stays in one
-    y = torch.empty_like(x)
-    read = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(5))
-    copy = min(timed(lambda: y.copy_(x), device)[0] for _ in range(5))
-    return max(2 * x.numel() / copy, x.numel() / read)
-
-
-def matrix_parameters(config):
-    """Parameters that every token is multiplied with: all matrices, lm_head included, the embedding lookup not."""
-    c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
-
-
-def summary(values):
-    return {"mean": float(np.mean(values)), "min": float(np.min(values)), "max": float(np.max(values)),
-            "rounds": [round(float(v), 4) for v in values]}
-
-
-def make_run(model, config):
-    """What update.update reads, as train.py builds it: float32 master weights, compute in dtype."""
-    return SimpleNamespace(c=config, device=model.device, model=model, optimizer=adamw(model, config.lr), algo=grpo,
-                           step=1, updates=0, bad_steps=0, say=print)
+def wait_for(device):
+    """Waits until an accelerator has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def forget(device):
-    """What the other side has left in the allocator is free again for this one, and the peak starts anew."""
+    """Frees what the other side has left in the allocator, and lets the peak start anew."""
     if device.type != "cpu":
         backend = getattr(torch, device.type)
         backend.empty_cache()
         backend.reset_peak_memory_stats()
+
+
+def summary(values):
+    """Returns mean, least and largest of the rounds' values, and these themselves, rounded."""
+    return {
+        "mean": float(np.mean(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "rounds": [round(float(value), 4) for value in values],
+    }
+
+
+# ------------------------------------------------------------------------------- rates of a machine
+
+def product_rate(device, dtype):
+    """Returns FLOP/s of a large matrix product, measured here and now: the best of five."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    products = [lambda: a @ b]
+
+    # on the CPU the sampler's blocked product is faster than the plain one: the roof is the better
+    if device.type == "cpu":
+        blocked = Linear([torch.nn.Linear(n, n, bias=False, dtype=dtype)], n)
+        products.append(lambda: blocked(a))
+
+    with torch.inference_mode():
+        seconds = min(timed(product, device)[0] for product in products for _ in range(5))
+    return 2 * n ** 3 / seconds
+
+
+def bandwidth(device):
+    """Returns bytes/s of reading or of copying memory, the faster, measured here and now."""
+    # many times the size of any cache: of 64 MB much would stay in one
+    x = torch.empty(2 ** 30, device=device, dtype=torch.int8).fill_(1)
+    y = torch.empty_like(x)
+
+    read_seconds = min(timed(lambda: x.view(torch.int64).sum(), device)[0] for _ in range(5))
+    copy_seconds = min(timed(lambda: y.copy_(x), device)[0] for _ in range(5))
+    return max(2 * x.numel() / copy_seconds, x.numel() / read_seconds)

@@ -1,4 +1,9 @@
-"""`bench.py train` and `bench.py logps`: seconds of a training step, and the memory of its log-probs."""
+"""`bench.py train` and `bench.py logps`: seconds of a training step, and memory of its log-probs.
+
+A training step goes through the same batch in two ways. "shared" packs each prompt once a group, as
+train.py does it, and "alone" once a completion. Both give the same gradient, so their losses and
+gradient norms stand beside each other in the result.
+"""
 import json
 import subprocess
 import sys
@@ -13,87 +18,122 @@ import grpo
 from config import Config
 from engine import logps as logps_file
 from engine import machine
-from learner import parts_of, update
-from measure.common import (SHAPES, make_run, matrix_parameters, product_rate, random_model, random_rewards, summary,
-                            timed, workload)
-from model import ModelConfig, pack
+from measure.common import (config_of, make_learner, matrix_parameters, one_step, packed_tokens,
+                            parameter_count, product_rate, random_model, random_rewards, summary,
+                            timed, trained_tokens, with_config, workload)
 from rollout import Sampler
 
 
+# ---------------------------------------------------------------------------------- a training step
+
 def train(args, device):
-    """A training step: seconds and share of the matrix product's rate, with prompts shared by their group and not."""
+    """Returns seconds of a step and its share of the rate of a matrix product, for both ways.
+
+    With --vs trl a whole step is compared with TRL's instead (measure/trl.py)."""
     if args.vs == "trl":
         from measure import trl
         return trl.compare(args, device)
-    place = dist.Sharding(device, getattr(torch, args.dtype))
-    model = random_model(args, device, place)
+
+    model = random_model(args, device, dist.Sharding(device, getattr(torch, args.dtype)))
     model.activation_checkpointing = args.checkpointing
-    shared = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
-    settings = {"shared": shared, "alone": replace(shared, group_size=1)}       # a group of one shares nothing
-    run = make_run(model, shared)
+    config = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
+    shared = make_learner(model, config)
+    alone = with_config(shared, replace(config, group_size=1))      # a group of one shares nothing
+    learners = {"shared": shared, "alone": alone}
+
     prompts, lengths = workload(args, model.config)
     out = Sampler(model, [], len(lengths)).generate(prompts, args.group_size, lengths)
-    rewards = random_rewards(args, device)
-    batch, rows = grpo.prepare(out, rewards, shared), list(range(len(lengths)))
-    same = {name: gradient_of(run, batch, rows, c) for name, c in settings.items()}     # also warms up
+    batch = grpo.prepare(out, random_rewards(args, device), config)
+    rows = list(range(len(lengths)))
+
+    gradients = {way: gradient_of(learner, batch, rows)             # also warms up
+                 for way, learner in learners.items()}
     flops = product_rate(device, model.dtype)
-    seconds = {name: [] for name in settings}
+    seconds = {way: [] for way in learners}
     for _ in range(args.rounds):
-        for name, c in settings.items():
-            seconds[name].append(timed(lambda: update(run, batch, [rows], c), device)[0])
-    through = {name: sum(packed_tokens(batch, part, c) for part, _ in parts_of(batch, rows, c)) for name, c in settings.items()}
+        for way, learner in learners.items():
+            spent, _ = timed(lambda: one_step(learner, batch, rows), device)
+            seconds[way].append(spent)
+
+    # FLOP: forward and backward are three products, of a multiplication and an addition for each
+    # parameter; lm_head sees only the tokens that are trained
+    through = {way: packed_tokens(batch, rows, learner.config) for way, learner in learners.items()}
     head = model.config.vocab_size * model.config.hidden_size
-    arithmetic = 6 * ((matrix_parameters(model.config) - head) * through["shared"] + head * batch["mask"].sum().item())
-    return {"parameters": sum(p.numel() for p in model.parameters()), "tokens": int(out.lengths.sum()),
-            "padded_to_longest": len(rows) * int(out.lengths.max()), "through_model": through, "gflops": flops / 1e9,
-            "loss_and_grad_norm": same, "seconds": {name: summary(s) for name, s in seconds.items()},
-            "share_of_gemm_rate": summary([arithmetic / flops / s for s in seconds["shared"]]),
-            "ratio": summary(np.array(seconds["alone"]) / np.array(seconds["shared"])),
-            "peak_memory_mb": machine.peak_memory_mb(device)}
+    blocks = matrix_parameters(model.config) - head
+    arithmetic = 6 * (blocks * through["shared"] + head * trained_tokens(batch))
+
+    return {
+        "parameters": parameter_count(model),
+        "tokens": int(out.lengths.sum()),
+        "padded_to_longest": len(rows) * int(out.lengths.max()),
+        "through_model": through,
+        "gflops": flops / 1e9,
+        "loss_and_grad_norm": gradients,
+        "seconds": {way: summary(values) for way, values in seconds.items()},
+        "share_of_gemm_rate": summary([arithmetic / flops / spent for spent in seconds["shared"]]),
+        "ratio": summary(np.array(seconds["alone"]) / np.array(seconds["shared"])),
+        "peak_memory_mb": machine.peak_memory_mb(device),
+    }
 
 
-def gradient_of(run, batch, rows, config):
-    """(loss, gradient norm) of an update that leaves the weights as they are."""
-    for group in run.optimizer.param_groups:
+def gradient_of(learner, batch, rows):
+    """Returns (loss, gradient norm) of a step that leaves the weights as they are."""
+    groups = learner.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
         group["lr"] = 0.0
-    out = update(run, batch, [rows], config)
-    for group in run.optimizer.param_groups:
-        group["lr"] = config.lr
-    return out["loss"], out["grad_norm"]
+
+    out = one_step(learner, batch, rows)
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate
+    return out
 
 
-def packed_tokens(batch, rows, config):
-    """How many tokens of these rows go through the model."""
-    groups = [r // config.group_size for r in rows]
-    return len(pack(batch["mask"][rows].bool(), groups)[0])
-
+# -------------------------------------------------------------------------- the log-probs of a step
 
 def logps(args, device):
-    """Peak memory that the log-probs of --prompts x --new-tokens tokens add, forward and backward: ours and the naive way.
+    """Returns the peak memory in MB that log-probs add, forward and backward: ours and naive.
 
-    On the CPU each runs in a process of its own, because a process's peak never falls."""
+    They are those of --prompts x --new-tokens tokens. Each side runs in a process of its own,
+    because on the CPU the peak of a process never falls."""
     if args.variant:
         return {args.variant: logps_peak(args, device)}
-    out = {}
+
+    program = Path(__file__).parents[1] / "bench.py"
+    given = sys.argv[1:]
+    if "--json" in given:           # the file is for this process to write
+        at = given.index("--json")
+        given = given[:at] + given[at + 2:]
+
+    peaks = {}
     for variant in ("ours", "naive"):
-        command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), *sys.argv[1:], "--variant", variant]
-        if "--json" in command:
-            del command[command.index("--json"):command.index("--json") + 2]
+        command = [sys.executable, str(program), *given, "--variant", variant]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        out |= json.loads(ran.stdout.splitlines()[-1])
-    return {"mb": out, "ratio": out["naive"] / out["ours"]}
+        peaks |= json.loads(ran.stdout.splitlines()[-1])
+    return {"mb": peaks, "ratio": peaks["naive"] / peaks["ours"]}
 
 
 def logps_peak(args, device):
-    c, dtype = ModelConfig.from_dict(SHAPES[args.shape]), getattr(torch, args.dtype)
-    hidden = torch.randn(args.prompts * args.new_tokens, c.hidden_size, device=device).to(dtype).requires_grad_()
-    weight = torch.full((c.vocab_size, c.hidden_size), 0.01, device=device, dtype=dtype).requires_grad_()
-    weight.grad, hidden.grad = torch.ones_like(weight), torch.ones_like(hidden)        # as after a first micro-batch
-    targets = torch.arange(len(hidden), device=device)
+    """Returns the MB that the log-probs of random hidden states add to this process's peak."""
+    c = config_of(args.shape)
+    dtype = getattr(torch, args.dtype)
+    tokens = args.prompts * args.new_tokens
+
+    hidden = torch.randn(tokens, c.hidden_size, device=device).to(dtype)            # (M, hidden)
+    weight = torch.full((c.vocab_size, c.hidden_size), 0.01, device=device, dtype=dtype)
+    targets = torch.arange(tokens, device=device)                                   # (M,)
+
+    # gradients are there already, as after a first micro-batch
+    for tensor in (weight, hidden):
+        tensor.requires_grad_()
+        tensor.grad = torch.ones_like(tensor)
+
     before = machine.peak_memory_mb(device)
     if args.variant == "ours":
         with logps_file.gradients_in_place(weight):
-            logps_file.chunked_logps(hidden, weight, targets, 1.0)[0].sum().backward()
+            target_logps, _ = logps_file.chunked_logps(hidden, weight, targets, 1.0)
+            target_logps.sum().backward()
     else:
+        # in one expression: a name for a (M, V) tensor would keep it through the backward
         (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).sum().backward()
     return machine.peak_memory_mb(device) - before

@@ -1,9 +1,10 @@
-/* A stand-in for CANN: enough of AscendCL and HCCL for the real torch_npu to import, allocate, copy and communicate on a
-   CPU.
+/* A stand-in for CANN: enough of AscendCL and HCCL for the real torch_npu to import, allocate, copy
+   and communicate on a CPU.
 
-   Device memory is host memory and every stream is synchronous. Operators are not computed here: see fakenpu.py.
-   Collectives go through memory that the processes of one host share. What has not been needed is absent or fails, and
-   torch_npu says so. The names and arguments are CANN's; torch_npu finds them under six library names, see with_npu. */
+   Device memory is host memory and every stream is synchronous. Operators are not computed here,
+   but in fakenpu.py. Collectives go through memory that the processes of one host share. Functions
+   that nothing has needed are absent or fail, and torch_npu says so. Names and arguments are CANN's;
+   torch_npu finds them under six library names (see with_npu). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,22 +20,25 @@
 #define OK 0
 #define INTERNAL_ERROR 500000
 
-/* Nothing to do here, or nothing to do it with. A caller in C may pass arguments that the definition does not name. */
+/* Nothing to do here, or nothing to do it with. A caller in C may pass arguments that the
+   definition does not name. */
 #define SUCCEEDS(name) long name(void) { return OK; }
 #define FAILS(name) long name(void) { return INTERNAL_ERROR; }
 
 
-/* ------------------------------------------------------------------------------------------------------------- runtime */
+/* -------------------------------------------------------------------------------------- runtime */
 
-#define FIRST_CONTEXT 0x1000        /* the context of device d is this + d: never 0, which means none */
+#define FIRST_CONTEXT 0x1000    /* the context of device d is this + d: never 0, which means none */
 
 static _Thread_local int32_t device = 0;
 
-SUCCEEDS(aclInit) SUCCEEDS(aclFinalize) SUCCEEDS(aclrtResetDevice) SUCCEEDS(aclAppLog) SUCCEEDS(aclrtProcessReport)
+SUCCEEDS(aclInit) SUCCEEDS(aclFinalize) SUCCEEDS(aclrtResetDevice) SUCCEEDS(aclAppLog)
+SUCCEEDS(aclrtProcessReport)
 SUCCEEDS(aclrtPeekAtLastError) SUCCEEDS(aclrtGetLastError) SUCCEEDS(aclrtDeviceEnablePeerAccess)
 SUCCEEDS(aclrtSetDeviceSatMode) SUCCEEDS(aclrtSetOpWaitTimeout) SUCCEEDS(aclrtSetOpExecuteTimeOut)
 SUCCEEDS(aclrtSetOpExecuteTimeOutV2) SUCCEEDS(aclrtSetSysParamOpt) SUCCEEDS(aclrtCtxSetSysParamOpt)
-SUCCEEDS(rtGetC2cCtrlAddr) SUCCEEDS(aclmdlInitDump) SUCCEEDS(aclmdlSetDump) SUCCEEDS(aclmdlFinalizeDump)
+SUCCEEDS(rtGetC2cCtrlAddr) SUCCEEDS(aclmdlInitDump) SUCCEEDS(aclmdlSetDump)
+SUCCEEDS(aclmdlFinalizeDump)
 
 const char *aclrtGetSocName(void) { return "Ascend910B2"; }
 const char *aclGetRecentErrMsg(void) { return ""; }
@@ -51,16 +55,28 @@ int aclrtGetDeviceCount(uint32_t *count)
 
 int aclrtSetDevice(int32_t d) { device = d; return OK; }
 int aclrtGetDevice(int32_t *d) { *d = device; return OK; }
-int aclrtSetCurrentContext(void *context) { device = (int32_t)((uintptr_t)context - FIRST_CONTEXT); return OK; }
-int aclrtGetCurrentContext(void **context) { *context = (void *)(uintptr_t)(FIRST_CONTEXT + device); return OK; }
+int aclrtSetCurrentContext(void *context)
+{
+    device = (int32_t)((uintptr_t)context - FIRST_CONTEXT);
+    return OK;
+}
+int aclrtGetCurrentContext(void **context)
+{
+    *context = (void *)(uintptr_t)(FIRST_CONTEXT + device);
+    return OK;
+}
 int aclrtGetPrimaryCtxState(int32_t d, uint32_t *flags, int32_t *active) { *active = 1; return OK; }
 int aclrtDeviceCanAccessPeer(int32_t *can, int32_t d, int32_t peer) { *can = 1; return OK; }
 int aclrtDeviceGetBareTgid(int32_t *pid) { *pid = getpid(); return OK; }
 int aclrtGetDeviceInfo(uint32_t d, int what, int64_t *value) { *value = 24; return OK; }
-int aclGetDeviceCapability(uint32_t d, int what, int64_t *value) { *value = what == 1 ? 24 : 48; return OK; }   /* cores */
+int aclGetDeviceCapability(uint32_t d, int what, int64_t *value)     /* cores */
+{
+    *value = what == 1 ? 24 : 48;
+    return OK;
+}
 
 
-/* -------------------------------------------------------------------------------------------------------------- memory */
+/* --------------------------------------------------------------------------------------- memory */
 
 #define ALIGNMENT 512
 #define TOTAL ((size_t)64 << 30)
@@ -73,17 +89,31 @@ int aclrtMallocAlign32(void **p, size_t n, int policy) { return allocate(p, n); 
 int aclrtMallocHost(void **p, size_t n) { return allocate(p, n); }
 int aclrtFree(void *p) { free(p); return OK; }
 int aclrtFreeHost(void *p) { free(p); return OK; }
-int aclrtMemcpy(void *to, size_t most, const void *from, size_t n, int kind) { memmove(to, from, n); return OK; }
+int aclrtMemcpy(void *to, size_t most, const void *from, size_t n, int kind)
+{
+    memmove(to, from, n);
+    return OK;
+}
 int aclrtMemcpyAsync(void *to, size_t most, const void *from, size_t n, int kind, void *s)
 {
     memmove(to, from, n);
     return OK;
 }
 int aclrtMemset(void *to, size_t most, int32_t value, size_t n) { memset(to, value, n); return OK; }
-int aclrtMemsetAsync(void *to, size_t most, int32_t value, size_t n, void *stream) { memset(to, value, n); return OK; }
-int aclrtGetMemInfo(int kind, size_t *left, size_t *total) { *left = FREE; *total = TOTAL; return OK; }
+int aclrtMemsetAsync(void *to, size_t most, int32_t value, size_t n, void *stream)
+{
+    memset(to, value, n);
+    return OK;
+}
+int aclrtGetMemInfo(int kind, size_t *left, size_t *total)
+{
+    *left = FREE;
+    *total = TOTAL;
+    return OK;
+}
 
-/* expandable segments: addresses are reserved first and become usable when "physical" memory is mapped there */
+/* Expandable segments: addresses are reserved first, and become usable when "physical" memory is
+   mapped there. */
 SUCCEEDS(aclrtReleaseMemAddress) SUCCEEDS(aclrtFreePhysical) SUCCEEDS(aclrtUnmapMem)
 SUCCEEDS(aclrtMemExportToShareableHandle) SUCCEEDS(aclrtMemImportFromShareableHandle)
 SUCCEEDS(aclrtMemSetPidToShareableHandle)
@@ -94,11 +124,18 @@ int aclrtReserveMemAddress(void **p, size_t n, size_t alignment, void *wanted, u
     return *p == MAP_FAILED ? INTERNAL_ERROR : OK;
 }
 
-int aclrtMallocPhysical(void **handle, size_t n, const void *properties, uint64_t flags) { *handle = (void *)n; return OK; }
-int aclrtMapMem(void *p, size_t n, size_t offset, void *h, uint64_t f) { return mprotect(p, n, PROT_READ | PROT_WRITE); }
+int aclrtMallocPhysical(void **handle, size_t n, const void *properties, uint64_t flags)
+{
+    *handle = (void *)n;
+    return OK;
+}
+int aclrtMapMem(void *p, size_t n, size_t offset, void *h, uint64_t f)
+{
+    return mprotect(p, n, PROT_READ | PROT_WRITE);
+}
 
 
-/* -------------------------------------------------------------------------------------------------- streams and events */
+/* --------------------------------------------------------------------------- streams and events */
 
 #define FIRST_STREAM 0x100000
 #define FIRST_EVENT 0x200000
@@ -106,39 +143,62 @@ int aclrtMapMem(void *p, size_t n, size_t offset, void *h, uint64_t f) { return 
 
 static _Atomic uint32_t handles = 1;
 
-static int new_handle(void **handle, uintptr_t first) { *handle = (void *)(first + handles++); return OK; }
+static int new_handle(void **handle, uintptr_t first)
+{
+    *handle = (void *)(first + handles++);
+    return OK;
+}
 
 SUCCEEDS(aclrtDestroyStream) SUCCEEDS(aclrtDestroyStreamForce) SUCCEEDS(aclrtStreamWaitEvent)
 SUCCEEDS(aclrtSynchronizeStream) SUCCEEDS(aclrtSynchronizeStreamWithTimeout)
 SUCCEEDS(aclrtSynchronizeDevice) SUCCEEDS(aclrtSynchronizeDeviceWithTimeout)
 SUCCEEDS(aclrtSetStreamFailureMode) SUCCEEDS(aclrtSetStreamOverflowSwitch)
-SUCCEEDS(aclrtRecordEvent) SUCCEEDS(aclrtResetEvent) SUCCEEDS(aclrtDestroyEvent) SUCCEEDS(aclrtSynchronizeEvent)
+SUCCEEDS(aclrtRecordEvent) SUCCEEDS(aclrtResetEvent) SUCCEEDS(aclrtDestroyEvent)
+SUCCEEDS(aclrtSynchronizeEvent)
 
 int aclrtCreateStream(void **stream) { return new_handle(stream, FIRST_STREAM); }
-int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag) { return new_handle(stream, FIRST_STREAM); }
-int aclrtStreamGetId(void *stream, int32_t *id) { *id = (int32_t)((uintptr_t)stream - FIRST_STREAM); return OK; }
+int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flag)
+{
+    return new_handle(stream, FIRST_STREAM);
+}
+int aclrtStreamGetId(void *stream, int32_t *id)
+{
+    *id = (int32_t)((uintptr_t)stream - FIRST_STREAM);
+    return OK;
+}
 int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; }
-int aclrtCreateEventExWithFlag(void **event, uint32_t flag) { return new_handle(event, FIRST_EVENT); }
+int aclrtCreateEventExWithFlag(void **event, uint32_t flag)
+{
+    return new_handle(event, FIRST_EVENT);
+}
 int aclrtCreateEventWithFlag(void **event, uint32_t flag) { return new_handle(event, FIRST_EVENT); }
 int aclrtQueryEventStatus(void *event, int *status) { *status = EVENT_COMPLETE; return OK; }
 int aclrtQueryEventWaitStatus(void *event, int *status) { *status = 0; return OK; }
 int aclrtEventElapsedTime(float *ms, void *start, void *end) { *ms = 1; return OK; }
 
 
-/* ---------------------------------------------------------------------------------- operators: described, not computed */
+/* ----------------------------------------------------------- operators: described, not computed */
 
 FAILS(aclopCompileAndExecute) FAILS(rtKernelLaunch)
 
 SUCCEEDS(aclGetTensorDescDimV2) SUCCEEDS(aclGetTensorDescFormat) SUCCEEDS(aclGetTensorDescNumDims)
-SUCCEEDS(aclGetTensorDescType) SUCCEEDS(aclSetTensorDescName) SUCCEEDS(aclSetTensorFormat) SUCCEEDS(aclSetTensorPlaceMent)
-SUCCEEDS(aclSetTensorShape) SUCCEEDS(aclopSetAttrBool) SUCCEEDS(aclopSetAttrDataType) SUCCEEDS(aclopSetAttrFloat)
-SUCCEEDS(aclopSetAttrInt) SUCCEEDS(aclopSetAttrListBool) SUCCEEDS(aclopSetAttrListFloat) SUCCEEDS(aclopSetAttrListInt)
+SUCCEEDS(aclGetTensorDescType) SUCCEEDS(aclSetTensorDescName) SUCCEEDS(aclSetTensorFormat)
+SUCCEEDS(aclSetTensorPlaceMent)
+SUCCEEDS(aclSetTensorShape) SUCCEEDS(aclopSetAttrBool) SUCCEEDS(aclopSetAttrDataType)
+SUCCEEDS(aclopSetAttrFloat)
+SUCCEEDS(aclopSetAttrInt) SUCCEEDS(aclopSetAttrListBool) SUCCEEDS(aclopSetAttrListFloat)
+SUCCEEDS(aclopSetAttrListInt)
 SUCCEEDS(aclopSetAttrListListInt) SUCCEEDS(aclopSetAttrString) SUCCEEDS(aclrtBinaryGetFunction)
-SUCCEEDS(aclrtBinaryLoadFromData) SUCCEEDS(aclrtGetFunctionAddr) SUCCEEDS(rtDevBinaryRegister) SUCCEEDS(rtFunctionRegister)
-SUCCEEDS(MsprofGetHashId) SUCCEEDS(MsprofRegisterCallback) SUCCEEDS(MsprofReportAdditionalInfo) SUCCEEDS(MsprofReportApi)
+SUCCEEDS(aclrtBinaryLoadFromData) SUCCEEDS(aclrtGetFunctionAddr) SUCCEEDS(rtDevBinaryRegister)
+SUCCEEDS(rtFunctionRegister)
+SUCCEEDS(MsprofGetHashId) SUCCEEDS(MsprofRegisterCallback) SUCCEEDS(MsprofReportAdditionalInfo)
+SUCCEEDS(MsprofReportApi)
 SUCCEEDS(MsprofReportCompactInfo) SUCCEEDS(MsprofSysCycleTime) SUCCEEDS(aclSetCompileopt)
 
-void *aclCreateTensorDesc(int type, int dims, const int64_t *shape, int format) { return malloc(1); }
+void *aclCreateTensorDesc(int type, int dims, const int64_t *shape, int format)
+{
+    return malloc(1);
+}
 void aclDestroyTensorDesc(const void *p) { free((void *)p); }
 void *aclCreateDataBuffer(void *data, size_t n) { return malloc(1); }
 int aclDestroyDataBuffer(const void *p) { free((void *)p); return OK; }
@@ -148,11 +208,12 @@ uint64_t aclGetCompileoptSize(int option) { return sizeof "disable"; }
 int aclGetCompileopt(int option, char *value, uint64_t n) { strcpy(value, "disable"); return OK; }
 
 
-/* ---------------------------------------------------------------------------------------------------------------- HCCL
+/* -------------------------------------------------------------------------------------------- HCCL
 
-   A communicator is one piece of shared memory: a head, and a slot for each rank, through which data goes a slot at a time.
-   It has no file: it is a memfd of the root rank, which the others open as /proc/PID/fd/FD. So no run can meet what another
-   one left behind, and whatever way the processes end, their memory goes with them. */
+   A communicator is one piece of shared memory: a head, and a slot for each rank. Data goes through
+   a slot at a time. It has no file, but is a memfd of the root rank, which the others open as
+   /proc/PID/fd/FD. So no run can meet what another one left behind, and in whatever way the
+   processes end, their memory goes with them. */
 
 #define HCCL_UNSUPPORTED 5
 #define HCCL_SYSTEM_ERROR 8
@@ -161,7 +222,7 @@ int aclGetCompileopt(int option, char *value, uint64_t n) { strcpy(value, "disab
 #define MOST_RANKS 64
 #define SLOT (1 << 20)
 #define SPINS 200           /* looks at a word before sleeping between looks, */
-#define SHORT_SLEEPS 2000   /* first 50 us, then 1 ms, with a look each second at whether the other processes live */
+#define SHORT_SLEEPS 2000   /* first 50 us, then 1 ms; each second: do the others live? */
 #define PATIENCE 600        /* seconds until a rank that has not joined counts as lost */
 #define TRY(call) do { int error = (call); if (error) return error; } while (0)
 
@@ -171,7 +232,7 @@ static const int WIDTH[] = {1, 2, 4, 2, 4, 8, 8, 1, 2, 4, 8, 2};        /* bytes
 typedef struct {
     _Atomic int arrived, round;                 /* the barrier */
     _Atomic int pid[MOST_RANKS];                /* 0: has not joined */
-    _Atomic int full[MOST_RANKS][MOST_RANKS];   /* [from][to]: a message lies in the slot of `from` */
+    _Atomic int full[MOST_RANKS][MOST_RANKS];   /* [from][to]: a message is in the slot of `from` */
 } Head;
 
 typedef struct {
@@ -189,7 +250,8 @@ static int lost_rank(Group *g, long seconds)
     for (int r = 0; r < g->ranks; r++) {
         int pid = g->head->pid[r];
         if (pid ? kill(pid, 0) && errno == ESRCH : seconds > PATIENCE) {
-            fprintf(stderr, "npu_standin: rank %d of %s %s\n", r, g->name, pid ? "has ended" : "never came");
+            fprintf(stderr, "npu_standin: rank %d of %s %s\n", r, g->name,
+                    pid ? "has ended" : "never came");
             return 1;
         }
     }
@@ -248,7 +310,8 @@ int HcclCommInitRootInfo(uint32_t ranks, const void *info, uint32_t rank, void *
     return barrier(g);
 }
 
-int HcclCommInitRootInfoConfig(uint32_t ranks, const void *info, uint32_t rank, const void *config, void **out)
+int HcclCommInitRootInfoConfig(uint32_t ranks, const void *info, uint32_t rank, const void *config,
+                               void **out)
 {
     return HcclCommInitRootInfo(ranks, info, rank, out);
 }
@@ -284,8 +347,12 @@ static uint16_t to_bfloat16(float value)
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;      /* to nearest, ties to even */
 }
 
-/* A function for each type: elements [first, first + count) of all slots, reduced in the order of ranks. */
-#define COMBINE(a, b) (op == SUM ? a + b : op == PROD ? a * b : op == MAX ? (a > b ? a : b) : (a < b ? a : b))
+/* A function for each type: it reduces elements [first, first + count) of all slots, in the order
+   of ranks. */
+#define LARGER(a, b) (a > b ? a : b)
+#define SMALLER(a, b) (a < b ? a : b)
+#define COMBINE(a, b) \
+    (op == SUM ? a + b : op == PROD ? a * b : op == MAX ? LARGER(a, b) : SMALLER(a, b))
 #define REDUCE(name, stored, computed, load, store)                                         \
     static void name(Group *g, stored *out, size_t first, size_t count, int op)             \
     {                                                                                       \
@@ -305,7 +372,8 @@ REDUCE(reduce_int64, int64_t, int64_t, , )
 REDUCE(reduce_float32, float, float, , )
 REDUCE(reduce_bfloat16, uint16_t, float, from_bfloat16, to_bfloat16)
 
-static int reduce(Group *g, void *out, size_t first, size_t count, int type, int op)       /* first and count: bytes */
+/* first and count are in bytes */
+static int reduce(Group *g, void *out, size_t first, size_t count, int type, int op)
 {
     first /= WIDTH[type];
     count /= WIDTH[type];
@@ -322,9 +390,11 @@ static int reduce(Group *g, void *out, size_t first, size_t count, int type, int
 }
 
 /* n bytes in chunks of at most `most`: i is where a chunk starts, count its size */
-#define CHUNKS(n, most) for (uint64_t i = 0, count; i < n && (count = n - i < most ? n - i : most); i += most)
+#define CHUNKS(n, most) \
+    for (uint64_t i = 0, count; i < n && (count = n - i < most ? n - i : most); i += most)
 
-static int reduce_to(Group *g, char *in, char *out, uint64_t n, int type, int op, int root)      /* root -1: to all */
+/* root -1: the result goes to all */
+static int reduce_to(Group *g, char *in, char *out, uint64_t n, int type, int op, int root)
 {
     n *= WIDTH[type];
     CHUNKS(n, SLOT) {
@@ -342,12 +412,14 @@ int HcclAllReduce(char *in, char *out, uint64_t n, int type, int op, void *group
     return reduce_to(group, in, out, n, type, op, -1);
 }
 
-int HcclReduce(char *in, char *out, uint64_t n, int type, int op, uint32_t root, void *group, void *stream)
+int HcclReduce(char *in, char *out, uint64_t n, int type, int op, uint32_t root, void *group,
+               void *stream)
 {
     return reduce_to(group, in, out, n, type, op, root);
 }
 
-int HcclReduceScatter(char *in, char *out, uint64_t n, int type, int op, void *group, void *stream)     /* n for each rank */
+/* n for each rank */
+int HcclReduceScatter(char *in, char *out, uint64_t n, int type, int op, void *group, void *stream)
 {
     Group *g = group;
     uint64_t most = SLOT / g->ranks / 8 * 8;        /* whole elements of any type */
@@ -390,7 +462,8 @@ int HcclBroadcast(char *data, uint64_t n, int type, uint32_t root, void *group, 
     return OK;
 }
 
-int HcclScatter(char *in, char *out, uint64_t n, int type, uint32_t root, void *group, void *stream)    /* n for each rank */
+/* n for each rank */
+int HcclScatter(char *in, char *out, uint64_t n, int type, uint32_t root, void *group, void *stream)
 {
     Group *g = group;
     n *= WIDTH[type];
@@ -404,7 +477,8 @@ int HcclScatter(char *in, char *out, uint64_t n, int type, uint32_t root, void *
     return OK;
 }
 
-int HcclSend(char *data, uint64_t n, int type, uint32_t to, void *group, void *stream)      /* returns when it is received */
+/* returns when it is received */
+int HcclSend(char *data, uint64_t n, int type, uint32_t to, void *group, void *stream)
 {
     Group *g = group;
     n *= WIDTH[type];

@@ -1,11 +1,12 @@
-"""Computes for torch_npu: each of its kernels for PyTorch's operators becomes the CPU's kernel on the same memory.
+"""Computes for torch_npu: its kernels of PyTorch's operators become the CPU's, on the same memory.
 
-The stand-in's device memory is host memory (cann.c), so a tensor on "npu" can be read and written as a CPU tensor with the
-same storage and strides: views, in-place and out= behave as they do on a device. What allocates tensors or makes views of
-them stays torch_npu's. Only operators that torch_npu has a kernel for are replaced: any other reaches torch_npu's own
-fallback, which with_npu makes an error. The fused operators of the NPU are in npuref.py.
+The stand-in's device memory is host memory (cann.c). So a tensor on "npu" can be read and written
+as a CPU tensor with the same storage and strides: views, in-place and out= behave as on a device.
+The operators that allocate tensors or make views of them stay torch_npu's. Only operators that
+torch_npu has a kernel for are replaced. Any other reaches torch_npu's own fallback, which
+with_npu makes an error. The fused operators of the NPU are in npuref.py.
 
-called: operator -> how often, so that a test can say which kernels a program launches.
+`called` counts the launches of each operator, so that a test can say which kernels a program uses.
 """
 import warnings
 from collections import Counter
@@ -16,13 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 called = Counter()
 CPU = torch.device("cpu")
-TORCH_NPUS_OWN = {
-    "empty.memory_format", "empty.out", "empty_like", "empty_strided", "empty_with_format", "unsafe_empty_with_format",
-    "new_empty", "new_empty_strided", "resize_", "resize_as_", "set_", "set_.source_Storage",
-    "set_.source_Storage_storage_offset", "set_.source_Tensor", "is_set_to", "as_strided", "as_strided_", "view", "alias",
-    "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "detach", "lift", "lift_fresh", "contiguous", "_to_copy",
-    "record_stream", "_pin_memory", "is_pinned", "_has_compatible_shallow_copy_type", "scaled_dot_product_attention",
-    "_fused_sdp_choice"}
+TORCH_NPUS_OWN = {      # they allocate tensors, or make views
+    "empty.memory_format", "empty.out", "empty_like", "empty_strided", "empty_with_format",
+    "unsafe_empty_with_format", "new_empty", "new_empty_strided", "resize_", "resize_as_", "set_",
+    "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor", "is_set_to",
+    "as_strided", "as_strided_", "view", "alias", "_reshape_alias", "unfold", "view_as_real",
+    "view_as_complex", "detach", "lift", "lift_fresh", "contiguous", "_to_copy", "record_stream",
+    "_pin_memory", "is_pinned", "_has_compatible_shallow_copy_type", "scaled_dot_product_attention",
+    "_fused_sdp_choice",
+}
 
 
 def on_npu(x):
@@ -30,7 +33,7 @@ def on_npu(x):
 
 
 def host(tensor):
-    """A CPU tensor over the memory of an NPU tensor."""
+    """Returns a CPU tensor over the memory of an NPU tensor."""
     storage = tensor.untyped_storage()
     same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), CPU, storage.nbytes())
     alias = torch.empty(0, dtype=tensor.dtype, device=CPU)
@@ -38,14 +41,14 @@ def host(tensor):
 
 
 def to_npu(tensor, device):
-    """A new NPU tensor with the values and strides of a CPU tensor."""
+    """Returns a new NPU tensor with the values and strides of a CPU tensor."""
     new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     host(new).copy_(tensor)
     return new
 
 
 def device_of(arguments):
-    """The NPU that the arguments of an operator are on, or name; else the present one."""
+    """Returns the NPU that the arguments of an operator are on or name, else the present one."""
     for x in tree_leaves(arguments):
         device = x.device if isinstance(x, torch.Tensor) else x
         if isinstance(device, torch.device) and device.type == "npu" and device.index is not None:
@@ -54,7 +57,7 @@ def device_of(arguments):
 
 
 def lower(x):
-    """An argument for the NPU as one for the CPU."""
+    """Returns an argument for the NPU as one for the CPU."""
     if on_npu(x):
         return host(x)
     if isinstance(x, torch.device) and x.type == "npu":
@@ -65,14 +68,14 @@ def lower(x):
 
 
 def follower(generator):
-    """A CPU generator by the seed and the offset of an NPU's, which moves on."""
+    """Returns a CPU generator seeded by an NPU's seed and offset, and moves that offset on."""
     seed, offset = generator.initial_seed(), generator.get_offset()
     generator.set_offset(offset + 4)
     return torch.Generator().manual_seed((seed * 1000003 + offset) % 2 ** 62)
 
 
 def kernel(name):
-    """What takes the place of torch_npu's kernel for the operator aten::`name`."""
+    """Returns the function that replaces torch_npu's kernel of the operator aten::`name`."""
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
     random = any(argument.name == "generator" for argument in operator._schema.arguments)
@@ -90,20 +93,25 @@ def kernel(name):
         for cpu, npu in zip(lowered, given):
             if isinstance(npu, torch.Tensor):
                 back[id(cpu)] = npu
-            if on_npu(npu) and cpu.shape != npu.shape:      # an out= that the CPU's kernel has resized
+            if on_npu(npu) and cpu.shape != npu.shape:      # an out= that the CPU has resized
                 npu.resize_(cpu.shape)
                 host(npu).copy_(cpu)
-        return tree_map_only(torch.Tensor, lambda x: back[id(x)] if id(x) in back else to_npu(x, device), result)
+
+        def returned(x):        # an argument that was written comes back itself
+            return back[id(x)] if id(x) in back else to_npu(x, device)
+
+        return tree_map_only(torch.Tensor, returned, result)
     return run
 
 
 def replace_kernels():
-    """Returns the registrations, which last as long as they are kept."""
+    """Replaces all that the CPU can compute. Returns the registrations, which last while kept."""
     library = torch.library.Library("aten", "IMPL")
     names = torch._C._dispatch_get_registrations_for_dispatch_key
-    computable = {name for key in ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd") for name in names(key)}
+    keys = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    computable = {name for key in keys for name in names(key)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # one a kernel that it replaces another
+        warnings.simplefilter("ignore")         # each kernel warns that it replaces another
         for name in names("PrivateUse1"):
             short = name.removeprefix("aten::")
             if short != name and short not in TORCH_NPUS_OWN and name in computable:

@@ -1,4 +1,4 @@
-"""Python runs this when it starts with this folder on PYTHONPATH: from then on torch_npu computes on the CPU."""
+"""Makes torch_npu compute on the CPU. Python runs this at its start, by PYTHONPATH."""
 import os
 import traceback
 
@@ -7,6 +7,7 @@ if os.environ.get("NPU_STANDIN") == "1":
         import fakenpu  # noqa: F401
         import npuref  # noqa: F401
     except Exception as error:
-        if getattr(error, "name", None) != "torch":     # else a Python without torch, which needs no NPU
+        # a Python without torch needs no NPU
+        if getattr(error, "name", None) != "torch":
             traceback.print_exc()
             os._exit(1)                 # Python itself would report one line and go on
