@@ -1,1 +1,1 @@
-"""Comparison of two answers as pure text: forms (answers), spelling (latex), values (expression)."""
+"""Comparison of answers as pure text: forms (answers), spelling (latex), values (expression)."""

@@ -1,9 +1,8 @@
 r"""Comparison of two answers: `equal(given, gold)`. The rules are written down in reward.py.
 
 An answer is compared by its form, the outermost first: a list or set, a union, a relation, a tuple
-or matrix, a leaf. A leaf is an expression, compared by its value (expression.py), or words. The
-text is cut into parts outside all brackets. The number of parts and the depth are capped, so the
-work is bounded.
+or matrix, a leaf. A leaf is words, or an expression that is compared by its value (expression.py).
+The text is cut outside all brackets. The parts and the depth are capped, so the work is bounded.
 
 Most rules are symmetric. The others forgive the given answer its form where the gold answer fixes
 what is meant: x + y = 5 for a gold 5, and an expression in x for a gold equation linear in y.
@@ -24,13 +23,11 @@ MAX_DEPTH = 8        # forms inside forms
 
 # -------------------------------------------------------------------------------------------- parts
 
-_OPENERS = "([{⦃⟦"
 _CLOSERS = ")]}⦄⟧"      # an interval closes with either bracket, so all of them count alike
+_DEPTH = dict.fromkeys("([{⦃⟦", 1) | dict.fromkeys(_CLOSERS, -1)
 _RELATIONS = "=≈≠<>≤≥∈"
-_BRACKETS_AND = {
-    separators: re.compile("[][(){}⦃⦄⟦⟧" + separators + "]")
-    for separators in (",;", ";", "∪", "∖", ":", _RELATIONS)
-}
+_SEPARATORS = (",;", ";", "∪", "∖", ":", _RELATIONS)
+_BRACKETS_AND = {signs: re.compile("[][(){}⦃⦄⟦⟧" + signs + "]") for signs in _SEPARATORS}
 
 
 def _split(s, separators):
@@ -44,10 +41,8 @@ def _split(s, separators):
     begin = 0
     for match in _BRACKETS_AND[separators].finditer(s):
         sign = match[0]
-        if sign in _OPENERS:
-            depth += 1
-        elif sign in _CLOSERS:
-            depth -= 1
+        if sign in _DEPTH:
+            depth += _DEPTH[sign]
         elif depth == 0:
             parts.append(s[begin:match.start()])
             found.append(sign)
@@ -70,11 +65,7 @@ def _inside(s, openers):
 
     depth = 0
     for match in _BRACKETS_AND[";"].finditer(s):
-        sign = match[0]
-        if sign in _OPENERS:
-            depth += 1
-        elif sign in _CLOSERS:
-            depth -= 1
+        depth += _DEPTH.get(match[0], 0)
         if depth == 0:
             return s[1:-1] if match.end() == len(s) else None
 
@@ -101,8 +92,7 @@ def _items(s):
         s = re.sub(r"^\w∈(?=[{⦃])", "", s)                                  # x ∈ {1, 2} is the set
     inside = _inside(s, "{⦃")
     while inside is not None:
-        # {x | 2 < x < 3} is the interval
-        s = re.sub(r"^\w(?:[|:]|∈[^|:]*[|:])(?=.*[<>≤≥])", "", inside)
+        s = re.sub(r"^\w(?:[|:]|∈[^|:]*[|:])(?=.*[<>≤≥])", "", inside)     # {x | x < 3} is x < 3
         inside = _inside(s, "{⦃")
 
     parts = _parts(s, ",;")
@@ -124,12 +114,10 @@ def _as_tuple(items):
     values = []
     for item in items:
         sides, signs = _split(item, _RELATIONS)
-        if signs != ["="]:
+        name, *named = sides
+        if signs != ["="] or not _NAME.fullmatch(name):
             return None
-        name, named = sides
-        if not _NAME.fullmatch(name):
-            return None
-        values.append(named)
+        values += named
     return f"({','.join(values)})"
 
 
@@ -197,12 +185,11 @@ def _punctured(whole, points):
         return None
 
     # cut at the points from left to right
-    places = sorted((v.floats[0].real, point) for v, point in zip(values, points))
-    cuts = [point for _, point in places]
+    cuts = sorted((v.floats[0].real, point) for v, point in zip(values, points))
     opener, closer = brackets
     low, high = ends
-    starts = [opener + low] + ["(" + cut for cut in cuts]
-    stops = [cut + ")" for cut in cuts] + [high + closer]
+    starts = [opener + low] + ["(" + point for _, point in cuts]
+    stops = [point + ")" for _, point in cuts] + [high + closer]
     return [f"{start},{stop}" for start, stop in zip(starts, stops)]
 
 
@@ -211,10 +198,8 @@ def _as_union(items):
     if len(items) == 1:
         return _parts(items[0], "∪")
 
-    intervals = []
-    for item in items:
-        sides, signs = _split(item, _RELATIONS)
-        intervals.append(_interval(sides, signs) if signs else None)
+    relations = [_split(item, _RELATIONS) for item in items]
+    intervals = [_interval(sides, signs) if signs else None for sides, signs in relations]
     return intervals if all(intervals) else None
 
 
@@ -253,7 +238,7 @@ def _same_relation(given, gold, depth):
     """Return whether two answers are equal of which at least one is a relation."""
     given_sides, given_signs = _split(given, _RELATIONS)
     gold_sides, gold_signs = _split(gold, _RELATIONS)
-    if given_signs == gold_signs == ["="] and _same_equation(given_sides, gold_sides):
+    if given_signs == gold_signs == ["="] and _same_equation(*given_sides, *gold_sides):
         return True
     if gold_signs == ["="] and not given_signs and _solves(given, *gold_sides):
         return True
@@ -270,18 +255,15 @@ def _same_relation(given, gold, depth):
         letters = {name for name in named if len(name) == 1 and name.isalpha()}
         return len(letters) < 2 and _same(given_plain, gold_plain, depth)   # x = 5 is not y = 5
 
-    if not given_signs or given_signs != gold_signs:
-        return False
-    return all(_same(x, y, depth) for x, y in zip(given_sides, gold_sides))
+    same_signs = given_signs == gold_signs != []
+    return same_signs and all(_same(x, y, depth) for x, y in zip(given_sides, gold_sides))
 
 
-def _same_equation(given_sides, gold_sides):
+def _same_equation(given_left, given_right, gold_left, gold_right):
     """Return whether left - right of one equation is a constant multiple of the other's.
 
     Not so where the gold equation is solved for a name: 2x + 1 = 11 does not answer x = 5.
     """
-    given_left, given_right = given_sides
-    gold_left, gold_right = gold_sides
     solution = value(gold_right)
     if solution and not solution.names and _NAME.fullmatch(gold_left):
         return False
@@ -298,10 +280,7 @@ def _same_equation(given_sides, gold_sides):
 
 
 def _solves(given, left, right):
-    """Return whether the gold equation left = right says that its one further name is `given`.
-
-    The equation has to be linear in that name, and `given` is an expression in the others.
-    """
+    """Return whether `given` is what a gold equation, linear in one more name, says of it."""
     equation = f"({left})-({right})"
     u, v = value(given), value(equation)
     names = v.names - u.names if u and v else ()
@@ -434,9 +413,8 @@ def _below_one(v):
 
 def _same_words(given, gold):
     """Return whether two texts are the same words, without case, spaces, quotes and full stops."""
-    marks = r"[\s\"']|\.(?![0-9])"
-    words = re.sub(marks, "", given).lower()
-    return words == re.sub(marks, "", gold).lower() and re.search("[a-z]{2}", words) is not None
+    given, gold = (re.sub(r"[\s\"']|\.(?![0-9])", "", s).lower() for s in (given, gold))
+    return given == gold and re.search("[a-z]{2}", given) is not None
 
 
 def _same(given, gold, depth=0):
@@ -496,8 +474,7 @@ def _readings(s):
 
 def _same_angle(given, gold):
     r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
-    given_in_degrees = bool(_DEGREES.search(given))
-    gold_in_degrees = bool(_DEGREES.search(gold))
+    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
     given, gold = clean(given), clean(gold)
     if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
         return False
@@ -577,5 +554,5 @@ def equal(given: str, gold: str) -> bool:
             if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
                 return True
         return _same_angle(given, gold) or _same_renamed(given, gold)
-    except (ArithmeticError, RecursionError):               # a number too large to compare as a float
+    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
         return False

@@ -1,10 +1,10 @@
 r"""Value of an expression: `value(text)` of a text as latex.clean leaves it, and `same_value`.
 
 A recursive descent parser makes a tree of tuples, and the tree is evaluated twice:
-  exactly    modulo a prime of 125 bits, with variables at fixed pseudo-random residues. This covers
-             rational functions only. Two different ones of degree d agree with probability
-             d / PRIME, so (x+1)^500 is not (x+1)^499 (x+1) + 1 (the lemma of Schwartz and Zippel).
-  in floats  complex, with variables at POINTS fixed pseudo-random points, two of them in (0, 1).
+  exactly    modulo a prime of 125 bits, variables at fixed pseudo-random residues: for rational
+             functions only. Two different ones of degree d agree with probability d / PRIME
+             (Schwartz and Zippel), so (x+1)^500 is not (x+1)^499 (x+1) + 1.
+  in floats  complex, variables at POINTS fixed pseudo-random points, two of them in (0, 1).
              Points where both values are real decide; where there is none, all of them do.
 Two values are the same when the residues are equal (if both exist) and the floats are near.
 
@@ -28,8 +28,7 @@ MAX_POWER = 10**6    # largest exponent in the exact arithmetic
 MAX_FACTORIAL = 170  # largest argument of ! and of binomials
 ROUNDING = 2e-15     # share of the largest term that cancelling leaves in floats
 POINTS = 4           # evaluation points for variables
-# of no special form: modulo 2^127 - 1, 2^4950 would be 1/8
-PRIME = 31415926535897932384626433832795029031
+PRIME = 31415926535897932384626433832795029031   # no special form: modulo 2^127 - 1, 2^4950 is 1/8
 
 # ---------------------------------------------------------------------------------- float functions
 
@@ -66,8 +65,6 @@ _GREEK = r"\alpha \beta \gamma \delta \theta \lambda \mu \rho \sigma \phi \omega
 _GREEK = set(_GREEK.split())
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "|": "|", "⌊": "⌋", "⌈": "⌉"}
 _AROUND = {"|": "absolute", "⌊": "floor", "⌈": "ceiling"}
-_ONE = ("number", 1, 1)
-_TWO = ("number", 2, 1)
 
 
 def _tokens(text):
@@ -81,7 +78,7 @@ def _tokens(text):
             if len(token) > 3:
                 raise ValueError("a word")
             # xyz is x*y*z; a run with capitals (AB) is one name
-            tokens += token
+            tokens.extend(token)
         else:
             tokens.append(token)
     return tokens
@@ -191,7 +188,7 @@ class _Parser:
         if token == "\\binom":
             return ("binomial", self.digit(), self.digit())
         if token == "\\sqrt":
-            degree = self.bracket(self.take()) if self.peek() == "[" else _TWO
+            degree = self.bracket(self.take()) if self.peek() == "[" else ("number", 2, 1)
             return ("root", self.digit(), degree)
         if token[1:] in _FUNCTIONS:
             return self.function(token[1:])
@@ -266,7 +263,7 @@ class _Parser:
         if self.peek() == "^":
             self.take()
             exponent = self.signed() if self.peek() == "-" else self.digit()
-            if exponent == ("negative", _ONE) and "arc" + name in _FUNCTIONS:
+            if exponent == ("negative", ("number", 1, 1)) and "arc" + name in _FUNCTIONS:
                 name = "arc" + name
                 exponent = None
 
@@ -332,25 +329,21 @@ _FLOAT = {
 _EXACT = {
     "sum": lambda *xs: sum(xs) % PRIME,
     "product": lambda *xs: functools.reduce(lambda x, y: x * y % PRIME, xs),
-    "negative": lambda x: -x % PRIME,
-    "inverse": lambda x: pow(x, -1, PRIME),
+    "negative": lambda x: -x % PRIME, "inverse": lambda x: pow(x, -1, PRIME),
 }
 _WHOLE = {"factorial": math.factorial, "binomial": math.comb}       # of whole numbers only
 
-Sample = namedtuple("Sample", "residue floats")      # what a variable stands for; floats (POINTS,)
-Value = namedtuple("Value", "residue floats names")  # residue or None; floats (POINTS,), some None
+# residue: an int or None; floats (POINTS,): a number or None each; names: the variables
+Value = namedtuple("Value", "residue floats names")
 
 
 @functools.lru_cache(maxsize=4096)
 def _sample(name):
-    """Return the Sample of a variable, from a hash of its name.
-
-    The floats lie in (0, 1) twice, in (0.3, 9) and in (-9, 9).
-    """
+    """Return the Value of a variable by a hash of its name: in (0, 1) twice, (0.3, 9), (-9, 9)."""
     digest = hashlib.blake2b(name.encode(errors="replace"), digest_size=32).digest()
     u = [int.from_bytes(digest[i:i + 4], "big") / 2**32 for i in range(0, 16, 4)]
-    residue = int.from_bytes(digest[16:], "big") % PRIME
-    return Sample(residue, (u[0], u[1], 0.3 + 8.7 * u[2], 18 * u[3] - 9))
+    floats = (u[0], u[1], 0.3 + 8.7 * u[2], 18 * u[3] - 9)
+    return Value(int.from_bytes(digest[16:], "big") % PRIME, floats, frozenset([name]))
 
 
 def _float(tree, point):
@@ -413,10 +406,9 @@ def _attempt(f, *args):
 @functools.lru_cache(maxsize=4096)
 def value(text):
     """Return the Value of a cleaned expression, or None when it is none or has no value."""
-    if len(text) > MAX_TEXT:
+    # infinity is a name, and no number to count with
+    if len(text) > MAX_TEXT or "∞" in text and text.strip("+-") != "∞":
         return None
-    if "∞" in text and text.strip("+-") != "∞":
-        return None                         # infinity is a name, and no number to count with
     try:
         parser = _Parser(text)
         tree = parser.parse()

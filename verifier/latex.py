@@ -18,20 +18,19 @@ _SIGNS = r"""
     | mid vert lvert rvert; ° circ degree textcirc; ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall;
     ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
     \binom dbinom tbinom"""
-_COMMANDS = {}
-for _sign, *_names in map(str.split, _SIGNS.split(";")):
-    _COMMANDS |= dict.fromkeys(_names, _sign)
+_COMMANDS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
 _SIZES = "left right big Big bigg Bigg bigl bigr displaystyle boxed angle"
 _COMMANDS |= dict.fromkeys(_SIZES.split(), "") | dict.fromkeys(("quad", "qquad"), " ")
 _ESCAPES = {"\\{": "⦃", "\\}": "⦄", "\\%": "%", "\\!": "", "\\\\": "\\\\"}   # others: a space
 _DOUBLED = set(_COMMANDS) | {"frac", "sqrt", "text", "begin", "end"}    # may follow \\ for one \
 
 _CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)}                 # full-width forms
-_CHARACTERS |= dict.fromkeys((0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD))    # zero width: dropped
+_CHARACTERS |= dict.fromkeys((0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD))    # zero width: gone
 _CHARACTERS |= str.maketrans("−–×·⋅÷⁄º～’′、，€£", "--***//° '',,  ")
 _CHARACTERS |= str.maketrans({"√": "\\sqrt ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}   # "\frac" read as form feed + rac
+_TAGS = {"p": "^", "b": "_"}                                       # <sup> and <sub>
 _SETS = {"R": "(-∞,∞)", "Z": "ℤ", "N": "ℕ"}                        # behind \mathbb
 
 _TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)"
@@ -46,9 +45,8 @@ _EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
 _END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
 _TEXT_UNIT = re.compile(                                                 # cm, m/s, m s^{-1}
     rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}){{1,4}}{_END}")
-_WORD_UNIT = re.compile(
-    r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)"
-    + _EXPONENT + _END)
+_WORDS = r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)"
+_WORD_UNIT = re.compile(_WORDS + _EXPONENT + _END)
 _SHORT_UNITS = set("""
     cm mm km kg gm ft in mi lb lbs oz hr hrs min sec mph day per men egg th st nd rd""".split())
 _NO_UNITS = set("""
@@ -86,11 +84,6 @@ def _unicode(s):
     return s.translate(_CHARACTERS)
 
 
-def _script(match):
-    """Write x<sup>2</sup> as x^{2} and x<sub>2</sub> as x_{2}."""
-    return ("_" if match[1] == "b" else "^") + "{" + match[2] + "}"
-
-
 def _command(match):
     r"""Return what stands for one \command, or for a backslash and any other character."""
     name = match[1]
@@ -104,12 +97,10 @@ def _commands(s):
         s = re.sub(r"(?<!\\)\\\\([A-Za-z]{2,})", lambda match: match[0][match[1] in _DOUBLED:], s)
     s = re.sub(r"(?<=[0-9])(?:,?\s*\\[!,:;]\s*|\\ )(?=[0-9]{3}(?![0-9]))", "", s)          # 1,\!000
     s = s.replace("\\$", " ")
-    if "\\begin" in s:
-        s = _MATRIX.sub(_matrix, s)
+    s = _MATRIX.sub(_matrix, s) if "\\begin" in s else s
     s = _STYLE.sub("", s)
 
-    if "." in s:
-        s = re.sub(r"\\(?:left|right)\s*\.", "", s)
+    s = re.sub(r"\\(?:left|right)\s*\.", "", s) if "." in s else s
     if "mathbb" in s:
         s = re.sub(r"\\mathbb\s*\{?([A-Z])\}?", lambda match: _SETS.get(match[1], match[0]), s)
     return re.sub(r"\\([A-Za-z]+|.)", _command, s)
@@ -160,7 +151,7 @@ def clean(s):
     s = " ".join(s.replace("$", " ").replace("~", " ").split())
     s = s.replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
     if "<su" in s:
-        s = re.sub(r"<su([pb])>([^<>]*)</su\1>", _script, s)
+        s = re.sub(r"<su([pb])>([^<>]*)</su\1>", lambda m: _TAGS[m[1]] + "{" + m[2] + "}", s)
     if "°" in s:
         s = re.sub(r" ?\^? ?\{? ?° ?\}?(?:[CF]\b)? ?", " ", s).strip()
 
