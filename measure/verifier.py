@@ -223,7 +223,12 @@ def accuracy(verify, rows):
         false_negatives += verdict is not True and correct
 
     share = 1 - (false_positives + false_negatives) / len(rows)
-    return {"n": len(rows), "accuracy": round(share, 4), "fp": false_positives, "fn": false_negatives}
+    return {
+        "n": len(rows),
+        "accuracy": round(share, 4),
+        "fp": false_positives,
+        "fn": false_negatives,
+    }
 
 
 def times_of_a_round(found, rows):
@@ -274,6 +279,7 @@ def worst_case(verify, forget, cases):
     """Return what a verifier does on the hostile inputs: wrong verdicts, errors and times."""
     counts = {"n": len(cases), "wrong_accepted": 0, "right_refused": 0, "raised": 0,
               "over_100_ms": 0, "max_ms": 0.0}
+
     for completion, gold, right in cases:
         forget()
         verdict, seconds = timed(verify, completion, gold)
