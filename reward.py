@@ -171,23 +171,24 @@ def _statements(text, start=0, only_final=False):
 
 def _last_group(text, marks):
     """Return the last of `marks`, joined with those directly before it, as one Mark, or None."""
-    filled = []
-    for start, end, content in marks:
-        if content.strip(" \t\n*$.{}"):
-            filled.append(Mark(start, end, content.strip(" \t\n*")))
-    if not filled:
+    marks = [mark for mark in marks if mark.content.strip(" \t\n*$.{}")]
+    if not marks:
         return None
+    start, end, content = marks[-1]
+    content = content.strip(" \t\n*")
+    if len(marks) == 1:
+        return Mark(start, end, content)
 
-    start, end, content = filled[-1]
     contents = [content]
-    for mark in filled[-2:-MAX_ITEMS:-1]:
+    for mark in marks[-2:-MAX_ITEMS:-1]:
         if not (mark.end <= start <= mark.end + 40 and _CONNECTOR.fullmatch(text, mark.end, start)):
             break
         if sum(map(len, contents)) > MAX_ANSWER:
             break
         start = mark.start
-        if not any(equal(mark.content, other) for other in contents):
-            contents.append(mark.content)
+        content = mark.content.strip(" \t\n*")
+        if not any(equal(content, other) for other in contents):
+            contents.append(content)
     return Mark(start, end, ", ".join(reversed(contents)))
 
 
@@ -222,8 +223,12 @@ def _find(text):
     if "####" in text:
         kinds.append(_matches(_HASHES, text))
 
-    # no two kinds start with the same character, so the latest Mark is the largest tuple
-    found = max(filter(None, [_last_group(text, marks) for marks in kinds]), default=None)
+    # the one that starts last
+    found = None
+    for marks in kinds:
+        mark = _last_group(text, marks)
+        if mark and (found is None or mark.start > found.start):
+            found = mark
     if found is None:
         return _last_group(text, _statements(text)) or _conclusion(text)
 
@@ -232,7 +237,7 @@ def _find(text):
         return found
     stated = _last_group(text, _statements(text, found.start, only_final=True))
     if stated and re.search(r"[0-9\\$]", stated.content):
-        return max(found, stated)
+        return stated
     return found
 
 
