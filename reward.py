@@ -7,7 +7,8 @@ wrong answer that is paid teaches the policy a trick, a right one that is not pa
 
 Extraction (strict). What follows an end-of-text token is cut. Four kinds of mark announce a final
 answer:
-  box        \boxed{x}, \fbox{x}, \boxed 2        (an unclosed or empty box is no answer)
+  box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
+                                                 no answer)
   tag        <answer>x</answer>
   hashes     #### x to the end of the line        (GSM8K; the heading "#### Step 2" is no answer)
   statement  "the final answer is x.", "**Answer:** x", "A: x" to the end of the sentence
@@ -223,7 +224,7 @@ def _find(text):
     if "####" in text:
         kinds.append(_matches(_HASHES, text))
 
-    # the one that starts last
+    # of the kinds that occur, the mark that starts last is the answer
     found = None
     for marks in kinds:
         mark = _last_group(text, marks)
@@ -323,12 +324,12 @@ def correct(problems, groups) -> list[list[float]]:
 
 
 def form(problems, groups) -> list[list[float]]:
-    """Return (N, G) floats: `format_reward` of each completion."""
+    """Return (N, G) floats: `format_reward` of each completion; its usual weight is 1.0."""
     return _each(lambda problem, completion: format_reward(completion), problems, groups)
 
 
 def consistency(problems, groups) -> list[list[float]]:
-    """Return (N, G) floats: `consistency_reward` of each completion."""
+    """Return (N, G) floats: `consistency_reward` of each completion; its usual weight is 0.5."""
     return _each(lambda problem, completion: consistency_reward(completion), problems, groups)
 
 
@@ -346,6 +347,7 @@ REWARDS = {
 def score(completions, answers, format_weight=0.0, consistency_weight=0.0):
     """Return (N, G) rewards: 1.0 for a right answer, plus the weighted form and consistency."""
     def one(completion, answer):
+        """Return the reward of one completion."""
         reward = float(verify(completion, answer))
         if format_weight:
             reward += format_weight * format_reward(completion)

@@ -381,7 +381,7 @@ def _same_ratio(given, gold):
 
 
 def _time(clock):
-    """Return (hour from 0 to 24, minute as text) of a match of _CLOCK."""
+    """Return (hour of the day, minute as text) of a match of _CLOCK."""
     hour, minute, half = clock.groups()
     return int(hour) % 12 + 12 * (half in "pP") if half else int(hour), minute
 

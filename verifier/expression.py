@@ -314,7 +314,7 @@ def _factorial(a):
 
 
 def _rounded(towards):
-    """Return math.floor or math.ceil as a function of what is real but for rounding."""
+    """Return math.floor or math.ceil for floats that are real, and whole, but for rounding."""
     return lambda a: float(towards(round(a.real, 9))) if abs(complex(a).imag) < 1e-12 else math.nan
 
 
@@ -339,7 +339,7 @@ Value = namedtuple("Value", "residue floats names")
 
 @functools.lru_cache(maxsize=4096)
 def _sample(name):
-    """Return the Value of a variable by a hash of its name: in (0, 1) twice, (0.3, 9), (-9, 9)."""
+    """Return a variable's Value, a hash of its name: in (0, 1) twice, in (0.3, 9), in (-9, 9)."""
     digest = hashlib.blake2b(name.encode(errors="replace"), digest_size=32).digest()
     u = [int.from_bytes(digest[i:i + 4], "big") / 2**32 for i in range(0, 16, 4)]
     floats = (u[0], u[1], 0.3 + 8.7 * u[2], 18 * u[3] - 9)
@@ -405,7 +405,7 @@ def _attempt(f, *args):
 
 @functools.lru_cache(maxsize=4096)
 def value(text):
-    """Return the Value of a cleaned expression, or None when it is none or has no value."""
+    """Return the Value of a cleaned text, or None where it is no expression or has no value."""
     # infinity is a name, and no number to count with
     if len(text) > MAX_TEXT or "∞" in text and text.strip("+-") != "∞":
         return None
@@ -425,7 +425,7 @@ def value(text):
 
 
 def near(x, y, tolerance=1e-9):
-    """Return whether x is y up to a share of y, or up to 1e-12."""
+    """Return whether x and y differ by at most this share of y, or by at most 1e-12."""
     return abs(x - y) <= max(1e-12, tolerance * abs(y))
 
 
@@ -442,7 +442,7 @@ def same_value(u, v):
     if exact and u.residue != v.residue:
         return False
 
-    # floats: the points where both are real decide, else all points together
+    # of the floats the points where both are real decide, else all points together
     pairs = [(x, y) for x, y in zip(u.floats, v.floats) if x is not None and y is not None]
     if not pairs:                           # all are too large for floats
         return exact and not any(x is not None for x in u.floats + v.floats)
