@@ -45,7 +45,7 @@ def check(function):
 def on_npu(*command):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(["bash", STAND_IN, sys.executable, *command], cwd=HERE, capture_output=True, text=True,
-                          env={**os.environ, "PATH": path})
+                          env={**os.environ, "PATH": path, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'tests'}"})
     if done.returncode == MISSING:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-r"""The specification of reward.py by example: what is extracted, what is equal, what must never be paid."""
+r"""Specification of reward.py by example: what is extracted, what is equal, what is never paid."""
 
 import json
 import re
@@ -10,19 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verifier import answers
-from measure import verifier as bench_reward
-from verifier import expression
-from verifier import latex
 import reward
+from measure import verifier as bench_reward
+from reward import (REWARDS, consistency, consistency_reward, correct, equal, extract_answer, form,
+                    format_reward, right, verify)
+from verifier import answers, expression, latex
 from verifier.expression import same_value, value
 from verifier.latex import clean
-from reward import consistency_reward, equal, extract_answer, format_reward, score, verify
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# ------------------------------------------------------------------------------------ extraction
+# --------------------------------------------------------------------------------------- extraction
 
 @pytest.mark.parametrize("completion, answer", [
     # box: balanced braces, the last one, \fbox and the form without braces
@@ -33,7 +32,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
     (r"Thus $n = \boxed 2$.", "2"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"put it in \boxed{} like this: \boxed{5}", "5"),
-    (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}"),                       # the outer box is the answer
+    (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}"),                      # the outer box is the answer
     # tag
     ("<think>2+2</think><answer> 4 </answer>", "4"),
     (r"<answer>\boxed{4}</answer>", "4"),
@@ -70,8 +69,8 @@ def test_extraction(completion, answer):
 
 
 @pytest.mark.parametrize("completion", [
-    "", "There are 5 apples.", "5", r"\boxed{5", r"\boxed{}", "#### Step 5", "<answer></answer>", "<answer>5",
-    "The answers vary: 5", "Let me find the answer.",
+    "", "There are 5 apples.", "5", r"\boxed{5", r"\boxed{}", "#### Step 5", "<answer></answer>",
+    "<answer>5", "The answers vary: 5", "Let me find the answer.",
 ])
 def test_no_final_answer(completion):
     assert extract_answer(completion) is None
@@ -90,10 +89,12 @@ def test_a_text_without_a_mark_has_an_answer_as_a_worked_conclusion(completion, 
 
 
 @pytest.mark.parametrize("completion", [
-    "Ann has 7 more tins.", "5.", "7 = 7", "12 - 5 = 7. Ann has 7 more tins and Bo 5.", "12 - 5 = 7. Is it 7?",
-    "12 - 5 = 7. It is not 7.", "12 - 5 = 7. It is 7 or 8.", "12 - 5 = 7. Ann has 7 thousand.", "12 - 5 = 7. Ann has 7%.",
-    "12 - 5 = 7. She needs 7 more tins because", "12 - 5 = 7. Ann has 8.", "12 - 5 = 7. So $x \\le 7$.", "So it is <= 7.",
-    "12 - 5 = 70. Ann has 7.", "12 - 5 = 7.5. Ann has 7.", "1 = 1. 2 = 2. 3 = 3. It is 1 2 3.",
+    "Ann has 7 more tins.", "5.", "7 = 7", "12 - 5 = 7. Ann has 7 more tins and Bo 5.",
+    "12 - 5 = 7. Is it 7?", "12 - 5 = 7. It is not 7.", "12 - 5 = 7. It is 7 or 8.",
+    "12 - 5 = 7. Ann has 7 thousand.", "12 - 5 = 7. Ann has 7%.",
+    "12 - 5 = 7. She needs 7 more tins because", "12 - 5 = 7. Ann has 8.",
+    "12 - 5 = 7. So $x \\le 7$.", "So it is <= 7.", "12 - 5 = 70. Ann has 7.",
+    "12 - 5 = 7.5. Ann has 7.", "1 = 1. 2 = 2. 3 = 3. It is 1 2 3.",
 ])
 def test_a_sentence_that_is_no_worked_conclusion_is_no_answer(completion):
     assert extract_answer(completion) is None
@@ -112,68 +113,78 @@ def test_lenient_falls_back_to_the_last_number(completion, answer):
     assert extract_answer(completion, lenient=True) == answer
 
 
-# ------------------------------------------------------------------------------------ equality, form by form
+# --------------------------------------------------------------------------- equality, form by form
 
 EQUAL = {
-    "numbers": [("1.5e-3", "0.0015"), ("2.5E3", "2500"), (r"{\bf 5}", "5"), (r"\textcolor{red}{5}", "5"), ('"5"', "5"),
-                ("704", "704"), ("704.0", "704"), ("+704", "704"), (".5", "0.5"), ("0.5", ".5"), ("05", "5"),
-                ("{704}", "704"), (r"\left(704\right)", "704"), ("704.", "704"), (r"\text{704}", "704"),
-                ("−3", "-3"), ("5.0", "5"), (r"3 \times 10^2", "300")],
+    "numbers": [("1.5e-3", "0.0015"), ("2.5E3", "2500"), (r"{\bf 5}", "5"),
+                (r"\textcolor{red}{5}", "5"), ('"5"', "5"), ("704", "704"), ("704.0", "704"),
+                ("+704", "704"), (".5", "0.5"), ("0.5", ".5"), ("05", "5"), ("{704}", "704"),
+                (r"\left(704\right)", "704"), ("704.", "704"), (r"\text{704}", "704"), ("−3", "-3"),
+                ("5.0", "5"), (r"3 \times 10^2", "300")],
     "thousands": [("1,041", "1041"), (r"1,\!041", "1041"), ("1{,}041", "1041"), (r"1\,041", "1041"),
                   ("1 041", "1041"), ("7425000", "7,425,000"), ("1,234.50", "1234.5")],
-    "fractions": [(r"\frac{2}{4}", "1/2"), (r"\dfrac12", r"\tfrac{1}{2}"), (r"-\frac{1}{2}", r"\frac{-1}{2}"),
-                  ("0.375", r"\frac38"), ("1408/2", "704"), (r"\frac{29}4", "29/4"), (r"\frac 34", "0.75"),
+    "fractions": [(r"\frac{2}{4}", "1/2"), (r"\dfrac12", r"\tfrac{1}{2}"),
+                  (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("0.375", r"\frac38"), ("1408/2", "704"),
+                  (r"\frac{29}4", "29/4"), (r"\frac 34", "0.75"),
                   (r"\\frac{1}{2}", r"\frac{1}{2}")],
-    "mixed numbers": [(r"2\frac{3}{5}", r"\frac{13}{5}"), ("2 3/5", "2.6"), (r"-15\frac{3}{5}", "-15.6"),
-                      ("3½", "3.5")],
-    "percent": [("83", r"83\%"), (r"83\%", "83"), ("83 percent", r"83\%"), (r"83 \text{ percent}", r"83\%"),
-                (r"50\%", "0.5"), ("0.5", r"50\%"), ("5/8", "62.5%")],
-    "units": [(r"12\mathrm{~km}/\mathrm{h}", "12"), (r"3\mathrm{~m}\cdot\mathrm{s}^{-1}", "3"), ("the 4th day", "the 4th day"),
-              ("4th", "4"), ("20 square units", r"20\text{ square units}"), (r"20\,\mathrm{cm}", "20"), ("10 cm^2", "10"),
-              (r"96 \mbox{ inches}^2", "96"), ("10 miles per hour", "10"),
-              (r"\frac{41}{12} \text{ km}", "41/12"),
-              ("10cm", "10"), ("18 dollars every day at the farmers' market", "18")],
-    "currency": [(r"\$5.50", "5.5"), (r"5.50 \text{ dollars}", r"\$5.50"), (r"\text{\$5.50}", r"\$5.50"),
-                 ("$18", "18"), ("€7", "7")],
-    "degrees": [("270°", r"270^\circ"), (r"270^{\circ}", "270"), (r"270 \text{ degrees}", r"270^\circ")],
-    "names": [(r"\angle ABC = 40^\circ", "40"), (r"f^{-1}(x)=x-1", "x-1"), ("f(g(9)) = 2", "2"), ("AB:CD=2:3", "2:3"),
-              (r"\text{Area} = 9", "9"),
+    "mixed numbers": [(r"2\frac{3}{5}", r"\frac{13}{5}"), ("2 3/5", "2.6"),
+                      (r"-15\frac{3}{5}", "-15.6"), ("3½", "3.5")],
+    "percent": [("83", r"83\%"), (r"83\%", "83"), ("83 percent", r"83\%"),
+                (r"83 \text{ percent}", r"83\%"), (r"50\%", "0.5"), ("0.5", r"50\%"),
+                ("5/8", "62.5%")],
+    "units": [(r"12\mathrm{~km}/\mathrm{h}", "12"), (r"3\mathrm{~m}\cdot\mathrm{s}^{-1}", "3"),
+              ("the 4th day", "the 4th day"), ("4th", "4"),
+              ("20 square units", r"20\text{ square units}"), (r"20\,\mathrm{cm}", "20"),
+              ("10 cm^2", "10"), (r"96 \mbox{ inches}^2", "96"), ("10 miles per hour", "10"),
+              (r"\frac{41}{12} \text{ km}", "41/12"), ("10cm", "10"),
+              ("18 dollars every day at the farmers' market", "18")],
+    "currency": [(r"\$5.50", "5.5"), (r"5.50 \text{ dollars}", r"\$5.50"),
+                 (r"\text{\$5.50}", r"\$5.50"), ("$18", "18"), ("€7", "7")],
+    "degrees": [("270°", r"270^\circ"), (r"270^{\circ}", "270"),
+                (r"270 \text{ degrees}", r"270^\circ")],
+    "names": [(r"\angle ABC = 40^\circ", "40"), (r"f^{-1}(x)=x-1", "x-1"), ("f(g(9)) = 2", "2"),
+              ("AB:CD=2:3", "2:3"), (r"\text{Area} = 9", "9"),
                ("x = 5", "5"), ("5", "k=5"), ("f(x) = x+1", "x + 1"), ("y=x+1", "f(x)=1+x"),
-              ("(p,q)=(3,2)", "(3,2)"),
-              ("|AB|=1", "1"), (r"x \in [-2,7]", "[-2,7]"), ("x = 5+6 = 11", "11"), (r"x \approx 11", "11"),
+              ("(p,q)=(3,2)", "(3,2)"), ("|AB|=1", "1"), (r"x \in [-2,7]", "[-2,7]"),
+              ("x = 5+6 = 11", "11"), (r"x \approx 11", "11"),
               (r"2 + \frac{2}{3} = \frac{8}{3}", r"\frac83"),
               (r"\frac{\sqrt{3}}{3} \approx 0.577", r"\frac{\sqrt3}3")],
     "bases": [("12_5", "12_{5}"), ("12_{5}", "12_5"), ("012_5", "12_5")],
     "surds": [(r"2\sqrt{3}", r"\sqrt{12}"), (r"8\cdot\sqrt5", r"8\sqrt{5}"),
               (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
               (r"\sqrt[3]{-8}", "-2"), (r"5\cdot 2^{2/3}", r"5\sqrt[3]{4}"), ("2√3", r"\sqrt{12}")],
-    "constants": [("3π", r"3\pi"), (r"\pi \cdot 3", r"3 \pi"), (r"i(2-i)", "1+2i"), ("8i - 15", "-15+8i"),
-                  (r"\text{e}", "e"), (r"\ln e^2", "2")],
+    "constants": [("3π", r"3\pi"), (r"\pi \cdot 3", r"3 \pi"), (r"i(2-i)", "1+2i"),
+                  ("8i - 15", "-15+8i"), (r"\text{e}", "e"), (r"\ln e^2", "2")],
     "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)"), (r"\sin^{-1} x", r"\arcsin x"),
                     (r"2\arcsin\sqrt{a}", r"\arccos(1-2a)"),
-                    (r"\sum_{k=0}^{n} a_k b_{n-k}", r"\sum_{k=0}^{n} b_{n-k} a_k"), ("2^{4950}", "4^{2475}"),
-                    (r"\frac{n!}{2(n-2)!}", r"\binom n2"), ("\x0crac{1}{2}", "0.5"),
+                    (r"\sum_{k=0}^{n} a_k b_{n-k}", r"\sum_{k=0}^{n} b_{n-k} a_k"),
+                    ("2^{4950}", "4^{2475}"), (r"\frac{n!}{2(n-2)!}", r"\binom n2"),
+                    ("\x0crac{1}{2}", "0.5"),
                      ("x^2-1", "(x-1)(x+1)"), ("77+341x+x^2", "x^2 + 341x + 77"),
-                    (r"x^\frac{1}{2}", r"\sqrt{x}"),
-                    (r"\frac{1}{\cos x}", r"\sec x"), (r"2\cos a\sin b", r"2 \sin b \cos a"), ("x²", "x^2"),
-                    ("x_1+x_2", "x_{2}+x_{1}"), (r"\binom{5}{2}", "10"), ("4!", "24"), (r"\log_2 8", "3"),
-                    (r"\left\lceil \frac{7}{2} \right\rceil", "4"), ("|-3|", "3"),
-                    (r"\sin^2 x + \cos^2 x", "1")],
+                    (r"x^\frac{1}{2}", r"\sqrt{x}"), (r"\frac{1}{\cos x}", r"\sec x"),
+                    (r"2\cos a\sin b", r"2 \sin b \cos a"), ("x²", "x^2"),
+                    ("x_1+x_2", "x_{2}+x_{1}"), (r"\binom{5}{2}", "10"), ("4!", "24"),
+                    (r"\log_2 8", "3"), (r"\left\lceil \frac{7}{2} \right\rceil", "4"),
+                    ("|-3|", "3"), (r"\sin^2 x + \cos^2 x", "1")],
     "equations": [ ("x^2/16 + y^2/12 = 1/4", "x^2/4 + y^2/3 = 1"), ("-x-y=2", "x+y+2=0"),
                   ("y = 2x+1", "y=1+2x")],
     "inequalities": [("-x > -4", "x < 4"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"),
                      (r"\mathbb{R} \setminus \{5, 2\}", r"(-\infty,2)\cup(2,5)\cup(5,\infty)"),
-                     (r"\{x \mid x \le 4\} - \{-1\}", r"(-\infty,-1)\cup(-1,4]"), (r"\mathbb{R}\setminus\{3\}", r"x \ne 3"),
-                     (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+                     (r"\{x \mid x \le 4\} - \{-1\}", r"(-\infty,-1)\cup(-1,4]"),
+                     (r"\mathbb{R}\setminus\{3\}", r"x \ne 3"),
+                     (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"),
+                     (r"\mathbb{R}", r"(-\infty,\infty)"),
                      (r"\text{all real numbers}", r"x \in \mathbb{R}"),
                       (r"5 \leq x", r"x \geq 5"), (r"x \ge 5", r"[5,\infty)"),
-                     (r"-2 \le x < 7", r"x \in [-2,7)"),
-                     (r"0<f(x)<1", "(0,1)"), (r"x \ne 3", "x != 3"), (r"\{x \mid 2 < x < 3\}", "(2,3)")],
-    "tuples": [("x=4, y=7", "(4,7)"), ("a=1,b=2; a=3,b=4", "(1,2),(3,4)"), ("(1,2),(3,4),(1,2)", "(3,4),(1,2)"),
+                     (r"-2 \le x < 7", r"x \in [-2,7)"), (r"0<f(x)<1", "(0,1)"),
+                     (r"x \ne 3", "x != 3"), (r"\{x \mid 2 < x < 3\}", "(2,3)")],
+    "tuples": [("x=4, y=7", "(4,7)"), ("a=1,b=2; a=3,b=4", "(1,2),(3,4)"),
+               ("(1,2),(3,4),(1,2)", "(3,4),(1,2)"),
                (r"(\pm 1, \pm 2)", "(1,2),(1,-2),(-1,2),(-1,-2)"), ("(1;2),(3;4)", "(1,2),(3,4)"),
-                (r"\left(1,\ 2\right)", "(1, 2)"), ("(0.5, 2)", r"(\frac12, 2)"), ("(100, 101)", "(100,101)")],
-    "lists and sets": [("Least: 2, Greatest: 9", "2, 9"), (r"x \in \{1,2\}", "1,2"), (r"\{\}", r"\emptyset"),
-                       (r"\text{no solution}", r"\varnothing"),
+                (r"\left(1,\ 2\right)", "(1, 2)"), ("(0.5, 2)", r"(\frac12, 2)"),
+                ("(100, 101)", "(100,101)")],
+    "lists and sets": [("Least: 2, Greatest: 9", "2, 9"), (r"x \in \{1,2\}", "1,2"),
+                       (r"\{\}", r"\emptyset"), (r"\text{no solution}", r"\varnothing"),
                         ("4, -4", "-4,4"), (r"-4 \text{ and } 4", "-4, 4"),
                        ("5,-2,7", r"7, -2, \text{ and } 5"),
                        (r"\{1,2\}", "1, 2"), (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
@@ -183,14 +194,16 @@ EQUAL = {
                   (r"(5,\infty) \cup (-\infty,5)", r"(-\infty,5)\cup(5,\infty)"),
                   ("(-∞, 3)", r"(-\infty,3)"), (r"[0.5,+\infty)", r"[\frac12,\infty)")],
     "matrices": [(r"(0.5, 3)", r"\begin{pmatrix} \frac12 \\ 3 \end{pmatrix}"),
-                  (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+                 (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}",
+                  r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
                  (r"\begin{pmatrix} 0.5 \\ x+1 \\ \end{pmatrix}",
                  r"\begin{pmatrix} \frac12 \\ 1+x \end{pmatrix}")],
     "words": [(r"8:05 \text{ p.m.}", "20:05"), (r"9:40 \text{ a.m.}", "9:40 AM"),
                ("August", r"\text{August}"), (r"\textbf{august}", "August"), ("(B)", r"\text{B}"),
               ("E", r"\text{(E)}"),
               (r"4:30 \text{ p.m.}", r"\text{4:30 p.m.}"), ("June 20", r"\text{June 20}")],
-    "angles and ratios": [(r"60^\circ", r"\frac{\pi}{3}"), ("3:1", "3"), ("4:6", r"\frac23"), ("(a:(b:c)):2", r"\frac{ac}{2b}"),
+    "angles and ratios": [(r"60^\circ", r"\frac{\pi}{3}"), ("3:1", "3"), ("4:6", r"\frac23"),
+                          ("(a:(b:c)):2", r"\frac{ac}{2b}"),
                            (r"30^\circ", "30")],
     "letters": [("f(z)=2z+1", "f(x)=2x+1"), (r"\frac{\pi}{4}+n\pi", r"\frac{\pi}{4}+k\pi"),
                 (r"2k\pi,\ k \in \mathbb{Z}", r"2n\pi"),
@@ -206,43 +219,48 @@ def test_equal(a, b):
 
 
 DIFFERENT = {
-    "numbers": [("705", "704"), ("-704", "704"), ("7040", "704"), ("704.5", "704"), ("704.001", "704"),
-                ("70400", "704"),
-                ("7.04", "704"), ("704704", "704"), ("1,042", "1041"), ("704x", "704"), ("704i", "704"),
-                (r"704\pi", "704"), ("704^2", "704"), (r"\sqrt{704}", "704"), ("5 6", "56"),
-                (r"5 \quad 6", "56"),
+    "numbers": [("705", "704"), ("-704", "704"), ("7040", "704"), ("704.5", "704"),
+                ("704.001", "704"), ("70400", "704"), ("7.04", "704"), ("704704", "704"),
+                ("1,042", "1041"), ("704x", "704"), ("704i", "704"), (r"704\pi", "704"),
+                ("704^2", "704"), (r"\sqrt{704}", "704"), ("5 6", "56"), (r"5 \quad 6", "56"),
                 ("{5}{6}", "56"), ("31/2", "3½"), ("52", "5²"),
                 ("100000000000000000001", "100000000000000000000")],
     "rounding": [("1.41421356", r"\sqrt2"), ("3.1415926536", r"\pi"),
-                  ("0.33", r"\frac13"), ("0.333", r"\frac13"), ("9.42", r"3\pi"), ("17.89", r"8\sqrt5")],
+                  ("0.33", r"\frac13"), ("0.333", r"\frac13"), ("9.42", r"3\pi"),
+                  ("17.89", r"8\sqrt5")],
     "percent": [("8300", r"83\%"), ("0.5%", "0.5"), ("500%", "5"), (r"830\%", r"83\%")],
     "currency": [("5.50 cents", r"\$5.50"), (r"\$550", r"\$5.50")],
     "units": [(r"5 \text{ is wrong}", "5"), (r"5 \text{ is not it}", "5"), ("5k", "5"),
-               ("1.8 billion", "1.8"), ("5 or more", "5"), (r"5\text{ million}", "5"), ("not 5", "5")],
+               ("1.8 billion", "1.8"), ("5 or more", "5"), (r"5\text{ million}", "5"),
+               ("not 5", "5")],
     "bases": [("12_5", "12_6"), ("12_5", "12"), ("7", "12_5"), ("120_5", "12_5")],
     "names": [("x^2=25", "x=5"), ("x^2=25", "5"), ("3x+7>22", "x>5"),
               ("f(x)=2x", "f(x)=3x"), ("f(z)=2z", "f(x)=2"),
                ("x=5", "y=5"), ("98765 = 5", "5"), ("x = 5 = 6", "5"), (r"5 \approx 7", "5"),
               ("0", "a + 3z = 0"),
               (r"\cos(x)=\frac{42}{59}", r"\sin(x)=\frac{42}{59}"), ("x=3, y=4", "x=4, y=3")],
-    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)+1"), ("2^{4950}", "1/8"), ("x^{100}", "x^{101}"), ("|x|", r"\sqrt{x}"),
-                    ("10^{-400}", "0"), ("10^{400}", "10^{401}"), (r"\infty-\infty", "0"), ("5!!", "15"),
-                    ("k", "n"), ("2k", "2n"),
-                     ("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"), (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
+    "expressions": [("(x+1)^{500}", "(x+1)^{499}(x+1)+1"), ("2^{4950}", "1/8"),
+                    ("x^{100}", "x^{101}"), ("|x|", r"\sqrt{x}"), ("10^{-400}", "0"),
+                    ("10^{400}", "10^{401}"), (r"\infty-\infty", "0"), ("5!!", "15"), ("k", "n"),
+                    ("2k", "2n"),
+                     ("x^3+2x+1", "x^2+2x+1"), ("x^2+341x", "x^2+341x+77"),
+                     (r"8\sqrt[3]{5}", r"8\sqrt{5}"),
                     ("|x|", "x"), ("8+15i", "15+8i"), ("x_1", "x_2"), ("AB", "BC")],
-    "inequalities": [("x > 704", "704"), (r"x \le 5", "x < 5"), ("x < 5", "x > 5"), (r"5 \ne 6", "5")],
+    "inequalities": [("x > 704", "704"), (r"x \le 5", "x < 5"), ("x < 5", "x > 5"),
+                     (r"5 \ne 6", "5")],
     "tuples": [("(2,1)", "(1,2)"), ("1", "(1,2)"), ("(1)", "(1,2)"), ("(1,2,3)", "(1,2)"),
                ("1, 2", "(1, 2)")],
     "lists and sets": [("-4", "-4,4"), ("-4,4,99", "-4,4"), ("5,5", "5"), ("A,C,B", "A,B,C"),
                        (r"\pm 5", "5")],
     "intervals": [("[0,1)", "(0,1)"), (r"(-\infty,5)", r"(-\infty,5)\cup(5,\infty)"),
-                  (r"(-\infty,5)\cap(5,\infty)", r"(-\infty,5)\cup(5,\infty)"), (r"[704,\infty)", "704")],
+                  (r"(-\infty,5)\cap(5,\infty)", r"(-\infty,5)\cup(5,\infty)"),
+                  (r"[704,\infty)", "704")],
     "matrices": [(r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
                  (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")],
     "words": [(r"\text{not August}", r"\text{August}"), ("B", "E"), ("A, B, C, D, E", "B"),
               ("1:00", "12:00")],
-    "angles and ratios": [(r"60\pi", r"60^\circ"), (r"61^\circ", r"\frac{\pi}{3}"), ("3:1", "1:3"), ("4:30", "2:15"),
-                          (r"8:05 \text{ a.m.}", "20:05")],
+    "angles and ratios": [(r"60\pi", r"60^\circ"), (r"61^\circ", r"\frac{\pi}{3}"), ("3:1", "1:3"),
+                          ("4:30", "2:15"), (r"8:05 \text{ a.m.}", "20:05")],
 }
 
 
@@ -253,7 +271,8 @@ def test_different(a, b):
 
 
 @pytest.mark.parametrize("given, gold", [
-    ("x+y=5", "5"), ("ab=12", "12"), ("a+b+c=2k", "2k"),               # what is asked for stands left of the sign
+    # what is asked for stands left of the sign
+    ("x+y=5", "5"), ("ab=12", "12"), ("a+b+c=2k", "2k"),
     ("-4x^2+4x-2", "y+1=-(2x-1)^2"), (r"\sqrt3\csc\theta", r"\rho\sin\theta=\sqrt3"),
 ])
 def test_the_gold_answer_fixes_what_a_given_form_means_but_not_the_other_way_round(given, gold):
@@ -261,26 +280,25 @@ def test_the_gold_answer_fixes_what_a_given_form_means_but_not_the_other_way_rou
     assert not equal(gold, given)
 
 
-@pytest.mark.parametrize("given, gold", [("0", "x=y^2"), ("y", "y^2=x^2"), ("3", "x+y=3"), ("x", "y=x+1"), ("5", "0x=0")])
+@pytest.mark.parametrize("given, gold", [
+    ("0", "x=y^2"), ("y", "y^2=x^2"), ("3", "x+y=3"), ("x", "y=x+1"), ("5", "0x=0")])
 def test_an_expression_that_does_not_solve_the_gold_equation_is_not_equal_to_it(given, gold):
     assert not equal(given, gold)
 
 
-@pytest.mark.parametrize("given, gold", [("2x+1=11", "x=5"), ("x+7=12", "x=5"), ("2x=10", "5"), ("2x+1=11", "5"),
-                                         ("x+7>12", "x>5")])
+@pytest.mark.parametrize("given, gold", [
+    ("2x+1=11", "x=5"), ("x+7=12", "x=5"), ("2x=10", "5"), ("2x+1=11", "5"), ("x+7>12", "x>5")])
 def test_an_equation_that_still_has_to_be_solved_is_not_its_solution(given, gold):
     assert not equal(given, gold)
 
 
-# ------------------------------------------------------------------------------------ reward hacks
+# ------------------------------------------------------------------------------------- reward hacks
 
 @pytest.mark.parametrize("boxed", [
     r"5 \text{ or } 98765", "98765 = 5", "5 = 98765", "5, 98765", r"\{5, 98765\}",
-    r"5 \text{ and } 98765", "5 98765",
-    "5 or 6", "5/6", "5:6", "5;6", "5|6", "(5)(6)", r"5 \cup 6", r"5\\6", "5 vs 6", "5 to 6", r"5 \lor 6",
-    "4<5<6",
-    r"x \in \{5, 6\}", r"5 \neq 6", r"5 \text{ (or 6)}", "4, 5, 6", "5 5", r"98765 \boxed{5}", "5 and",
-    "=5=6", "5?",
+    r"5 \text{ and } 98765", "5 98765", "5 or 6", "5/6", "5:6", "5;6", "5|6", "(5)(6)", r"5 \cup 6",
+    r"5\\6", "5 vs 6", "5 to 6", r"5 \lor 6", "4<5<6", r"x \in \{5, 6\}", r"5 \neq 6",
+    r"5 \text{ (or 6)}", "4, 5, 6", "5 5", r"98765 \boxed{5}", "5 and", "=5=6", "5?",
     r"\text{August} \text{ or } \text{other}", "500", r"500\%",
 ])
 def test_a_box_that_only_contains_the_answer_is_wrong(boxed):
@@ -288,10 +306,12 @@ def test_a_box_that_only_contains_the_answer_is_wrong(boxed):
 
 
 @pytest.mark.parametrize("completion", [
-    r"\boxed{5} or \boxed{6}", r"\boxed{5} \boxed{6} \boxed{7}", r"\boxed{6}, \boxed{5}", "#### 5\n#### 6",
-    "<answer>5</answer> <answer>6</answer>", "The answer is 5. The answer is 6.", "The answer is 5 or 6.",
-    "The final answer is $5$ or $6$.", "Answer: 5, 6", r"\boxed{5} was my guess. The final answer is 6.",
-    "".join(f"\\boxed{{{i}}}" for i in range(100)), "The answer is not 5.", "5 5 5 5 5", r"\boxed{5",
+    r"\boxed{5} or \boxed{6}", r"\boxed{5} \boxed{6} \boxed{7}", r"\boxed{6}, \boxed{5}",
+    "#### 5\n#### 6", "<answer>5</answer> <answer>6</answer>", "The answer is 5. The answer is 6.",
+    "The answer is 5 or 6.", "The final answer is $5$ or $6$.", "Answer: 5, 6",
+    r"\boxed{5} was my guess. The final answer is 6.",
+    "".join(f"\\boxed{{{i}}}" for i in range(100)), "The answer is not 5.", "5 5 5 5 5",
+    r"\boxed{5",
 ])
 def test_several_candidates_or_no_mark_are_wrong(completion):
     assert not verify(completion, "5")
@@ -316,28 +336,27 @@ def test_gsm8k_gold_answers():
     assert verify("The answer is $2,125.00.", "2125")
 
 
-# ------------------------------------------------------------------------------------ hostile inputs
+# ----------------------------------------------------------------------------------- hostile inputs
 
 MEGABYTE = 1_000_000
 
 
 @pytest.mark.parametrize("completion", [
-    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^9}!}", r"\boxed{170!!!!}", r"\boxed{2^{4000} 2^{4000} x^{4000}}",
-    r"\boxed{10^{-999999999}}", r"\boxed{\frac{1}{0}}", r"\boxed{\tan(\frac{\pi}{2}) \log 0}",
-    r"\boxed{0^{-1}}",
-    r"\boxed{nan}", r"\boxed{inf}", r"\boxed{-\infty}", r"\boxed{1e400}", r"\boxed{\sqrt[0]{5}}",
-    "\\boxed{" + "9" * 5000 + "}", "\\boxed{" + "9" * MEGABYTE + "}",
-    "9" * MEGABYTE, " " * MEGABYTE, "\n" * MEGABYTE,
-    "{" * 20_000, "\\boxed" + "{" * 20_000, "\\boxed" + "{" * 9000 + "5" + "}" * 9000, "\\boxed{" * 20_000,
-    "\\boxed{" + "(" * 299 + "5" + ")" * 299 + "}", "\\boxed{" + r"\sqrt" * 100 + "}",
-    "\\boxed{" + r"\frac" * 110 + "}",
+    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^9}!}", r"\boxed{170!!!!}",
+    r"\boxed{2^{4000} 2^{4000} x^{4000}}", r"\boxed{10^{-999999999}}", r"\boxed{\frac{1}{0}}",
+    r"\boxed{\tan(\frac{\pi}{2}) \log 0}", r"\boxed{0^{-1}}", r"\boxed{nan}", r"\boxed{inf}",
+    r"\boxed{-\infty}", r"\boxed{1e400}", r"\boxed{\sqrt[0]{5}}", "\\boxed{" + "9" * 5000 + "}",
+    "\\boxed{" + "9" * MEGABYTE + "}", "9" * MEGABYTE, " " * MEGABYTE, "\n" * MEGABYTE,
+    "{" * 20_000, "\\boxed" + "{" * 20_000, "\\boxed" + "{" * 9000 + "5" + "}" * 9000,
+    "\\boxed{" * 20_000, "\\boxed{" + "(" * 299 + "5" + ")" * 299 + "}",
+    "\\boxed{" + r"\sqrt" * 100 + "}", "\\boxed{" + r"\frac" * 110 + "}",
     "\\boxed{5" + "!" * 500 + "}", "\\boxed{" + "x^" * 290 + "x}", "\\boxed{" + "±" * 500 + "}",
-    "\\boxed{" + "{6}," * 140 + "}",
-    "<answer>" * 50_000, "####" * 50_000, "the answer to " * 50_000, "the answer is " * 50_000,
-    "<answer>6</answer>" * 50_000, r"\boxed{10^{400}x\sqrt2=1}", r"\boxed{\sqrt{3}*10^{308}(1+i)\%}",
+    "\\boxed{" + "{6}," * 140 + "}", "<answer>" * 50_000, "####" * 50_000,
+    "the answer to " * 50_000, "the answer is " * 50_000, "<answer>6</answer>" * 50_000,
+    r"\boxed{10^{400}x\sqrt2=1}", r"\boxed{\sqrt{3}*10^{308}(1+i)\%}",
     "\\boxed{__import__('os').system('false')}", "\\boxed{exit()}", "\\boxed{().__class__}",
-    "\\boxed{5\ud800_{\ud800}}",
-    "\\boxed{٥}", "\\boxed{5\x00}", "\x00" * 1000, "\\boxed{" + "5<" * 250 + "6}",
+    "\\boxed{5\ud800_{\ud800}}", "\\boxed{٥}", "\\boxed{5\x00}", "\x00" * 1000,
+    "\\boxed{" + "5<" * 250 + "6}",
     "\\boxed{" + "x=(" * 150 + "}",
 ], ids=lambda completion: repr(completion[:30]))
 def test_hostile_text_is_never_an_error_and_never_right(completion):
@@ -349,28 +368,32 @@ def test_hostile_text_is_never_an_error_and_never_right(completion):
 
 def test_the_generated_hostile_inputs_pay_nothing_wrong_and_refuse_nothing_right():
     cases = bench_reward.hostile()
-    assert sum(right for *_, right in cases) > 40 and len(cases) > 800 and max(len(text) for text, *_ in cases) >= MEGABYTE
+    assert sum(right for *_, right in cases) > 40 and len(cases) > 800
+    assert max(len(text) for text, *_ in cases) >= MEGABYTE
     assert [case for case in cases if verify(*case[:2]) != case[2]] == []
 
 
 def test_nothing_in_a_completion_is_executed(tmp_path):
     """Were a completion evaluated anywhere, one of these would leave a file."""
     path = tmp_path / "executed"
-    for code in (f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"$(touch {path})",
-                 f"`touch {path}`", f"[x for x in [open('{path}','w')]]", f"\\immediate\\write18{{touch {path}}}",
-                 f"{{{{open('{path}','w')}}}}"):
-        for text in (f"\\boxed{{{code}}}", f"<answer>{code}</answer>", f"The answer is {code}.", f"#### {code}",
-                     f"```python\n{code}\n```"):
+    codes = (f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')",
+             f"$(touch {path})", f"`touch {path}`", f"[x for x in [open('{path}','w')]]",
+             f"\\immediate\\write18{{touch {path}}}", f"{{{{open('{path}','w')}}}}")
+    for code in codes:
+        for text in (f"\\boxed{{{code}}}", f"<answer>{code}</answer>", f"The answer is {code}.",
+                     f"#### {code}", f"```python\n{code}\n```"):
             assert not verify(text, "5")
             equal(code, code)
     assert not path.exists()
-    source = "".join(Path(module.__file__).read_text() for module in (reward, answers, latex, expression))
-    source = source.replace("re.compile", "")
-    assert not re.search(r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]", source)
+
+    modules = (reward, answers, latex, expression)
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    forbidden = r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]"
+    assert not re.search(forbidden, source.replace("re.compile", ""))
 
 
 def test_no_more_is_read_than_the_caps_allow(monkeypatch):
-    """Bounded by construction: whatever the completion, this much text and this many forms are worked on."""
+    """Bounded by construction: no completion makes it work on more text or more forms."""
     seen = {"clean": 0, "value": 0, "items": 0, "marks": 0}
 
     def count(module, name, key, size):
@@ -381,9 +404,13 @@ def test_no_more_is_read_than_the_caps_allow(monkeypatch):
             seen[key] = max(seen[key], size(args, result))
             return result
         monkeypatch.setattr(module, name, counted)
+
+    def longest_list(args, result):
+        return max(map(len, args[:2])) if result else 0
+
     count(answers, "clean", "clean", lambda args, _: len(args[0]))
     count(answers, "value", "value", lambda args, result: len(args[0]) if result else 0)
-    count(answers, "_same_items", "items", lambda args, result: max(map(len, args[:2])) if result else 0)
+    count(answers, "_same_items", "items", longest_list)
     count(reward, "_announcements", "marks", lambda args, result: len(result))
     for completion, gold, _ in bench_reward.hostile():
         verify(completion, gold)
@@ -394,12 +421,17 @@ def test_no_more_is_read_than_the_caps_allow(monkeypatch):
 
 
 def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer():
-    boxes = " ".join("\\boxed{" + "+".join(f"\\sqrt{{x+{i * 50 + j}}}" for j in range(30)) + "}" for i in range(39))
+    boxes = []
+    for i in range(39):
+        roots = [f"\\sqrt{{x+{i * 50 + j}}}" for j in range(30)]
+        boxes.append("\\boxed{" + "+".join(roots) + "}")
+    boxes = " ".join(boxes)
     assert len(extract_answer(boxes)) < 2 * answers.MAX_ANSWER
 
 
-@pytest.mark.parametrize("text", ["(" * 61 + "x" + ")" * 61, "x^{" * 61 + "1" + "}" * 61, "1+" * 700 + "1", "9^{9^{9^9}}",
-                                  "171!", "x x 2"])
+@pytest.mark.parametrize("text", [
+    "(" * 61 + "x" + ")" * 61, "x^{" * 61 + "1" + "}" * 61, "1+" * 700 + "1", "9^{9^{9^9}}", "171!",
+    "x x 2"])
 def test_beyond_the_caps_there_is_no_value(text):
     assert value(text) is None
 
@@ -424,16 +456,16 @@ def test_a_tower_of_powers_is_equal_to_itself_as_a_string():
 
 
 ALPHABET = list(r"0123456789+-*/^_=<>()[]{}|!,.;:%$&#~'xyzie ") + [
-    "\\", "\\boxed{", "\\frac", "\\sqrt", "\\text{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "\\le",
-    "\\pm", "\\cup",
-    "\\{", "\\}", "\\infty", "\\pi", "\\sin", "\\log_", "\\binom", "\\left", "<answer>", "</answer>",
-    "#### ", "The answer is ",
-    "\n", " or ", " and ", "²", "₅", "½", "√", "∞", "π", "°", "⟦", "⟧", "⦃", "∪", "\u200b", "cm", "million"]
+    "\\", "\\boxed{", "\\frac", "\\sqrt", "\\text{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\",
+    "\\le", "\\pm", "\\cup", "\\{", "\\}", "\\infty", "\\pi", "\\sin", "\\log_", "\\binom",
+    "\\left", "<answer>", "</answer>", "#### ", "The answer is ", "\n", " or ", " and ", "²", "₅",
+    "½", "√", "∞", "π", "°", "⟦", "⟧", "⦃", "∪", "\u200b", "cm", "million"]
 MATHS = st.lists(st.sampled_from(ALPHABET), max_size=25).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(st.text(max_size=80), MATHS), st.one_of(st.text(max_size=20), MATHS), st.booleans())
+@given(st.one_of(st.text(max_size=80), MATHS), st.one_of(st.text(max_size=20), MATHS),
+       st.booleans())
 def test_never_raises_and_returns_a_bool(completion, gold, lenient):
     marks = ("{}", "\\boxed{{{}}}", "The answer is {}", "<answer>{}</answer>", "#### {}")
     for text in (mark.format(completion) for mark in marks):
@@ -449,7 +481,8 @@ def test_equality_is_reflexive_unless_empty(text):
 
 
 def test_a_verdict_is_a_bool_and_nothing_that_is_only_true_or_false():
-    for a, b in (("n", r"k, k \in \mathbb{Z}"), (r"x\pi", r"y\pi"), (r"n\pi", r"k\pi"), ("x=y", "x=5"), ("1,2", "(1,2)")):
+    for a, b in (("n", r"k, k \in \mathbb{Z}"), (r"x\pi", r"y\pi"), (r"n\pi", r"k\pi"),
+                 ("x=y", "x=5"), ("1,2", "(1,2)")):
         assert type(equal(a, b)) is bool and type(verify(f"\\boxed{{{a}}}", b)) is bool
 
 
@@ -461,15 +494,23 @@ def test_equality_of_plain_values_is_symmetric(a, b):
         assert equal(a, b) == equal(b, a)
 
 
-TERMS = st.recursive(st.sampled_from(["x", "y", "2", "3", "7", "0.5", r"\pi", r"\sqrt{2}"]), lambda t: st.one_of(
-    st.builds("({}+{})".format, t, t), st.builds("({}-{})".format, t, t), st.builds("{}*{}".format, t, t),
-    st.builds(r"\frac{{{}}}{{{}}}".format, t, t), st.builds("({})^{{2}}".format, t)), max_leaves=8)
+def compound(terms):
+    """Strategy of sums, differences, products, quotients and squares of terms."""
+    return st.one_of(
+        st.builds("({}+{})".format, terms, terms), st.builds("({}-{})".format, terms, terms),
+        st.builds("{}*{}".format, terms, terms), st.builds("({})^{{2}}".format, terms),
+        st.builds(r"\frac{{{}}}{{{}}}".format, terms, terms))
+
+
+LEAVES = st.sampled_from(["x", "y", "2", "3", "7", "0.5", r"\pi", r"\sqrt{2}"])
+TERMS = st.recursive(LEAVES, compound, max_leaves=8)
 
 
 @settings(max_examples=200, deadline=None)
 @given(TERMS, TERMS, TERMS)
 def test_rearranged_expressions_are_equal_and_changed_ones_are_not(a, b, c):
-    left, right = f"({a}+{b})*({c})", f"{c}*({b})+({a})*({c})"
+    left = f"({a}+{b})*({c})"
+    right = f"{c}*({b})+({a})*({c})"
     found = value(clean(left))
     if found:
         assert equal(left, right)
@@ -478,9 +519,10 @@ def test_rearranged_expressions_are_equal_and_changed_ones_are_not(a, b, c):
             assert not equal(left, f"{right}+1")
 
 
-@pytest.mark.parametrize("zero", [r"2-(\sqrt{2})^{2}", r"\sqrt{2}\sqrt{3}-\sqrt{6}", r"((\sqrt{2})^{2})^{5}-32", r"\sin(\pi)",
-                                  r"\cos(\frac{\pi}{2})", r"\tan(100\pi)", r"\cot(\frac{3\pi}{2})", r"e^{i\pi}+1",
-                                  r"\sin(\pi)-\cos(\frac{\pi}{2})"])
+@pytest.mark.parametrize("zero", [
+    r"2-(\sqrt{2})^{2}", r"\sqrt{2}\sqrt{3}-\sqrt{6}", r"((\sqrt{2})^{2})^{5}-32", r"\sin(\pi)",
+    r"\cos(\frac{\pi}{2})", r"\tan(100\pi)", r"\cot(\frac{3\pi}{2})", r"e^{i\pi}+1",
+    r"\sin(\pi)-\cos(\frac{\pi}{2})"])
 def test_nothing_is_divided_by_what_only_rounding_keeps_from_zero(zero):
     """In floats 2 - sqrt(2)^2 is -4e-16, and beside x / -4e-16 nobody sees 1."""
     assert value(clean(zero)).floats[0] == 0 and equal(zero, "0")
@@ -488,8 +530,9 @@ def test_nothing_is_divided_by_what_only_rounding_keeps_from_zero(zero):
     assert not equal(rf"\frac{{x}}{{{zero}}}", rf"\frac{{x}}{{{zero}}}+1")
 
 
-@pytest.mark.parametrize("small", ["10^{-20}", r"\frac{1}{10^{20}}", r"\sqrt{2}-1.414213562", r"10^{15}+1-10^{15}",
-                                   r"\sqrt{10^{14}+1}-10^{7}", r"\sin(10^{-15})", r"\sin(10^{15})", r"\cos(10^{17})"])
+@pytest.mark.parametrize("small", [
+    "10^{-20}", r"\frac{1}{10^{20}}", r"\sqrt{2}-1.414213562", r"10^{15}+1-10^{15}",
+    r"\sqrt{10^{14}+1}-10^{7}", r"\sin(10^{-15})", r"\sin(10^{15})", r"\cos(10^{17})"])
 def test_a_small_number_is_not_zero(small):
     assert value(clean(small)).floats[0] != 0
     assert value(clean(rf"\frac{{x}}{{{small}}}")) is not None
@@ -497,8 +540,9 @@ def test_a_small_number_is_not_zero(small):
 
 def test_rounding_off_loses_nothing_else():
     assert equal("10^{15}+1-10^{15}", "1") and equal(r"\frac{\sin(10^{-15})}{10^{-15}}", "1")
-    for given, gold in ((r"5+\sin(10^{15})", "5"), (r"x+\sin(10^{17}x)", "x"), (r"\sqrt{10^{14}+1}-10^{7}", "0"),
-                        (r"5+\sqrt{2}(10^{15}+1-10^{15})", "5"), (r"\frac{\sin(10^{-15})}{10^{-15}}", "0")):
+    for given, gold in ((r"5+\sin(10^{15})", "5"), (r"x+\sin(10^{17}x)", "x"),
+                        (r"\sqrt{10^{14}+1}-10^{7}", "0"), (r"5+\sqrt{2}(10^{15}+1-10^{15})", "5"),
+                        (r"\frac{\sin(10^{-15})}{10^{-15}}", "0")):
         assert not equal(given, gold)
 
 
@@ -510,12 +554,13 @@ def test_different_integers_are_different(a, b):
     assert equal(f"\\frac{{{3 * a}}}{{3}}", str(b)) == (a == b)
 
 
-@pytest.mark.parametrize("completion, answer", [(None, "5"), (5, "5"), (b"#### 5", "5"), ("#### 5", None)])
+@pytest.mark.parametrize("completion, answer", [
+    (None, "5"), (5, "5"), (b"#### 5", "5"), ("#### 5", None)])
 def test_what_is_not_text_is_not_verified(completion, answer):
     assert verify(completion, answer) is False
 
 
-# ------------------------------------------------------------------------------------ rewards
+# ------------------------------------------------------------------------------------------ rewards
 
 @pytest.mark.parametrize("completion, value", [
     ("<reasoning>2+2=4</reasoning><answer>4</answer>", 1.0),
@@ -548,16 +593,54 @@ def test_consistency_reward(completion, value):
     assert consistency_reward(completion) == value
 
 
-def test_score():
-    good = "<reasoning>2+2 = 4</reasoning><answer>4</answer>"
-    wrong = "<reasoning>2+2 = 5</reasoning><answer>5</answer>"
-    plain = "#### 4"
-    assert score([[good, wrong], [plain, plain]], ["4", "5"]) == [[1.0, 0.0], [0.0, 0.0]]
-    both = score([[good, wrong, plain]], ["4"], format_weight=1.0, consistency_weight=0.5)
-    assert both == [[2.5, 1.5, 1.0]]
-    assert score([], []) == []
-    with pytest.raises(ValueError, match="2 groups of completions but 1 answers"):
-        score([[good], [good]], ["4"])
+GOOD = "<reasoning>2+2 = 4</reasoning><answer>4</answer>"
+WRONG = "<reasoning>2+2 = 5</reasoning><answer>5</answer>"
+PLAIN = "#### 4"
+SUM = {"problem": "What is 2+2?", "answer": "4"}
+
+
+def test_a_completion_is_right_by_the_gold_answer_of_its_problem():
+    assert right(SUM, GOOD) is True and right(SUM, PLAIN) is True
+    assert right(SUM, WRONG) is False
+    assert right({**SUM, "answer": "5"}, WRONG) is True
+    assert right({**SUM, "check": None}, PLAIN) is True
+
+
+def test_a_problem_may_bring_its_own_checker_which_alone_decides():
+    seen = []
+
+    def check(completion):
+        seen.append(completion)
+        return completion == "four"
+
+    problem = {**SUM, "check": check}
+    assert right(problem, "four") is True
+    assert right(problem, PLAIN) is False
+    assert seen == ["four", PLAIN]
+    assert right({**SUM, "check": lambda completion: 1}, WRONG) is True
+
+
+def test_each_reward_is_a_list_of_floats_by_problem_and_completion():
+    problems = [SUM, {"problem": "What is 3+2?", "answer": "5"}]
+    groups = [[GOOD, WRONG, PLAIN], [PLAIN, WRONG, "5"]]
+    assert correct(problems, groups) == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    assert form(problems, groups) == [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    assert consistency(problems, groups) == [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+
+    mixed = [{**SUM, "check": lambda completion: completion == "four"}, SUM]
+    assert correct(mixed, [["four", PLAIN], ["four", PLAIN]]) == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["correct", "format", "consistency"])
+def test_each_reward_of_the_table_has_one_signature(name):
+    rewards = REWARDS[name]([SUM, SUM], [[GOOD, WRONG], [PLAIN, ""]])
+    assert all(len(group) == 2 for group in rewards) and len(rewards) == 2
+    assert {type(reward) for group in rewards for reward in group} == {float}
+    assert REWARDS[name]([], []) == []
+    with pytest.raises(ValueError, match="1 problems but 2 groups of completions"):
+        REWARDS[name]([SUM], [[GOOD], [GOOD]])
+    with pytest.raises(ValueError, match="2 problems but 1 groups of completions"):
+        REWARDS[name]([SUM, SUM], [[GOOD]])
 
 
 # ------------------------------------------------------------------------------------ labelled data
@@ -569,7 +652,8 @@ def rows(pattern):
     return [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("pattern, share", [("problems/gsm8k*.jsonl", 1.0), ("problems/math*.jsonl", 0.998)])
+@pytest.mark.parametrize("pattern, share", [
+    ("problems/gsm8k*.jsonl", 1.0), ("problems/math*.jsonl", 0.998)])
 def test_solutions_verify_against_their_own_answers(pattern, share):
     verified = [verify(row["solution"], row["answer"]) for row in rows(pattern)]
     assert sum(verified) >= share * len(verified)
@@ -587,18 +671,23 @@ def test_gsm8k_solutions_are_consistent():
     assert sum(values) > 0.8 * len(values)
 
 
-# ------------------------------------------------------------------------------------ python bench.py reward
+# --------------------------------------------------------------------------- python bench.py reward
 
 def test_the_bench_counts_false_positives_and_negatives_and_keeps_no_text(tmp_path, monkeypatch):
-    outputs = [("#### 5", "5", True), ("#### 5", "5", False), ("five", "5", True), ("#### 6", "5", False), ("?", "5", None)]
+    outputs = [("#### 5", "5", True), ("#### 5", "5", False), ("five", "5", True),
+               ("#### 6", "5", False), ("?", "5", None)]
     (tmp_path / "small.jsonl").write_text("".join(
         json.dumps({"output": output, "gold": gold, "correct": correct, "dataset": "gsm8k"}) + "\n"
         for output, gold, correct in outputs))
-    monkeypatch.setattr(bench_reward, "hostile", lambda: [(r"\boxed{5}", "5", True), (r"\boxed{5 or 6}", "5", False)])
+    cases = [(r"\boxed{5}", "5", True), (r"\boxed{5 or 6}", "5", False)]
+    monkeypatch.setattr(bench_reward, "hostile", lambda: cases)
+
     result = bench_reward.reward(SimpleNamespace(data=tmp_path, vs="", rounds=1), None)
-    assert result["accuracy"] == {"small gsm8k completion": {"ours": {"n": 4, "accuracy": 0.5, "fp": 1, "fn": 1}}}
+    counts = {"n": 4, "accuracy": 0.5, "fp": 1, "fn": 1}
+    assert result["accuracy"] == {"small gsm8k completion": {"ours": counts}}
     assert result["throughput"]["gsm8k"]["n"] == 4
-    assert result["hostile"]["ours"]["wrong_accepted"] == result["hostile"]["ours"]["right_refused"] == 0
+    hostile = result["hostile"]["ours"]
+    assert hostile["wrong_accepted"] == hostile["right_refused"] == 0
     assert "five" not in json.dumps(result)
 
 
@@ -606,7 +695,8 @@ def test_the_bench_says_in_one_line_what_it_needs(tmp_path, monkeypatch):
     args = SimpleNamespace(data="", vs="", rounds=1)
     with pytest.raises(ValueError, match="reward needs --data FOLDER"):
         bench_reward.reward(args, None)
-    (tmp_path / "bad.jsonl").write_text('{"output": "5", "gold": "5", "correct": true}\n{"output": "5"}\n')
+    good = '{"output": "5", "gold": "5", "correct": true}\n'
+    (tmp_path / "bad.jsonl").write_text(good + '{"output": "5"}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 2"):
         bench_reward.labelled(tmp_path)
     monkeypatch.setitem(sys.modules, "math_verify", None)

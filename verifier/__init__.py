@@ -1,1 +1,1 @@
-"""Whether two answers are equal, as pure text: forms (answers), spelling (latex), values (expression)."""
+"""Comparison of answers as pure text: forms (answers), spelling (latex), values (expression)."""

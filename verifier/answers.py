@@ -1,11 +1,14 @@
-r"""Whether two answers are equal: `equal(given, gold)`. The rules are written down in reward.py.
+r"""Comparison of two answers: `equal(given, gold)`. The rules are written down in reward.py.
 
-An answer is compared by its form, outermost first: a list or set, a union, a relation, a tuple or matrix, a leaf. A leaf
-is an expression, compared by its value (expression.py), or words. The text is cut into parts outside all brackets; the
-number of parts and the depth are capped, so the work is bounded.
+An answer is compared by its form, the outermost first: a list or set, a union, a relation, a tuple
+or matrix, a leaf. A leaf is words, or an expression that is compared by its value (expression.py).
+The text is cut outside all brackets. The parts and the depth are capped, so the work is bounded.
 
-Most rules are symmetric. Those that are not forgive the given answer its form where the gold answer fixes what is
-meant: x + y = 5 for a gold 5, and an expression in x for a gold equation that is linear in y.
+Most rules are symmetric. The others forgive the given answer its form where the gold answer fixes
+what is meant: x + y = 5 for a gold 5, and an expression in x for a gold equation linear in y.
+
+Read it from the end: `equal` tries the readings of two answers, `_same` goes through the forms.
+Both are cleaned by latex.py: ⦃1,2⦄ is a set, and ⟦⟦1,2⟧,⟦3,4⟧⟧ is a matrix with two rows.
 """
 
 import itertools
@@ -14,149 +17,209 @@ import re
 from verifier.expression import near, same_value, value
 from verifier.latex import clean
 
-MAX_ANSWER = 600     # a longer answer is only compared as a string
+MAX_ANSWER = 600     # characters; a longer answer is only compared as a string
 MAX_ITEMS = 40       # entries of a list, tuple or matrix
 MAX_DEPTH = 8        # forms inside forms
 
-# ------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
+_CLOSERS = ")]}⦄⟧"      # an interval closes with either bracket, so all of them count alike
+_DEPTH = dict.fromkeys("([{⦃⟦", 1) | dict.fromkeys(_CLOSERS, -1)
 _RELATIONS = "=≈≠<>≤≥∈"
-_MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
-_BRACKETS = {s: re.compile("[][(){}⦃⦄⟦⟧" + s + "]") for s in (",;", ";", "∪", "∖", ":", _RELATIONS)}
+_SEPARATORS = (",;", ";", "∪", "∖", ":", _RELATIONS)
+_BRACKETS_AND = {signs: re.compile("[][(){}⦃⦄⟦⟧" + signs + "]") for signs in _SEPARATORS}
 
 
 def _split(s, separators):
     """Split `s` at separators outside all brackets: (parts, the separators between them)."""
     if not any(c in s for c in separators):
         return [s], []
-    depth, begin, parts, found = 0, 0, [], []
-    for m in _BRACKETS[separators].finditer(s):
-        if m[0] in "([{⦃⟦":
-            depth += 1
-        elif m[0] in ")]}⦄⟧":                              # an interval closes with either bracket: all count alike
-            depth -= 1
+
+    parts = []
+    found = []
+    depth = 0
+    begin = 0
+    for match in _BRACKETS_AND[separators].finditer(s):
+        sign = match[0]
+        if sign in _DEPTH:
+            depth += _DEPTH[sign]
         elif depth == 0:
-            parts.append(s[begin:m.start()])
-            found.append(m[0])
-            begin = m.end()
-    return parts + [s[begin:]], found
+            parts.append(s[begin:match.start()])
+            found.append(sign)
+            begin = match.end()
+
+    parts.append(s[begin:])
+    return parts, found
+
+
+def _parts(s, separators):
+    """Split `s` at separators outside all brackets and return the parts alone."""
+    parts, _ = _split(s, separators)
+    return parts
 
 
 def _inside(s, openers):
-    """What a pair of brackets around all of `s` encloses, or None."""
-    if len(s) < 2 or s[0] not in openers or s[-1] not in ")]}⦄⟧":
+    """Return what one pair of brackets around all of `s` encloses, or None without such a pair."""
+    if len(s) < 2 or s[0] not in openers or s[-1] not in _CLOSERS:
         return None
+
     depth = 0
-    for m in _BRACKETS[";"].finditer(s):
-        depth += (m[0] in "([{⦃⟦") - (m[0] in ")]}⦄⟧")
+    for match in _BRACKETS_AND[";"].finditer(s):
+        depth += _DEPTH.get(match[0], 0)
         if depth == 0:
-            return s[1:-1] if m.end() == len(s) else None
+            return s[1:-1] if match.end() == len(s) else None
 
 
-def _signs(s):
-    """An expression with ± is two."""
+def _both_signs(s):
+    """Return the expressions that `s` stands for: two if it has a ±, else one."""
     if "±" not in s:
         return [s]
     return [s.replace("±", "+").replace("∓", "-"), s.replace("±", "-").replace("∓", "+")]
 
 
+def _without_plus_minus(part):
+    """Return the items that `part` stands for: (±1, ±2) is four pairs, 1 ± 2 is two numbers."""
+    entries = _parts(_inside(part, "(") or "", ",;")
+    if 1 < len(entries) < 6 and "∓" not in part:
+        choices = itertools.product(*map(_both_signs, entries))
+        return [f"({','.join(choice)})" for choice in choices]
+    return _both_signs(part)
+
+
 def _items(s):
-    """The elements of a list or set (one element: anything else)."""
-    s = re.sub(r"^\w∈(?=[{⦃])", "", s) if "∈" in s else s
-    while (inside := _inside(s, "{⦃")) is not None:
-        s = re.sub(r"^\w(?:[|:]|∈[^|:]*[|:])(?=.*[<>≤≥])", "", inside)     # {x | 2 < x < 3} is the interval
-    parts = _split(s, ",;")[0]
-    if ";" in s and 1 < len(groups := _split(s, ";")[0]) < len(parts):         # p=5, q=2; p=7, q=2
-        parts = [_as_tuple(_split(group, ",;")[0]) or group for group in groups]
+    """Return the elements of a list or set; anything else is one element."""
+    if "∈" in s:
+        s = re.sub(r"^\w∈(?=[{⦃])", "", s)                                  # x ∈ {1, 2} is the set
+    inside = _inside(s, "{⦃")
+    while inside is not None:
+        s = re.sub(r"^\w(?:[|:]|∈[^|:]*[|:])(?=.*[<>≤≥])", "", inside)     # {x | x < 3} is x < 3
+        inside = _inside(s, "{⦃")
+
+    parts = _parts(s, ",;")
+    if ";" in s:
+        groups = _parts(s, ";")
+        if 1 < len(groups) < len(parts):                    # p=5, q=2; p=7, q=2 is a list of tuples
+            parts = [_as_tuple(_parts(group, ",;")) or group for group in groups]
+
     if "±" not in s:
         return parts
-    items = []
-    for part in parts:
-        entries = _split(_inside(part, "(") or "", ",;")[0]
-        if 1 < len(entries) < 6 and "∓" not in part:                       # (±1, ±2) is four pairs
-            items += [f"({','.join(entry)})" for entry in itertools.product(*map(_signs, entries))]
-        else:
-            items += _signs(part)
-    return items
+    return [item for part in parts for item in _without_plus_minus(part)]
 
 
 def _as_tuple(items):
-    """`p = 5, q = 2` as (5,2), or None."""
-    sides = [_split(item, _RELATIONS) for item in items]
-    if len(items) > 1 and all(signs == ["="] and _NAME.fullmatch(parts[0]) for parts, signs in sides):
-        return f"({','.join(parts[1] for parts, _ in sides)})"
+    """Return `p = 5, q = 2` as (5,2) and a single item as it is; None for other lists."""
+    if len(items) == 1:
+        return items[0]
+
+    values = []
+    for item in items:
+        sides, signs = _split(item, _RELATIONS)
+        name, *named = sides
+        if signs != ["="] or not _NAME.fullmatch(name):
+            return None
+        values += named
+    return f"({','.join(values)})"
 
 
 def _entries(s):
-    """(brackets, entries) of a tuple, interval or matrix."""
+    """Return (both brackets, entries) of a tuple, interval or matrix; ("", [s]) for the rest."""
     inside = _inside(s, "([⟦")
-    return ("", [s]) if inside is None else (s[0] + s[-1], _split(inside, ",;")[0])
+    return ("", [s]) if inside is None else (s[0] + s[-1], _parts(inside, ",;"))
 
 
-# ------------------------------------------------------------------------------------ relations
+# ---------------------------------------------------------------------------------------- relations
 
-# What may stand left of "=" without being part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
-_LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?"
-           r"(?:\((?:[\w,]|\([\w,]*\))*\))?")
-_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}|(?!not)[A-Za-z]{{3,12}}"
-                   rf"|\({_LETTER}(?:,{_LETTER})+\)")
-_ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")      # a+d+e+f = 2k for a gold 2k
+# The name left of "=" is no part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
+_LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))"
+           r"(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
+_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}"
+                   rf"|(?!not)[A-Za-z]{{3,12}}|\({_LETTER}(?:,{_LETTER})+\)")
+_ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")                # a+d+e+f = 2k for a gold 2k
+_MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 
 
 def _interval(sides, signs):
-    """The interval that an inequality in one name describes, as text, or None."""
-    negative = [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]
-    if len(sides) == 2 and any(negative):                                  # -x > -1 is x < 1
-        sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]
-        signs = [_MIRROR.get(signs[0], signs[0])]
+    """Return the interval that an inequality in one name describes, as text, or None."""
+    if len(sides) == 2:
+        negative = [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]
+        if any(negative):                                                  # -x > -1 is x < 1
+            sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]
+            signs = [_MIRROR.get(signs[0], signs[0])]
+
+    # the smallest side stands first from here on: 5 > x is x < 5
     if set(signs) <= {">", "≥"}:
-        sides, signs = sides[::-1], [_MIRROR[c] for c in signs[::-1]]
+        sides = sides[::-1]
+        signs = [_MIRROR[sign] for sign in signs[::-1]]
     if not set(signs) <= {"<", "≤"} or len(sides) > 3:
         return None
-    opener, closer = ("[" if signs[0] == "≤" else "("), ("]" if signs[-1] == "≤" else ")")
+
+    opener = "[" if signs[0] == "≤" else "("
+    closer = "]" if signs[-1] == "≤" else ")"
     if len(sides) == 3:
-        return f"{opener}{sides[0]},{sides[2]}{closer}" if _NAME.fullmatch(sides[1]) else None
-    if _NAME.fullmatch(sides[0]):
-        return f"(-∞,{sides[1]}{closer}"
-    return f"{opener}{sides[0]},∞)" if _NAME.fullmatch(sides[1]) else None
+        low, name, high = sides
+        return f"{opener}{low},{high}{closer}" if _NAME.fullmatch(name) else None
+    left, right = sides
+    if _NAME.fullmatch(left):
+        return f"(-∞,{right}{closer}"
+    return f"{opener}{left},∞)" if _NAME.fullmatch(right) else None
 
 
 def _union(s):
-    """The parts of a union; x ≠ 3, x ∈ A ∪ B and A \\ {3} are unions too."""
-    parts, signs = _split(s, _RELATIONS)
-    s = _unnamed(parts, signs, 0) or s if signs in (["≠"], ["∈"]) else s
-    whole, *points = _split(s.replace("-⦃", "∖⦃"), "∖")[0]
-    return points and _punctured(whole, _items(points[0])) or _split(s, "∪")[0]
+    """Return the parts of a union; x ≠ 3, x ∈ A ∪ B and A ∖ {3} are unions too."""
+    sides, signs = _split(s, _RELATIONS)
+    if signs in (["≠"], ["∈"]):
+        s = _unnamed(sides, signs, 0) or s
+
+    whole, *removed = _parts(s.replace("-⦃", "∖⦃"), "∖")
+    remaining = _punctured(whole, _items(removed[0])) if removed else None
+    return remaining or _parts(s, "∪")
 
 
 def _punctured(whole, points):
-    """The parts of an interval without some points, or None."""
-    parts, signs = _split(_items(whole)[0], _RELATIONS)
-    around, ends = _entries(_unnamed(parts, signs, 0) or "" if signs else whole)
-    places = [value(point) for point in points]
-    if len(ends) != 2 or None in places or any(place.floats[0] is None for place in places):
+    """Return the parts of an interval without some points, or None where it is no interval."""
+    sides, signs = _split(_items(whole)[0], _RELATIONS)
+    interval = (_unnamed(sides, signs, 0) or "") if signs else whole
+    brackets, ends = _entries(interval)
+    values = [value(point) for point in points]
+    if len(ends) != 2 or any(v is None or v.floats[0] is None for v in values):
         return None
-    cuts = [point for _, point in sorted((place.floats[0].real, point) for place, point in zip(places, points))]
-    starts = [around[0] + ends[0]] + ["(" + cut for cut in cuts]
-    stops = [cut + ")" for cut in cuts] + [ends[1] + around[1]]
+
+    # cut at the points from left to right
+    cuts = sorted((v.floats[0].real, point) for v, point in zip(values, points))
+    opener, closer = brackets
+    low, high = ends
+    starts = [opener + low] + ["(" + point for _, point in cuts]
+    stops = [point + ")" for _, point in cuts] + [high + closer]
     return [f"{start},{stop}" for start, stop in zip(starts, stops)]
 
 
-def _intervals(items):
-    """`x < 2, x > 5` as the parts of a union, or None."""
-    parts = [_split(item, _RELATIONS) for item in items]
-    parts = [_interval(*part) if part[1] else None for part in parts]
-    return parts if all(parts) else None
+def _as_union(items):
+    """Return `x < 2, x > 5`, or one union, as a list of its parts; None for other lists."""
+    if len(items) == 1:
+        return _parts(items[0], "∪")
+
+    relations = [_split(item, _RELATIONS) for item in items]
+    intervals = [_interval(sides, signs) if signs else None for sides, signs in relations]
+    return intervals if all(intervals) else None
 
 
 def _unnamed(sides, signs, depth):
-    """What `x = v`, `x in v` or `x = v = w` says about x, or None. A chain that is not true says nothing."""
+    """Return what a relation such as `x = v`, `x ∈ v` or `x = v = w` says about x, or None.
+
+    A chain of equalities that is not true says nothing.
+    """
     if signs == ["≠"]:
-        return f"(-∞,{sides[1]})∪({sides[1]},∞)" if _NAME.fullmatch(sides[0]) else None
+        name, point = sides
+        return f"(-∞,{point})∪({point},∞)" if _NAME.fullmatch(name) else None
     if not set(signs) <= set("=≈∈"):
         return _interval(sides, signs)
-    rest = [(side, sign) for side, sign in zip(sides, ["="] + signs) if not _NAME.fullmatch(side)]
-    first = rest[0][0] if rest else sides[-1]
+
+    # the sides that are no names must all be equal; each has the sign on its left
+    signed = zip(sides, ["="] + signs)
+    rest = [(side, sign) for side, sign in signed if not _NAME.fullmatch(side)]
+    if not rest:
+        return sides[-1]
+    first, _ = rest[0]
     for side, sign in rest[1:]:
         if not (sign == "≈" and _roughly(first, side) or _same(first, side, depth)):
             return None
@@ -164,45 +227,71 @@ def _unnamed(sides, signs, depth):
 
 
 def _roughly(a, b):
+    """Return whether the values of two expressions differ by at most 1 %."""
     u, v = value(a), value(b)
-    return u is not None and v is not None and None not in u.floats + v.floats and all(
-        near(x, y, 1e-2) for x, y in zip(u.floats, v.floats))
+    if u is None or v is None or None in u.floats + v.floats:
+        return False
+    return all(near(x, y, 1e-2) for x, y in zip(u.floats, v.floats))
 
 
-def _same_relation(a, b, depth):
-    (sides_a, signs_a), (sides_b, signs_b) = _split(a, _RELATIONS), _split(b, _RELATIONS)
-    if signs_a == signs_b == ["="] and _same_equation(sides_a, sides_b):
+def _same_relation(given, gold, depth):
+    """Return whether two answers are equal of which at least one is a relation."""
+    given_sides, given_signs = _split(given, _RELATIONS)
+    gold_sides, gold_signs = _split(gold, _RELATIONS)
+    if given_signs == gold_signs == ["="] and _same_equation(*given_sides, *gold_sides):
         return True
-    if signs_b == ["="] and not signs_a and _solves(a, *sides_b):
+    if gold_signs == ["="] and not given_signs and _solves(given, *gold_sides):
         return True
-    plain_a = _unnamed(sides_a, signs_a, depth) if signs_a else a
-    plain_b = _unnamed(sides_b, signs_b, depth) if signs_b else b
-    if signs_a == ["="] and not signs_b and plain_a is None and _ASKED.fullmatch(sides_a[0]):
-        plain_a = sides_a[1]
-    if plain_a and plain_b:
-        names = {s[0] for s in (sides_a, sides_b) if len(s) > 1 and len(s[0]) == 1 and s[0].isalpha()}
-        return len(names) < 2 and _same(plain_a, plain_b, depth)           # x = 5 is not y = 5
-    return bool(signs_a) and signs_a == signs_b and all(_same(x, y, depth) for x, y in zip(sides_a, sides_b))
+
+    # what each side says without its name: x = 5 is 5
+    given_plain = _unnamed(given_sides, given_signs, depth) if given_signs else given
+    gold_plain = _unnamed(gold_sides, gold_signs, depth) if gold_signs else gold
+    if given_signs == ["="] and not gold_signs and given_plain is None:
+        asked, said = given_sides
+        if _ASKED.fullmatch(asked):
+            given_plain = said                                          # x + y = 5 for a gold 5
+    if given_plain and gold_plain:
+        named = [sides[0] for sides in (given_sides, gold_sides) if len(sides) > 1]
+        letters = {name for name in named if len(name) == 1 and name.isalpha()}
+        return len(letters) < 2 and _same(given_plain, gold_plain, depth)   # x = 5 is not y = 5
+
+    same_signs = given_signs == gold_signs != []
+    return same_signs and all(_same(x, y, depth) for x, y in zip(given_sides, gold_sides))
 
 
-def _same_equation(a, b):
-    """left - right of the one is a constant multiple of left - right of the other, and b is not solved for a name."""
-    right = value(b[1])
-    if right and not right.names and _NAME.fullmatch(b[0]):
-        return False                                                       # 2x + 1 = 11 does not answer x = 5
-    u, v = value(f"({a[0]})-({a[1]})"), value(f"({b[0]})-({b[1]})")
-    if u is None or v is None or not all(u.floats + v.floats) or all(near(x, u.floats[0]) for x in u.floats):
+def _same_equation(given_left, given_right, gold_left, gold_right):
+    """Return whether left - right of one equation is a constant multiple of the other's.
+
+    Not so where the gold equation is solved for a name: 2x + 1 = 11 does not answer x = 5.
+    """
+    solution = value(gold_right)
+    if solution and not solution.names and _NAME.fullmatch(gold_left):
+        return False
+
+    u = value(f"({given_left})-({given_right})")
+    v = value(f"({gold_left})-({gold_right})")
+    if u is None or v is None or not all(u.floats + v.floats):
+        return False
+
+    # compared with the first of the points; an equation between constants says nothing
+    if all(near(x, u.floats[0]) for x in u.floats):
         return False
     return all(near(x * v.floats[0], u.floats[0] * y) for x, y in zip(u.floats, v.floats))
 
 
-def _solves(a, left, right):
-    """The expression `a` is what the gold equation left = right, linear in one more name, says about that name."""
-    u, equation = value(a), value(f"({left})-({right})")
-    names = equation.names - u.names if u and equation else ()
-    if len(names) != 1 or not re.fullmatch(r"[A-Za-z]|\\[a-z]+", name := [*names][0]):
+def _solves(given, left, right):
+    """Return whether `given` is what a gold equation, linear in one more name, says of it."""
+    equation = f"({left})-({right})"
+    u, v = value(given), value(equation)
+    names = v.names - u.names if u and v else ()
+    if len(names) != 1:
         return False
-    at = [value(_replaced(f"({left})-({right})", name, f"({a}+{k})")) for k in range(3)]       # 0, r, 2r if linear
+    [name] = names
+    if not re.fullmatch(r"[A-Za-z]|\\[a-z]+", name):
+        return False
+
+    # at given + 0, 1 and 2 a linear left - right that `given` solves is 0, r and 2r
+    at = [value(_replaced(equation, name, f"({given}+{k})")) for k in range(3)]
     if any(v is None or None in v.floats for v in at):
         return False
     zero, once, twice = (v.floats for v in at)
@@ -210,25 +299,34 @@ def _solves(a, left, right):
 
 
 def _replaced(s, name, other):
-    r"""`s` with a one-letter name replaced; the letters of \commands are left alone."""
+    r"""Return `s` with `name`, a letter or \command, replaced; letters inside \commands stay."""
     return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: other if m[0] == name else m[0], s)
 
 
-# ------------------------------------------------------------------------------------ forms
+# -------------------------------------------------------------------------------------------- forms
 
-def _same_items(xs, ys, depth):
-    """Equal as multisets, tuples as sets; single letters, which answer a question for an order, in their order."""
-    if max(len(xs), len(ys)) > MAX_ITEMS:
+def _same_items(given, gold, depth):
+    """Return whether two lists are equal in any order, and lists of tuples as sets."""
+    if max(len(given), len(gold)) > MAX_ITEMS:
         return False
-    if all(_inside(x, "(") for x in xs + ys):
-        return (all(any(_same(x, y, depth) for y in ys) for x in xs) and
-                all(any(_same(x, y, depth) for x in xs) for y in ys))
-    if len(xs) != len(ys):
+    if all(_inside(x, "(") for x in given + gold):
+        for x in given:
+            if not any(_same(x, y, depth) for y in gold):
+                return False
+        for y in gold:
+            if not any(_same(x, y, depth) for x in given):
+                return False
+        return True
+
+    # single letters answer a question for an order, so they keep it
+    if len(given) != len(gold):
         return False
-    if all(len(x) == 1 and x.isalpha() for x in xs + ys):
-        return xs == ys
-    rest = list(ys)
-    for x in xs:
+    if all(len(x) == 1 and x.isalpha() for x in given + gold):
+        return given == gold
+
+    # each given item uses up the first gold item that it equals
+    rest = list(gold)
+    for x in given:
         match = next((i for i, y in enumerate(rest) if _same(x, y, depth)), None)
         if match is None:
             return False
@@ -236,140 +334,202 @@ def _same_items(xs, ys, depth):
     return True
 
 
-def _same_lists(xs, ys, depth):
-    """Two lists of which at least one has several items: also inequalities as a union, named values as a tuple."""
-    if _same_items(xs, ys, depth):
+def _same_lists(given, gold, depth):
+    """Return whether two lists are equal, also as unions of intervals or as tuples of values."""
+    if _same_items(given, gold, depth):
         return True
-    if len(xs) == len(ys):
+    if len(given) == len(gold):
         return False
-    unions = [_intervals(items) if len(items) > 1 else _split(items[0], "∪")[0] for items in (xs, ys)]
+
+    unions = _as_union(given), _as_union(gold)
     if all(unions) and max(map(len, unions)) > 1:
         return _same_items(*unions, depth)
-    tuples = [_as_tuple(items) if len(items) > 1 else items[0] for items in (xs, ys)]
+    tuples = _as_tuple(given), _as_tuple(gold)
     return all(tuples) and _same(*tuples, depth)
 
 
-def _same_entries(a, b, depth):
-    """Tuples, intervals and matrices, entry by entry and with the same brackets; None when neither is one."""
-    (around_a, xs), (around_b, ys) = _entries(a), _entries(b)
-    if len(xs) == len(ys) == 1 and "⟦" not in a[:1] + b[:1]:
+def _same_entries(given, gold, depth):
+    """Return whether two tuples, intervals or matrices are equal; None when neither is one."""
+    given_brackets, given_entries = _entries(given)
+    gold_brackets, gold_entries = _entries(gold)
+    if len(given_entries) == len(gold_entries) == 1 and "⟦" not in given[:1] + gold[:1]:
         return None
-    if around_a != around_b and "⟦⟧" in (around_a, around_b):               # a column vector written as a tuple
-        xs, ys = ([_inside(x, "⟦") or x for x in entries] for entries in (xs, ys))
-        around_a = around_b if around_a and around_b and len(xs) > 1 else "different"
-    if around_a != around_b or len(xs) != len(ys) or len(xs) > MAX_ITEMS:
+
+    if given_brackets != gold_brackets:
+        # a column vector may be written as a tuple: its rows ⟦1⟧ and ⟦2⟧ are the entries 1 and 2
+        vectors = "⟦⟧" in (given_brackets, gold_brackets) and len(given_entries) > 1
+        if not (vectors and given_brackets and gold_brackets):
+            return False
+        given_entries = [_inside(x, "⟦") or x for x in given_entries]
+        gold_entries = [_inside(y, "⟦") or y for y in gold_entries]
+
+    if len(given_entries) != len(gold_entries) or len(given_entries) > MAX_ITEMS:
         return False
-    return all(_same(x, y, depth) for x, y in zip(xs, ys))
+    return all(_same(x, y, depth) for x, y in zip(given_entries, gold_entries))
 
 
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])\s*(?:([ap])\.?m\.?)?", re.I)
 
 
-def _same_ratio(a, b):
-    """Clock times as times; other ratios as quotients."""
-    times = [_CLOCK.fullmatch(s) for s in (a, b)]
-    if all(times):
-        hours = [int(t[1]) % 12 + 12 * (t[3] in "pP") if t[3] else int(t[1]) for t in times]
-        return (hours[0], times[0][2]) == (hours[1], times[1][2])
-    return _same_value(*("/".join(f"({part})" for part in _split(s, ":")[0]) if ":" in s else s for s in (a, b)))
+def _same_ratio(given, gold):
+    """Return whether two clock times are the same time, or two other ratios the same quotient."""
+    clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
+    if all(clocks):
+        given_time, gold_time = map(_time, clocks)
+        return given_time == gold_time
+    return _same_value(_quotient(given), _quotient(gold))
 
 
-def _same_value(a, b):
-    """Two expressions with one value; for a percent sign on one side only see reward.py."""
-    u, v = value(a.rstrip("%")), value(b.rstrip("%"))
+def _time(clock):
+    """Return (hour of the day, minute as text) of a match of _CLOCK."""
+    hour, minute, half = clock.groups()
+    return int(hour) % 12 + 12 * (half in "pP") if half else int(hour), minute
+
+
+def _quotient(s):
+    """Return the ratio a:b as the expression (a)/(b), and anything else as it is."""
+    return "/".join(f"({part})" for part in _parts(s, ":")) if ":" in s else s
+
+
+def _same_value(given, gold):
+    """Return whether two expressions have the same value."""
+    given_number, gold_number = given.rstrip("%"), gold.rstrip("%")
+    u, v = value(given_number), value(gold_number)
     if u is None or v is None:
         return False
-    if a.endswith("%") and not b.endswith("%") and _below_one(v):
-        u = value(f"({a.rstrip('%')})/100")
-    if b.endswith("%") and not a.endswith("%") and _below_one(u):
-        v = value(f"({b.rstrip('%')})/100")
+
+    # a percent sign on one side only is 1/100 beside a number below 1, else a unit
+    if given.endswith("%") and not gold.endswith("%") and _below_one(v):
+        u = value(f"({given_number})/100")
+    if gold.endswith("%") and not given.endswith("%") and _below_one(u):
+        v = value(f"({gold_number})/100")
     return same_value(u, v)
 
 
 def _below_one(v):
+    """Return whether a Value is smaller than 1 in size."""
     return v.floats[0] is not None and abs(v.floats[0]) < 1
 
 
-def _same_words(a, b):
-    a, b = (re.sub(r"[\s\"']|\.(?![0-9])", "", s).lower() for s in (a, b))
-    return a == b and re.search("[a-z]{2}", a) is not None
+def _same_words(given, gold):
+    """Return whether two texts are the same words, without case, spaces, quotes and full stops."""
+    given, gold = (re.sub(r"[\s\"']|\.(?![0-9])", "", s).lower() for s in (given, gold))
+    return given == gold and re.search("[a-z]{2}", given) is not None
 
 
-def _same(a, b, depth=0):
-    """Compare two cleaned answers form by form."""
-    if a == b or depth > MAX_DEPTH or not a or not b:
-        return a == b != ""
-    xs, ys = _items(a), _items(b)
-    if len(xs) > 1 or len(ys) > 1:
-        return _same_lists(xs, ys, depth + 1)
-    a, b = xs[0], ys[0]
-    xs, ys = _union(a), _union(b)
-    if len(xs) > 1 or len(ys) > 1:
-        return _same_items(xs, ys, depth + 1)
-    if _split(a, _RELATIONS)[1] or _split(b, _RELATIONS)[1]:
-        return _same_relation(a, b, depth + 1)
-    entries = _same_entries(a, b, depth + 1)
+def _same(given, gold, depth=0):
+    """Return whether two cleaned answers are equal, form by form from the outermost."""
+    if given == gold:
+        return given != ""
+    if depth > MAX_DEPTH or not given or not gold:
+        return False
+
+    given_items, gold_items = _items(given), _items(gold)
+    if len(given_items) > 1 or len(gold_items) > 1:
+        return _same_lists(given_items, gold_items, depth + 1)
+
+    # a set of one element is this element from here on
+    [given], [gold] = given_items, gold_items
+    given_parts, gold_parts = _union(given), _union(gold)
+    if len(given_parts) > 1 or len(gold_parts) > 1:
+        return _same_items(given_parts, gold_parts, depth + 1)
+
+    if _split(given, _RELATIONS)[1] or _split(gold, _RELATIONS)[1]:
+        return _same_relation(given, gold, depth + 1)
+    entries = _same_entries(given, gold, depth + 1)
     if entries is not None:
         return entries
-    if ":" in a or ":" in b:
-        return _same_ratio(a, b) or _same_words(a, b)
-    return a == b != "" or _same_value(a, b) or _same_words(a, b)
+
+    if ":" in given or ":" in gold:
+        return _same_ratio(given, gold) or _same_words(given, gold)
+    return given == gold != "" or _same_value(given, gold) or _same_words(given, gold)
 
 
-# ------------------------------------------------------------------------------------ equality
+# ----------------------------------------------------------------------------------------- equality
 
 _PLAIN = re.compile(r"(?:\\?\$)?([+-]?)([0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)?(?:\.([0-9]*))?\$?")
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
+_CENTS = re.compile(r"\bcents?\b")
 _ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
+_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
 def _plain(s):
-    """(sign, digits, decimals) of a number without leading and trailing zeros; None for anything else."""
-    m = _PLAIN.fullmatch(s)
-    if not m or not (m[2] or m[3]):
+    """Return (is negative, digits, decimals) of a number without outer zeros; None for others."""
+    match = _PLAIN.fullmatch(s)
+    if not match or not (match[2] or match[3]):
         return None
-    whole, decimals = (m[2] or "").replace(",", "").lstrip("0"), (m[3] or "").rstrip("0")
-    return m[1] == "-" and bool(whole or decimals), whole, decimals
+    whole = (match[2] or "").replace(",", "").lstrip("0")
+    decimals = (match[3] or "").rstrip("0")
+    return match[1] == "-" and bool(whole or decimals), whole, decimals
 
 
 def _readings(s):
-    """`100,101` is a number with a thousands separator or a list of two: both readings, cleaned."""
-    return {clean(s), clean(_GROUPED.sub(lambda m: m[0].replace(",", ""), s))} if _GROUPED.search(s) else {clean(s)}
+    """Return the cleaned readings of an answer: `100,101` is one number or a list of two."""
+    if not _GROUPED.search(s):
+        return {clean(s)}
+    return {clean(s), clean(_GROUPED.sub(lambda match: match[0].replace(",", ""), s))}
 
 
 def _same_angle(given, gold):
-    """135^\circ is 3π/4: degrees on one side, π without degrees on the other."""
-    degrees = [bool(_DEGREES.search(s)) for s in (given, gold)]
-    a, b = clean(given), clean(gold)
-    if degrees[0] == degrees[1] or "π" not in (b if degrees[0] else a):
+    r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
+    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
+    given, gold = clean(given), clean(gold)
+    if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
         return False
-    a, b = (f"({s})*π/180" if in_degrees else s for s, in_degrees in zip((a, b), degrees))
-    return same_value(value(a), value(b))
+
+    if given_in_degrees:
+        given = f"({given})*π/180"
+    else:
+        gold = f"({gold})*π/180"
+    return same_value(value(given), value(gold))
 
 
 def _same_renamed(given, gold):
-    r"""f(x) = x and f(z) = z: the argument has any name; k \pi and n \pi: and so has a parameter that is an integer."""
-    a, b = clean(given), clean(gold)
-    arguments = [m[1] for m in map(_ARGUMENT.match, (a, b)) if m]
-    if len(arguments) < 2:
-        if not any("integer" in s or "π" in s or r"\mathbb" in s for s in (given, gold, a, b)):
+    r"""Return whether two answers are equal once a letter that may have any name is renamed.
+
+    This is the argument of a function, as in f(x) = x and f(z) = z, or an integer, as in k \pi.
+    """
+    texts = clean(given), clean(gold)
+    functions = [_ARGUMENT.match(text) for text in texts]
+    if not all(functions):
+        hints = ("integer", "π", r"\mathbb")
+        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
             return False
-        a, b = (right if _NAME.fullmatch(left) else s for s, (left, _, right) in ((s, s.partition("=")) for s in (a, b)))
-    x, y = ({t for t in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(t) == 1} for s in (a, b))
-    if len(x - y) != 1 or len(y - x) != 1:
+        texts = [_without_name(text) for text in texts]
+
+    # exactly one letter of each side is not on the other
+    given_letters, gold_letters = map(_letters, texts)
+    renamed, names = given_letters - gold_letters, gold_letters - given_letters
+    if len(renamed) != 1 or len(names) != 1:
         return False
-    (p,), (q,) = x - y, y - x
-    if not (arguments == [p, q] or len(arguments) < 2 and {p, q} & set("jklmnpqrst")):
-        return False
-    return _same(_replaced(a, p, q), b)
+    [letter], [name] = renamed, names
+
+    if all(functions):
+        may_differ = [match[1] for match in functions] == [letter, name]
+    else:
+        may_differ = bool({letter, name} & _PARAMETERS)
+    given, gold = texts
+    return may_differ and _same(_replaced(given, letter, name), gold)
+
+
+def _without_name(s):
+    """Return the right side of `name = right side`, and anything else as it is."""
+    left, _, right = s.partition("=")
+    return right if _NAME.fullmatch(left) else s
+
+
+def _letters(s):
+    r"""Return the set of letters of `s` that are not part of a \command."""
+    return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
 
 
 def equal(given: str, gold: str) -> bool:
-    """Whether two answers are equal by the rules in reward.py.
+    """Return whether two answers are equal by the rules in reward.py.
 
     Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
-    Returns: a bool; False when either is empty, or longer than MAX_ANSWER and not identical. Never raises.
+    An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
     """
     if not (isinstance(given, str) and isinstance(gold, str)):
         return False
@@ -377,14 +537,22 @@ def equal(given: str, gold: str) -> bool:
     if max(len(given), len(gold)) > MAX_ANSWER:
         return given == gold
     if given == gold:
-        return given.isdigit() or clean(given) != ""        # most right answers
-    numbers = _plain(given), _plain(gold)
-    if all(numbers) and (numbers[0] == numbers[1] or not ("," in given and "," in gold)):
-        return numbers[0] == numbers[1]
-    if any("$" in a and re.search(r"\bcents?\b", b) for a, b in ((given, gold), (gold, given))):
+        return given.isdigit() or clean(given) != ""        # most right answers end here
+
+    # two numbers are compared by their digits; with commas in both they may also be lists
+    given_number, gold_number = _plain(given), _plain(gold)
+    if given_number and gold_number:
+        if given_number == gold_number or not ("," in given and "," in gold):
+            return given_number == gold_number
+
+    # dollars are not cents
+    if "$" in given and _CENTS.search(gold) or "$" in gold and _CENTS.search(given):
         return False
+
     try:
-        same = any(_same(x, y) for y in _readings(gold) for x in _readings(given))
-        return same or _same_angle(given, gold) or _same_renamed(given, gold)
-    except (ArithmeticError, RecursionError):               # a number too large to compare as a float
+        for gold_reading in _readings(gold):
+            if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
+                return True
+        return _same_angle(given, gold) or _same_renamed(given, gold)
+    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
         return False
