@@ -20,61 +20,78 @@ import dist
 
 def peak_memory_mb(device):
     """Largest memory so far in MB: of the accelerator's allocator, or of the process on CPU."""
-    if device.type == "cpu":
-        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10         # macOS counts bytes, Linux kilobytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return torch.accelerator.max_memory_allocated() / 2 ** 20
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / 2 ** 20
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10     # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def choose_threads():
-    """The fastest CPU thread count, by a short measurement: on a busy machine two threads can be
-    slower than one.
+def free_bytes(device):
+    """Memory that a new tensor could take.
 
-    At most PyTorch's own choice, which follows OMP_NUM_THREADS (torchrun sets it to 1)."""
-    limit = torch.get_num_threads()
-    x, w = torch.randn(2048, 128), torch.randn(128, 384)
-    best, best_time = 1, float("inf")
-    for threads in sorted({1, *(2 ** k for k in range(1, 7) if 2 ** k <= limit), limit}):
-        torch.set_num_threads(threads)
-        times = []
-        for _ in range(12):
-            start = time.perf_counter()
-            for _ in range(4):
-                (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
-            times.append(time.perf_counter() - start)
-        median = sorted(times[2:])[5]
-        if median < 0.75 * best_time:        # more threads only for a clear gain: they lose most when others compute
-            best, best_time = threads, median
-    torch.set_num_threads(best)
-    return best
+    It is that of the device, or on the CPU this process's share of the machine."""
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        unused = backend.memory_reserved() - backend.memory_allocated()
+        return backend.mem_get_info()[0] + unused
+
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        free = int(available.split()[1]) * 1024
+    except (OSError, StopIteration):        # macOS
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+    try:        # a container may have less
+        used, limit = (open(f"/sys/fs/cgroup/memory.{name}").read().strip()
+                       for name in ("current", "max"))
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int(used)))
+    except OSError:
+        pass
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def give_memory_back():
-    """Freed memory to the system: else holes where the sampler's weights were stay beside what
-    training allocates."""
+    """Give freed memory back to the system.
+
+    Else the holes where the sampler's weights were stay beside what training allocates."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):       # not glibc
         pass
 
 
-def free_bytes(device):
-    """Memory that a new tensor could take: of the device, or on the CPU of this process's share of
-    the machine."""
-    if device.type != "cpu":
-        backend = getattr(torch, device.type)
-        return backend.mem_get_info()[0] + backend.memory_reserved() - backend.memory_allocated()
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):        # macOS
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:        # a container may have less
-        used, limit = (open(f"/sys/fs/cgroup/memory.{name}").read().strip() for name in ("current", "max"))
-        free = free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except OSError:
-        pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def choose_threads():
+    """The fastest CPU thread count, by a short measurement.
+
+    On a busy machine two threads can be slower than one. At most PyTorch's own choice, which
+    follows OMP_NUM_THREADS (torchrun sets it to 1)."""
+    limit = torch.get_num_threads()
+    powers = [2 ** k for k in range(1, 7) if 2 ** k <= limit]
+    best, best_time = 1, float("inf")
+
+    for threads in sorted({1, *powers, limit}):
+        torch.set_num_threads(threads)
+        seconds = median_seconds()
+        # more threads only for a clear gain: they lose most when others compute
+        if seconds < 0.75 * best_time:
+            best, best_time = threads, seconds
+
+    torch.set_num_threads(best)
+    return best
+
+
+def median_seconds():
+    """Seconds of a little work such as a small model's, the median of ten measurements."""
+    x, w = torch.randn(2048, 128), torch.randn(128, 384)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        for _ in range(4):
+            (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[5]
 
 
 @contextmanager
