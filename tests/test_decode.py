@@ -683,7 +683,7 @@ class Watch:
         assert len(batch.holder) <= rows <= batch.slots and rows == bucket(len(batch.holder), batch.slots)
         assert min(max(batch.drawn[batch.alive].tolist(), default=0), batch.T) <= used <= batch.T
         assert batch.groups.prompts == batch.places and not batch.in_step
-        assert batch.groups.together.numel() == batch.places * batch.kv_heads * batch.G
+        assert batch.groups.by_prompt.numel() == batch.places * batch.kv_heads * batch.G
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -882,7 +882,7 @@ def test_lengths_known_to_the_host_are_those_on_the_device(request, max_rows, le
         assert ends is None and k.is_contiguous() and len(host_lengths) == len(lengths) == len(k) == len(q)
         assert all(type(n) is int and 1 <= n <= k.shape[2] for n in host_lengths)
         batch = batches[-1]
-        alive, place = batch.alive.tolist(), batch.groups.place.tolist()
+        alive, place = batch.alive.tolist(), batch.groups.seat.tolist()
         of_prompts = k.data_ptr() in [x.data_ptr() for x in batch.cache.prompt_k]
         matters = {place[s] for s in range(len(alive)) if alive[s]} if of_prompts else {s for s in range(len(k)) if alive[s]}
         assert [host_lengths[i] for i in matters] == lengths[sorted(matters)].tolist() if matters else True
