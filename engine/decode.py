@@ -383,8 +383,8 @@ class Groups:
 class PlainDecode:
     """The attention of one step in plain PyTorch: one softmax over the prompt's and the own keys.
 
-    It is prepared once a step and used in each layer. own_lengths (R,): own tokens of each row, the
-    new one included. used: own slots that are looked at, or the blocks that hold them."""
+    It is made once a step, which prepares what all layers read. own_lengths (R,): own tokens of
+    each row, the new one included. used: own slots that are looked at, or their blocks."""
 
     def __init__(self, cache, groups, own_lengths, used):
         self.cache = cache
@@ -412,30 +412,34 @@ class PlainDecode:
 class KernelDecode:
     """The attention of one step by a device's kernel: over prompts and own keys apart, and merged.
 
-    The two kernels differ in how they are told the lengths: see over_prompts and over_own."""
+    It is made once a step. over_prompts, over_own: further arguments of partial_attention for the
+    two calls, which tell the kernel the lengths."""
 
-    def __init__(self, cache, groups, own_lengths):
+    def __init__(self, cache, groups, rows, over_prompts, over_own):
         self.cache = cache
-        self.rows = len(own_lengths)
+        self.rows = rows
         self.prompts = groups.prompts
         self.by_prompt = groups.by_prompt
-        self.by_row = groups.by_row[:self.rows * cache.kv_heads]
+        self.by_row = groups.by_row[:rows * cache.kv_heads]
+        self.over_prompts = over_prompts
+        self.over_own = over_own
 
     def attend(self, layer, q):
         """Returns the attention of q (R, H, D) over the layer's keys, as (R, H x D)."""
-        heads, dim = self.cache.kv_heads, q.shape[-1]
+        cache, heads, dim = self.cache, self.cache.kv_heads, q.shape[-1]
         q = q.reshape(self.rows * heads, -1, dim)       # (R x Hkv, share, D)
         share = q.shape[1]
 
         # all queries of a prompt's rows in one sequence, and the outcome back in the order of rows
         queries = q.index_select(0, self.by_prompt)     # (prompts x Hkv x columns, share, D)
-        prompt_part = self.over_prompts(
-            queries.view(self.prompts, heads, -1, dim),
-            self.cache.prompt_k[layer, :self.prompts], self.cache.prompt_v[layer, :self.prompts])
+        prompt_part = partial_attention(
+            queries.view(self.prompts, heads, -1, dim), cache.prompt_k[layer, :self.prompts],
+            cache.prompt_v[layer, :self.prompts], **self.over_prompts)
         prompt_part = [self.in_row_order(x, share) for x in prompt_part]
 
-        own_k, own_v = self.cache.own(layer, self.rows, self.cache.block)[0]
-        own_part = self.over_own(q.view(self.rows, heads, share, dim), own_k, own_v)
+        k, v = cache.own(layer, self.rows, cache.block)[0]
+        queries = q.view(self.rows, heads, share, dim)
+        own_part = partial_attention(queries, k, v, **self.over_own)
         return merge(prompt_part, own_part).reshape(self.rows, -1)
 
     def in_row_order(self, x, share):
@@ -449,37 +453,24 @@ class FlashDecode(KernelDecode):
     """Attention by PyTorch's variable-length flash attention, with lengths on the device."""
 
     def __init__(self, cache, groups, own_lengths, heads):
-        super().__init__(cache, groups, own_lengths)
+        rows, prompts, device = len(own_lengths), groups.prompts, own_lengths.device
         share = heads // cache.kv_heads
-        columns = len(groups.by_prompt) // (self.prompts * cache.kv_heads)
-        device = own_lengths.device
-        self.prompt_ends = row_ends(self.prompts, share * columns, cache.prompt_k.shape[3], device)
-        self.prompt_lengths = cache.prompt_lengths[:self.prompts].int()
-        self.own_lengths = own_lengths.int()
-        self.own_ends = row_ends(self.rows, share, cache.block, device)
-
-    def over_prompts(self, q, k, v):
-        return partial_attention(q, k, v, self.prompt_lengths, self.prompt_ends)
-
-    def over_own(self, q, k, v):
-        return partial_attention(q, k, v, self.own_lengths, self.own_ends)
+        columns = len(groups.by_prompt) // (prompts * cache.kv_heads)
+        prompt_ends = row_ends(prompts, share * columns, cache.prompt_k.shape[3], device)
+        over_prompts = dict(lengths=cache.prompt_lengths[:prompts].int(), ends=prompt_ends)
+        own_ends = row_ends(rows, share, cache.block, device)
+        over_own = dict(lengths=own_lengths.int(), ends=own_ends)
+        super().__init__(cache, groups, rows, over_prompts, over_own)
 
 
 class AscendDecode(KernelDecode):
     """Attention by Ascend's kernel, which takes the lengths from the host, as two lists."""
 
     def __init__(self, cache, groups, own_lengths, host_prompt_lengths, host_own_lengths):
-        super().__init__(cache, groups, own_lengths)
-        self.prompt_lengths = cache.prompt_lengths[:self.prompts]
-        self.own_lengths = own_lengths
-        self.host_prompt_lengths = host_prompt_lengths
-        self.host_own_lengths = host_own_lengths
-
-    def over_prompts(self, q, k, v):
-        return partial_attention(q, k, v, self.prompt_lengths, None, self.host_prompt_lengths)
-
-    def over_own(self, q, k, v):
-        return partial_attention(q, k, v, self.own_lengths, None, self.host_own_lengths)
+        prompt_lengths = cache.prompt_lengths[:groups.prompts]
+        over_prompts = dict(lengths=prompt_lengths, ends=None, host_lengths=host_prompt_lengths)
+        over_own = dict(lengths=own_lengths, ends=None, host_lengths=host_own_lengths)
+        super().__init__(cache, groups, len(own_lengths), over_prompts, over_own)
 
 
 # -------------------------------------------------------------------------------------------- model
