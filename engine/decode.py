@@ -32,8 +32,10 @@ from engine.kernels import (Sequences, attention, inverse_frequencies, length_ma
 PREFILL_TOKENS = 8192   # prompt tokens in the model at once; a longer prompt goes alone
 CPU_BLOCK = 16          # slots of a block of a row's own keys on the CPU, at least
 CPU_BLOCKS = 8          # blocks of a row on the CPU, at most
-ONE_BLOCK = 16          # rows that have one block, at most: so few are read faster than called for
-SMALL = 2 ** 17         # elements of a weight below which calling oneDNN takes more than it saves
+ONE_BLOCK = 16          # rows that have one block instead, at most: with so few, a call for each
+                        # block takes longer than reading
+SMALL = 2 ** 17         # elements of a weight below which oneDNN takes longer to be called than
+                        # its blocks save
 
 
 def ceil_div(n, size):

@@ -217,6 +217,7 @@ class Sequences:
         A sequence has at most a quarter more queries than the first of its list, or a few more, and
         at most twice the keys, or some more."""
         order = sorted(range(len(self.queries)), key=lambda s: (self.queries[s], self.keys[s]))
+
         lists = []
         most_queries = most_keys = -1       # that the last list takes
         for s in order:
@@ -239,8 +240,7 @@ class Sequences:
         query_index = np.zeros((len(numbers), Q), np.int64)
         key_index = np.zeros((len(numbers), K), np.int64)
         for row, s in enumerate(numbers):
-            own = np.arange(query_starts[s], query_starts[s + 1])
-            query_index[row, :self.queries[s]] = own
+            query_index[row, :self.queries[s]] = np.arange(query_starts[s], query_starts[s + 1])
             key_index[row, :self.keys[s]] = source[key_starts[s]:key_starts[s + 1]]
 
         # query i of a sequence sees the keys before its own tokens, and i + 1 of these
@@ -311,12 +311,14 @@ def _ascend_attention(q, k, v, sequences):
     hidden = _hidden_keys(q.device)
     out = []
     q_start = k_start = 0
+
     for i in range(0, len(sequences.queries), 1000):        # the kernel's limit is 1024 sequences
         q_ends = list(accumulate(sequences.queries[i:i + 1000]))
         k_ends = list(accumulate(sequences.keys[i:i + 1000]))
         seen = slice(k_start, k_start + k_ends[-1])
+        asking = slice(q_start, q_start + q_ends[-1])
         out.append(torch.ops.npu.npu_fusion_attention(
-            q[q_start:q_start + q_ends[-1]], k[seen], v[seen], q.shape[1], "TND",
+            q[asking], k[seen], v[seen], q.shape[1], "TND",
             atten_mask=hidden, scale=q.shape[-1] ** -0.5, sparse_mode=3,
             actual_seq_qlen=q_ends, actual_seq_kvlen=k_ends)[0])
         q_start += q_ends[-1]
