@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from engine.decode import SwiGLU
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
 from engine.weights import CARRIED, find_checkpoint, open_shard, own_rows, read_json, weight_files, whole, write_shards
@@ -151,6 +152,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # swiglu without a copy of its two halves
+
+    def for_inference(self, rows, lent):
+        """The form that the sampler runs."""
+        return SwiGLU(self.gate_proj, self.up_proj, self.down_proj, rows, lent)
 
 
 class Block(nn.Module):

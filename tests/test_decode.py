@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine import decode
 import rollout as rollout_file
-from engine.decode import Cache, Groups, InferenceModel, Linear, bytes_per_token, own_blocks, stack_in_place
+from engine.decode import (Cache, Groups, InferenceModel, Linear, bytes_per_token, own_blocks, stack_in_place,
+                           weight_of)
 from model import ModelConfig, Transformer
 from engine.machine import free_bytes
 from rollout import InFlight, Sampler, bucket
@@ -189,6 +190,36 @@ def test_linear_is_every_product_side_by_side_and_what_follows(sizes, rows, with
     got = Linear(layers, rows)(x, then, other.to(dtype) if then in ("add", "mul") else None)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, atol=2e-5 if dtype == torch.float32 else 0.2, rtol=0)
+
+
+class Wrapped(torch.nn.Module):
+    """A linear layer of base weights and an addition, as LoRA's."""
+
+    def __init__(self, base, added):
+        super().__init__()
+        self.base, self.added, self.bias = base, added, base.bias
+
+    def inference_weight(self):
+        return self.base.weight + self.added
+
+
+def test_the_sampler_reads_the_weight_that_a_layer_gives_for_inference(either_way):
+    """Of a stack some layers may be wrapped and some not; the base weights stay as they are."""
+    plain, base = projections([5, 3], False, torch.float32)
+    wrapped, x = Wrapped(base, normal(3, 12, seed=30)), normal(7, 12, seed=20)
+    before = base.weight.detach().clone()
+    assert weight_of(plain) is plain.weight and torch.equal(weight_of(wrapped), base.weight + wrapped.added)
+    with torch.no_grad():
+        want = torch.cat([plain(x), x @ (base.weight + wrapped.added).T], 1)
+        torch.testing.assert_close(Linear([plain, wrapped], 7)(x), want, atol=2e-5, rtol=0)
+    assert torch.equal(base.weight, before)
+
+
+def test_a_block_s_mlp_in_the_form_of_the_sampler_is_the_mlp_and_the_residual(either_way):
+    mlp, x, residual = MODEL.model.layers[0].mlp, normal(7, 32, seed=20), normal(7, 32, seed=21)
+    with torch.no_grad():
+        want = mlp(x) + residual
+        torch.testing.assert_close(mlp.for_inference(7, False)(x, residual), want, atol=2e-5, rtol=0)
 
 
 def matrices(*sizes):
@@ -683,7 +714,7 @@ class Watch:
         assert len(batch.holder) <= rows <= batch.slots and rows == bucket(len(batch.holder), batch.slots)
         assert min(max(batch.drawn[batch.alive].tolist(), default=0), batch.T) <= used <= batch.T
         assert batch.groups.prompts == batch.places and not batch.in_step
-        assert batch.groups.together.numel() == batch.places * batch.kv_heads * batch.G
+        assert batch.groups.by_prompt.numel() == batch.places * batch.kv_heads * batch.G
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -882,7 +913,7 @@ def test_lengths_known_to_the_host_are_those_on_the_device(request, max_rows, le
         assert ends is None and k.is_contiguous() and len(host_lengths) == len(lengths) == len(k) == len(q)
         assert all(type(n) is int and 1 <= n <= k.shape[2] for n in host_lengths)
         batch = batches[-1]
-        alive, place = batch.alive.tolist(), batch.groups.place.tolist()
+        alive, place = batch.alive.tolist(), batch.groups.seat.tolist()
         of_prompts = k.data_ptr() in [x.data_ptr() for x in batch.cache.prompt_k]
         matters = {place[s] for s in range(len(alive)) if alive[s]} if of_prompts else {s for s in range(len(k)) if alive[s]}
         assert [host_lengths[i] for i in matters] == lengths[sorted(matters)].tolist() if matters else True

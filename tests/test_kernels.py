@@ -411,7 +411,7 @@ def shared(q, prompt_k, prompt_v, own, places, prompts, lengths, columns=None):
     groups = Groups(places, prompt_k.shape[1], len(prompts), columns)
     mask = torch.cat((length_mask(torch.tensor(prompts)[places], prompt_k.shape[2]),
                       length_mask(torch.tensor(lengths), sum(k.shape[2] for k, _ in own))), -1)
-    return shared_attention(q, prompt_k, prompt_v, own, mask, groups.together, groups.back)
+    return shared_attention(q, prompt_k, prompt_v, own, mask, groups.by_prompt, groups.by_row)
 
 
 def exact_shared(q, prompt_k, prompt_v, own, places, prompts, lengths):
@@ -448,12 +448,12 @@ def test_shared_attention_in_bfloat16_has_its_precision():
 def test_groups_by_hand():
     """Rows 0 and 2 read prompt 1, row 3 prompt 0, row 1 none; two key heads. The grid's cells are (prompt, head, column)."""
     groups = Groups([1, None, 1, 0], 2)
-    assert groups.prompts == 2 and groups.place.tolist() == [1, 0, 1, 0]
-    assert groups.together.tolist() == [6, 0, 7, 1, 0, 4, 1, 5]         # row x 2 + head; empty cells: row 0
-    assert groups.back.view(4, 2)[[0, 2, 3]].tolist() == [[4, 6], [5, 7], [0, 2]]
+    assert groups.prompts == 2 and groups.seat.tolist() == [1, 0, 1, 0]
+    assert groups.by_prompt.tolist() == [6, 0, 7, 1, 0, 4, 1, 5]         # row x 2 + head; empty cells: row 0
+    assert groups.by_row.view(4, 2)[[0, 2, 3]].tolist() == [[4, 6], [5, 7], [0, 2]]
     wide = Groups([1, None, 1, 0], 2, 3, 4)
-    assert wide.prompts == 3 and len(wide.together) == 3 * 2 * 4 and wide.back.view(4, 2)[2].tolist() == [9, 13]
-    assert Groups([None], 2).together.tolist() == [0, 1] and Groups([], 1).prompts == 1
+    assert wide.prompts == 3 and len(wide.by_prompt) == 3 * 2 * 4 and wide.by_row.view(4, 2)[2].tolist() == [9, 13]
+    assert Groups([None], 2).by_prompt.tolist() == [0, 1] and Groups([], 1).prompts == 1
 
 
 # ------------------------------------------------------------------------------------ norms, swiglu, rope

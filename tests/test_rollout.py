@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import rollout as rollout_file
-from engine.decode import InferenceModel, Layer
+from engine.decode import InferenceModel, SwiGLU
 from model import ModelConfig, Transformer
 from rollout import InFlight, Sampler
 from test_sampling import chi_square
@@ -253,12 +253,12 @@ def test_each_prompt_is_prefilled_once_whatever_the_group(monkeypatch):
 
 def test_of_a_prompt_only_its_last_token_goes_through_the_end_of_the_last_block(monkeypatch):
     """Two blocks: of the others' 4 + 9 tokens the second needs keys and values, and no more."""
-    sizes, original = [], Layer.mlp
+    sizes, original = [], SwiGLU.__call__
 
     def recorder(self, x, residual):
         sizes.append(len(x))
         return original(self, x, residual)
-    monkeypatch.setattr(Layer, "mlp", recorder)
+    monkeypatch.setattr(SwiGLU, "__call__", recorder)
     Sampler(MODEL, []).generate([[1] * 4, [2] * 9], 3, 2)
     assert sizes == [4 + 9, 2] + [6, 6]
 

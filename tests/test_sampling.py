@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from engine.sampling import draw, truncate
+from engine.sampling import draw, invert_in_two, part_size, truncate
 
 torch.set_num_threads(1)
 
@@ -42,6 +42,18 @@ def test_draw_chooses_a_part_of_the_vocabulary_and_then_an_id_in_it():
     ids, logps = draw(logits.expand(10, 64), torch.tensor(list(expected)), 1.0)
     assert ids.tolist() == list(expected.values())
     torch.testing.assert_close(logps, torch.tensor([{3: 1, 10: 2, 11: 1, 60: 4}[i] / 8 for i in ids.tolist()]).log())
+
+
+def test_the_picture_of_two_uniforms(monkeypatch):
+    """Parts of three ids with masses .3, .2 and .5: .6 falls into the last, and .7 of its .5 is .35 after .3 of id 6."""
+    monkeypatch.setattr("engine.sampling.part_size", lambda vocab: 3)
+    probs = torch.tensor([[0.1, 0.0, 0.2, 0.1, 0.1, 0.0, 0.3, 0.1, 0.1]])
+    assert invert_in_two(probs, torch.tensor([[0.6, 0.7]])).tolist() == [7]
+
+
+def test_part_sizes_by_hand():
+    """Qwen's and Llama's vocabularies, small ones, and one that no power of two divides."""
+    assert [part_size(v) for v in (151_936, 128_256, 512, 280, 64, 50, 4, 151_937)] == [128, 128, 32, 8, 8, 32, 32, 32]
 
 
 @pytest.mark.parametrize("vocab, temperature, quantile", [
