@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.batching import KEEP_BYTES
 from engine.decode import bytes_per_token
 from engine.logps import logit_chunk
-from rollout import KEEP_BYTES
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}
 MASTER = 4          # bytes of a float32 weight, as of each of Adam's two moments, and of a gradient

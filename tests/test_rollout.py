@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import rollout as rollout_file
+from engine import batching
+from engine.batching import ContinuousBatch
 from engine.decode import InferenceModel, Layer
 from model import ModelConfig, Transformer
-from rollout import InFlight, Sampler
+from rollout import Rollout, Sampler, completions, empty_rollout, generate_slowly, side_by_side
 from test_sampling import chi_square
 
 torch.set_num_threads(1)
@@ -173,13 +174,13 @@ def alone(i):
        st.sampled_from([0.0, 0.8, 1.0]))
 def test_a_completion_does_not_depend_on_its_batch(order, count, max_rows, leave_at):
     """Any subset of the prompts in any order, any max_rows, rows that leave the cache soon or late."""
-    chosen, kept = order[:count], rollout_file.LEAVE_AT
-    rollout_file.LEAVE_AT = leave_at
+    chosen, kept = order[:count], batching.LEAVE_AT
+    batching.LEAVE_AT = leave_at
     try:
         sampler = Sampler(MODEL, STOPS, max_rows)
         out = sampler.generate([PROMPTS[i] for i in chosen], 3, 12, seed=[(9, i) for i in chosen])
     finally:
-        rollout_file.LEAVE_AT = kept
+        batching.LEAVE_AT = kept
     for place, i in enumerate(chosen):
         rows = range(place * 3, place * 3 + 3)
         assert_same(alone(i), out, list(rows))
@@ -314,18 +315,18 @@ def test_stopped_rows_leave(monkeypatch):
     assert sizes[0] == sum(map(len, PROMPTS)) and len(decoded) == lengths.max() - 1
     for t, rows in enumerate(decoded, 1):
         alive = int((lengths > t).sum())                    # still wants a token number t (counted from 0)
-        assert rows == max(alive, rollout_file.FEW_ROWS) or alive < rows and alive > rollout_file.LEAVE_AT * rows
+        assert rows == max(alive, batching.FEW_ROWS) or alive < rows and alive > batching.LEAVE_AT * rows
     assert decoded[-1] < 40 / 4 and decoded == sorted(decoded, reverse=True)
 
 
 def test_a_row_that_is_much_work_leaves_at_once(monkeypatch):
     """Of a model so large that one row counts, a step has no row that has stopped, but for FEW_ROWS."""
-    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 1)
-    monkeypatch.setattr(rollout_file, "LEAVE_AT", 0.5)
+    monkeypatch.setattr(batching, "LITTLE_WORK", 1)
+    monkeypatch.setattr(batching, "LEAVE_AT", 0.5)
     sizes = record_calls(monkeypatch)
     out = Sampler(MODEL, STOPS).generate(PROMPTS, 8, 20, seed=1)
     lengths = out.lengths - out.prompt_lengths
-    assert sizes[1:] == [max(int((lengths > t).sum()), rollout_file.FEW_ROWS) for t in range(1, lengths.max())]
+    assert sizes[1:] == [max(int((lengths > t).sum()), batching.FEW_ROWS) for t in range(1, lengths.max())]
 
 
 @pytest.fixture
@@ -337,9 +338,9 @@ def two_threads():
 
 def test_little_steps_take_one_thread_and_larger_ones_all(monkeypatch, two_threads):
     """Two FLOP a weight and row: 32 rows are much work, and 16 are little. Afterwards the threads are what they were."""
-    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 2 * rollout_file.parameters(MODEL) * 17)
-    monkeypatch.setattr(rollout_file, "FEW_ROWS", 1)
-    seen, between, step, refill = [], [], InFlight.step, InFlight.refill
+    monkeypatch.setattr(batching, "LITTLE_WORK", 2 * batching.parameter_count(MODEL) * 17)
+    monkeypatch.setattr(batching, "FEW_ROWS", 1)
+    seen, between, step, refill = [], [], ContinuousBatch.step, ContinuousBatch.refill
 
     def observed(self, rows, used):
         seen.append((rows >= 17, torch.get_num_threads()))
@@ -348,8 +349,8 @@ def test_little_steps_take_one_thread_and_larger_ones_all(monkeypatch, two_threa
     def observed_between(self):         # new prompts may go through the model
         between.append(torch.get_num_threads())
         return refill(self)
-    monkeypatch.setattr(InFlight, "step", observed)
-    monkeypatch.setattr(InFlight, "refill", observed_between)
+    monkeypatch.setattr(ContinuousBatch, "step", observed)
+    monkeypatch.setattr(ContinuousBatch, "refill", observed_between)
     Sampler(MODEL, []).generate(PROMPTS[:2], 16, [9] * 16 + [20] * 16)
     assert set(seen) == {(True, 2), (False, 1)} and set(between) == {2} and torch.get_num_threads() == 2
 
@@ -358,7 +359,7 @@ def test_threads_are_given_back_after_an_error(monkeypatch, two_threads):
     def fail(self, rows, used):
         assert torch.get_num_threads() == 1
         raise RuntimeError("in the middle of a step")
-    monkeypatch.setattr(InFlight, "step", fail)
+    monkeypatch.setattr(ContinuousBatch, "step", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         Sampler(MODEL, []).generate(PROMPTS, 2, 9)
     assert torch.get_num_threads() == 2
