@@ -16,7 +16,7 @@ from engine import batching
 from engine.batching import ContinuousBatch
 from engine.decode import InferenceModel, Layer
 from model import ModelConfig, Transformer
-from rollout import Rollout, Sampler, completions, empty_rollout, generate_slowly, side_by_side
+from rollout import Sampler, completions, empty_rollout, generate_slowly
 from test_sampling import chi_square
 
 torch.set_num_threads(1)
@@ -47,6 +47,36 @@ def assert_same(a, b, rows=None):
     assert torch.equal(a.finished, b.finished[rows])
     width = min(a.tokens.shape[1], b.tokens.shape[1])
     torch.testing.assert_close(a.logps[:, :width], b.logps[rows, :width], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ slow and fast
+
+@pytest.mark.parametrize("stops", [[], [20], STOPS], ids=["no stop", "one stop", "ten stops"])
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_the_fast_sampler_draws_what_the_slow_one_draws(temperature, group_size, stops):
+    """The same tokens, and log-probs up to the rounding of float32: the slow one is the specification.
+
+    Three slots for four prompts: completions come in while others run. Rounding grows with the logits,
+    which are small here (entropy near ln 50); the next test has larger ones."""
+    model, prompts = small_model(spread=0.1), ragged_prompts(4, group_size)
+    slow = generate_slowly(model, prompts, group_size, 8, stops, temperature, seed=3)
+    fast = Sampler(model, stops, max_rows=3).generate(prompts, group_size, 8, temperature, seed=3)
+    assert_drawn_alike(fast, slow, stops, 2e-6)
+
+
+def test_the_fast_sampler_draws_what_the_slow_one_draws_from_large_logits():
+    slow = generate_slowly(MODEL, PROMPTS, 2, 12, STOPS, seed=4)
+    assert_drawn_alike(Sampler(MODEL, STOPS).generate(PROMPTS, 2, 12, seed=4), slow, STOPS, 1e-5)
+
+
+def assert_drawn_alike(fast, slow, stops, close):
+    """A Rollout is what generate_slowly returned."""
+    assert fast.completions() == [tokens for tokens, _ in slow]
+    for row, (tokens, logps) in enumerate(slow):
+        assert fast.finished[row] == (tokens[-1] in stops)
+        drawn = fast.logps[row, fast.prompt_lengths[row]:fast.lengths[row]]
+        torch.testing.assert_close(drawn, torch.tensor(logps), atol=close, rtol=0)
 
 
 # ------------------------------------------------------------------------------------ greedy
@@ -363,6 +393,62 @@ def test_threads_are_given_back_after_an_error(monkeypatch, two_threads):
     with pytest.raises(RuntimeError, match="in the middle"):
         Sampler(MODEL, []).generate(PROMPTS, 2, 9)
     assert torch.get_num_threads() == 2
+
+
+# ------------------------------------------------------------------------------------ texts
+
+class Letters:
+    """A tokenizer: id 0 is "a"; ids from 40 on are special."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(97 + token) for token in row if token < 40) for row in rows]
+
+
+def test_completions_are_drawn_once_and_decoded_by_problem():
+    """Each problem has its prompt, its seed and its list of texts; options reach the sampler."""
+    sampler = Sampler(MODEL, STOPS)
+    problems = [{"prompt": prompt, "answer": "left alone"} for prompt in PROMPTS]
+    seeds = [(7, i) for i in range(5)]
+    rollout, groups = completions(sampler, Letters(), problems, 3, 8, 0.7, seeds, top_k=4)
+    assert_same(rollout, sampler.generate(PROMPTS, 3, 8, 0.7, seeds, top_k=4))
+    texts = Letters().batch_decode(rollout.completions(), True)
+    assert [len(group) for group in groups] == [3] * 5 and sum(groups, []) == texts
+
+
+def test_no_problems_give_an_empty_rollout_of_the_sampler_s_version():
+    sampler = Sampler(MODEL, STOPS)
+    sampler.version = 7
+    rollout, groups = completions(sampler, Letters(), [], 3, 8, 1.0, [])
+    assert groups == [] and rollout.completions() == [] and rollout.version == 7
+    assert rollout.tokens.shape == rollout.logps.shape == rollout.completion_mask().shape == (0, 1)
+    assert empty_rollout(torch.device("cpu")).version == 0
+
+
+# ------------------------------------------------------------------------------------ the schedule
+
+def test_a_schedule_by_hand():
+    """Three prompts of two completions each, the longest first; three slots and two seats."""
+    schedule = batching.Schedule([[1], [1] * 3, [1] * 2], 2, batching.Room(3, 2, 0))
+    assert list(schedule.waiting) == [2, 3, 4, 5, 0, 1]
+    assert schedule.admit() == ([0, 1, 2], [1, 2])                  # slots filled; prompts seated
+    assert schedule.running == [2, 3, 4] and schedule.seat_of == {1: 0, 2: 1}
+
+    schedule.time = 4
+    schedule.release([False, True, False])
+    assert schedule.empty_slots() == [0, 2] and schedule.ages() == [1, 4, 1]
+    assert schedule.admit() == ([0], [])        # 5 has a seat with 4; none is free for prompt 0
+    assert schedule.running == [5, 3, None] and schedule.since == [4, 0, 0]
+
+    schedule.release([True, False, False])
+    assert schedule.admit() == ([1, 2], [0])    # prompt 1 has given up its seat
+    assert schedule.running == [5, 0, 1] and schedule.seat_of == {2: 1, 0: 0}
+    assert not schedule.waiting and schedule.admit() == ([], [])
+
+    schedule.release([False, True, True])
+    assert schedule.close_slots() == [(2, 0)]
+    assert schedule.running == [1, 0] and schedule.since == [4, 4]
+    assert schedule.close_seats() == [] and schedule.seat_of == {0: 0}
 
 
 # ------------------------------------------------------------------------------------ frequencies
