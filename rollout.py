@@ -63,6 +63,7 @@ def generate_slowly(model, prompts, group_size, max_new_tokens, eos_ids, tempera
         uniforms = row_uniforms([(seed, i)], group_size, max_new_tokens)        # (G, T, 2)
         for j in range(group_size):
             tokens, logps = [], []
+
             while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos_ids):
                 text = torch.tensor([prompt + tokens], device=model.device)     # (1, length)
                 logits = model(text)[:, -1]                                     # (1, V)
@@ -70,6 +71,7 @@ def generate_slowly(model, prompts, group_size, max_new_tokens, eos_ids, tempera
                 token, logp = draw(logits, u, temperature)
                 tokens.append(token.item())
                 logps.append(logp.item())
+
             out.append((tokens, logps))
     return out
 
@@ -125,6 +127,7 @@ class Sampler:
         if device.type != "cpu":        # what training has freed, or large caches find only pieces
             getattr(torch, device.type).empty_cache()
         self.weights = InferenceModel(self.model, self.max_rows)
+
         try:
             yield
         finally:

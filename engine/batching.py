@@ -32,7 +32,7 @@ from engine.decode import (ONE_BLOCK, Cache, Groups, bytes_per_token, capture, o
 from engine.machine import free_bytes
 from engine.sampling import draw
 
-LEAVE_AT = 0.9      # share of slots alive at which stopped ones leave: leaving copies, staying computes
+LEAVE_AT = 0.9      # alive share of slots at which the stopped leave: this copies, staying computes
 LOOK_EVERY = 8      # steps between two looks at what has stopped, on accelerators (a look waits)
 KV_SHARE = 0.8      # share of the free memory that keys and values may take
 KEEP_BYTES = 2 ** 30        # most bytes of slots' keys and values kept from rollout to rollout
@@ -44,9 +44,9 @@ LITTLE_WORK = 5 * 10 ** 7   # FLOP of a step: less is not worth a second thread,
 
 @dataclass
 class Request:
-    """One call of the sampler: B = N x G completions, prompt-major, of at most T tokens each.
+    """One call of the sampler, for B = N x G completions of at most T tokens, prompt-major.
 
-    Completion c is a number from 0 to B - 1, and its prompt is c // G."""
+    A completion c is a number from 0 to B - 1, and c // G is the number of its prompt."""
     prompts: list[list[int]]        # N lists of token ids
     group_size: int                 # G
     limits: list[int]               # (B,) the most tokens of each completion; T is the largest
@@ -68,7 +68,7 @@ class Room:
 
 
 def room_for(request, model, max_slots, budget_bytes=0):
-    """Returns the largest Room, of at most max_slots slots, that a budget allows.
+    """Returns the largest Room of at most max_slots slots that fits into budget_bytes.
 
     Without a budget it is KV_SHARE of the memory that is free, with the slots' logits in it. Raises
     ValueError when keys and values of one completion are beyond the budget."""
@@ -85,7 +85,7 @@ def room_for(request, model, max_slots, budget_bytes=0):
         keys = math.prod(own_blocks(max_new_tokens, model.device, slots))
         return slots * (keys * token_bytes + logits_bytes)
 
-    def fits(slots):
+    def fits(slots):        # with seats for twice as many groups as fill the slots
         seats = min(len(request.prompts), 2 * ceil_div(slots, request.group_size))
         return bytes_of(slots) + seats * seat_bytes <= budget_bytes
 
@@ -126,15 +126,17 @@ class Schedule:
         self.time = 0           # the number of steps so far
 
     def prompt_of(self, completion):
+        """Returns the number of a completion's prompt."""
         return completion // self.group_size
 
     def next_prompt(self):
-        """Returns the prompt of the first that waits, or None.
+        """Returns the prompt of the first completion that waits, or None.
 
-        Completions come in prompt by prompt: no other prompt that has a seat has any that wait."""
+        Completions come in prompt by prompt, so all others that have a seat have none that wait."""
         return self.prompt_of(self.waiting[0]) if self.waiting else None
 
     def empty_slots(self):
+        """Returns the slots in use whose completion has finished."""
         return [slot for slot, completion in enumerate(self.running) if completion is None]
 
     def ages(self):
@@ -178,7 +180,7 @@ class Schedule:
         return filled, seated
 
     def free_seats(self):
-        """Takes the seats of prompts whose completions have all finished."""
+        """Frees the seats of prompts whose completions have all finished."""
         needed = {self.prompt_of(c) for c in self.running if c is not None} | {self.next_prompt()}
         self.seat_of = {prompt: seat for prompt, seat in self.seat_of.items() if prompt in needed}
 
@@ -254,7 +256,7 @@ class Slots:
         self.draw(at, logits)
 
     def draw(self, slots, logits):
-        """Draws a token for each of R slots (a slice or indices) from logits (R, V) and notes it."""
+        """Draws and records a token for each of R slots (a slice or indices) from logits (R, V)."""
         request = self.request
         completion = self.completion[slots]                                     # (R,)
         drawn = self.drawn[slots]                                               # (R,)

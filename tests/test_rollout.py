@@ -55,10 +55,10 @@ def assert_same(a, b, rows=None):
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_the_fast_sampler_draws_what_the_slow_one_draws(temperature, group_size, stops):
-    """The same tokens, and log-probs up to the rounding of float32: the slow one is the specification.
+    """The same tokens, and log-probs up to float32's rounding: the slow one is the specification.
 
-    Three slots for four prompts: completions come in while others run. Rounding grows with the logits,
-    which are small here (entropy near ln 50); the next test has larger ones."""
+    Three slots for four prompts: completions come in while others run. Rounding grows with the
+    logits, which are small here (entropy near ln 50); the next test has larger ones."""
     model, prompts = small_model(spread=0.1), ragged_prompts(4, group_size)
     slow = generate_slowly(model, prompts, group_size, 8, stops, temperature, seed=3)
     fast = Sampler(model, stops, max_rows=3).generate(prompts, group_size, 8, temperature, seed=3)
