@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 
+from engine.batching import KEEP_BYTES
 from engine.decode import bytes_per_token
 from engine.logps import logit_chunk
-from rollout import KEEP_BYTES
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32}       # by size
 MASTER = 4          # bytes of a float32 weight, of each of Adam's two moments, and of a gradient

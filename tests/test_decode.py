@@ -1,4 +1,4 @@
-"""The specification of decode.py and of continuous batching in rollout.py: the numbers of the trainer's model, whatever
+"""The specification of decode.py and of continuous batching in batching.py: the numbers of the trainer's model, whatever
 stands in the cache beside them, moves in it, or comes into it later.
 
 The routes of accelerators (static shapes, device graphs, lengths known to the host, flash attention) run here on the CPU,
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import decode
-import rollout as rollout_file
+from engine import batching, decode
+from engine.batching import ContinuousBatch, bucket
 from engine.decode import (Cache, Groups, InferenceModel, Linear, bytes_per_token, own_blocks, stack_in_place,
                            weight_of)
 from model import ModelConfig, Transformer
 from engine.machine import free_bytes
-from rollout import InFlight, Sampler, bucket
+from rollout import Sampler
 from test_kernels import needs_varlen, normal, plain_part, replace_varlen
 
 torch.set_num_threads(1)
@@ -346,13 +346,13 @@ def requests(draw, temperatures=(0.0, 1.0)):
 
 @contextmanager
 def route(leave_at=None, on_step=None, blocks=None, one_block=0, least=(1, 1), **attributes):
-    """Calls of generate inside have these attributes (of InFlight); yields the list of them. blocks: slots of each, at least;
+    """Calls of generate inside have these attributes (of ContinuousBatch); yields the list of them. blocks: slots of each, at least;
     one_block: rows that have one block only. least: rows and own slots of a step on accelerators."""
     with pytest.MonkeyPatch.context() as patch:
-        create, step, batches = InFlight.__init__, InFlight.step, []
+        create, step, batches = ContinuousBatch.__init__, ContinuousBatch.step, []
 
-        def init(self, *args):
-            create(self, *args)
+        def init(self, *args, **options):
+            create(self, *args, **options)
             for name, value in attributes.items():
                 setattr(self, name, value)
             batches.append(self)
@@ -361,21 +361,21 @@ def route(leave_at=None, on_step=None, blocks=None, one_block=0, least=(1, 1), *
             if on_step and not Recording.active:
                 on_step(self, rows, used)
             step(self, rows, used)
-        patch.setattr(InFlight, "__init__", init)
-        patch.setattr(InFlight, "step", observed)
+        patch.setattr(ContinuousBatch, "__init__", init)
+        patch.setattr(ContinuousBatch, "step", observed)
         if attributes.get("static"):        # as on accelerators
-            patch.setattr(rollout_file, "LEAST_ROWS", least[0])
-            patch.setattr(rollout_file, "LEAST_SLOTS", least[1])
-            for file in (decode, rollout_file):
+            patch.setattr(batching, "LEAST_ROWS", least[0])
+            patch.setattr(batching, "LEAST_KEYS", least[1])
+            for file in (decode, batching):
                 patch.setattr(file, "own_blocks", lambda slots, device, rows: (1, slots))
         elif blocks:
             patch.setattr(decode, "CPU_BLOCK", blocks)
-            for file in (decode, rollout_file):
+            for file in (decode, batching):
                 patch.setattr(file, "ONE_BLOCK", one_block)
             if one_block:
-                patch.setattr(rollout_file, "FEW_ROWS", min(one_block, rollout_file.FEW_ROWS))
+                patch.setattr(batching, "FEW_ROWS", min(one_block, batching.FEW_ROWS))
         if leave_at is not None:
-            patch.setattr(rollout_file, "LEAVE_AT", leave_at)
+            patch.setattr(batching, "LEAVE_AT", leave_at)
         yield batches
 
 
@@ -404,7 +404,7 @@ def test_a_freed_slot_is_given_to_the_next_completion_at_once():
     """Two slots. Completion 0 takes 20 tokens: 19 steps after its first token. Beside it each of 1 to 5 has two tokens,
     one of them drawn when it came in: one step each, in the same slot. Then that slot is empty, but computed: one of FEW_ROWS."""
     seen = []
-    with route(on_step=lambda batch, rows, used: seen.append((list(batch.holder), rows))):
+    with route(on_step=lambda batch, rows, used: seen.append((list(batch.schedule.running), rows))):
         out = Request([[1, 2, 3]], 6, [20, 2, 2, 2, 2, 2], [], 1.0, 0).together(max_rows=2)
     assert seen == [([0, k], 2) for k in range(1, 6)] + [([0], 2)] * 14
     assert (out.lengths - out.prompt_lengths).tolist() == [20, 2, 2, 2, 2, 2]
@@ -413,7 +413,7 @@ def test_a_freed_slot_is_given_to_the_next_completion_at_once():
 def test_a_completion_of_one_token_needs_no_step():
     """It comes from the prompt; the slot is free again at once. Six such beside one of three tokens: two steps."""
     seen = []
-    with route(on_step=lambda batch, rows, used: seen.append(list(batch.holder))):
+    with route(on_step=lambda batch, rows, used: seen.append(list(batch.schedule.running))):
         Request([[1, 2, 3]], 7, [1, 1, 1, 3, 1, 1, 1], [], 1.0, 0).together(max_rows=2)
     assert seen == [[3], [3]]
 
@@ -421,7 +421,7 @@ def test_a_completion_of_one_token_needs_no_step():
 def test_long_prompts_come_first():
     """So that those in the cache together have like lengths. Outcomes stand in the order of the request all the same."""
     seen = []
-    with route(on_step=lambda batch, rows, used: seen.append(list(batch.holder))):
+    with route(on_step=lambda batch, rows, used: seen.append(list(batch.schedule.running))):
         Request([[1], [2] * 5, [3] * 3], 2, [2] * 6, [], 1.0, 0).together(max_rows=2)
     assert seen == [[2, 3], [4, 5], [0, 1]]
 
@@ -431,17 +431,17 @@ def test_long_prompts_come_first():
 def test_every_completion_is_drawn_once_in_few_slots_and_little_is_computed_for_nobody(request, max_rows, leave_at):
     """A completion of n tokens is in n - 1 steps, one after the other. A step has at most 1 / LEAVE_AT times as many rows
     as are wanted, or FEW_ROWS. Every prompt is prefilled once."""
-    steps, prefilled, prefill = [], [], InFlight.prefill
-    with route(leave_at, lambda batch, rows, used: steps.append((list(batch.holder), rows, batch.alive.sum().item()))), \
+    steps, prefilled, prefill = [], [], ContinuousBatch.prefill
+    with route(leave_at, lambda batch, rows, used: steps.append((list(batch.schedule.running), rows, batch.slots.alive.sum().item()))), \
             pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InFlight, "prefill", lambda self, new: prefilled.extend(new) or prefill(self, new))
+        patch.setattr(ContinuousBatch, "prefill", lambda self, new: prefilled.extend(new) or prefill(self, new))
         out = request.together(max_rows=max_rows)
     lengths = (out.lengths - out.prompt_lengths).tolist()
     assert sorted(prefilled) == list(range(len(request.prompts)))
     for row, n in enumerate(lengths):
         at = [t for t, (holder, _, _) in enumerate(steps) if row in holder]
         assert at == list(range(at[0], at[0] + n - 1)) if n > 1 else not at
-    few = min(rollout_file.FEW_ROWS, max_rows, len(lengths))
+    few = min(batching.FEW_ROWS, max_rows, len(lengths))
     for holder, rows, alive in steps:
         assert rows == max(len(holder), few) <= max_rows and alive == sum(row is not None for row in holder)
         assert alive == len(holder) or alive > leave_at * len(holder) - 1e-9
@@ -451,7 +451,7 @@ def test_every_completion_is_drawn_once_in_few_slots_and_little_is_computed_for_
 def test_all_slots_are_filled_while_completions_wait():
     """Twelve completions that all last, five slots: 5, 5 and 2."""
     seen = []
-    with route(on_step=lambda batch, rows, used: seen.append(len(batch.holder))):
+    with route(on_step=lambda batch, rows, used: seen.append(len(batch.schedule.running))):
         Request(PROMPTS, 3, [4] * 12, [], 1.0, 0).together(max_rows=5)
     assert seen == [5] * 3 + [5] * 3 + [2] * 3
 
@@ -467,7 +467,7 @@ def caches():
         def new(*args):
             made.append(Cache(*args))
             return made[-1]
-        patch.setattr(rollout_file, "Cache", new)
+        patch.setattr(batching, "Cache", new)
         yield made
 
 
@@ -529,16 +529,16 @@ def test_a_budget_of_just_one_completion_is_enough(prompts):
 def test_without_a_budget_it_is_a_share_of_what_is_free(monkeypatch):
     """40 completions of 10 tokens, prompts of 5: room for 300 tokens is free and 240 may be taken, 16 bytes a row and word of
     the vocabulary for logits among them."""
-    monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES)
+    monkeypatch.setattr(batching, "free_bytes", lambda device: 300 * TOKEN_BYTES)
     with caches() as made:
         Request([[1] * 5] * 10, 4, [10] * 40, [], 1.0, 0).together()
     logits = made[0].k.shape[2] * 16 * MODEL.config.vocab_size
-    assert 200 * TOKEN_BYTES < bytes_of(made[0]) + logits <= rollout_file.KV_SHARE * 300 * TOKEN_BYTES
+    assert 200 * TOKEN_BYTES < bytes_of(made[0]) + logits <= batching.KV_SHARE * 300 * TOKEN_BYTES
 
 
 def test_kept_memory_does_not_make_the_next_cache_larger(monkeypatch):
     """What is free stays the same here, as it does when few of the kept pages were ever touched."""
-    monkeypatch.setattr(rollout_file, "free_bytes", lambda device: 300 * TOKEN_BYTES)
+    monkeypatch.setattr(batching, "free_bytes", lambda device: 300 * TOKEN_BYTES)
     sampler = Sampler(MODEL, [])
     with caches() as made:
         for _ in range(3):
@@ -568,7 +568,7 @@ def test_blocks_by_hand():
 def blocks_by_step(request, **limits):
     """(slots in use, completions that wait, blocks) of each step, where two rows have one block and blocks are of four slots."""
     seen = []
-    with route(1.0, lambda batch, *_: seen.append((len(batch.holder), len(batch.queue), batch.cache.k.shape[1])), 4, one_block=2):
+    with route(1.0, lambda batch, *_: seen.append((len(batch.schedule.running), len(batch.schedule.waiting), batch.cache.k.shape[1])), 4, one_block=2):
         request.check_alone(request.together(**limits))
     return seen
 
@@ -597,7 +597,7 @@ def test_memory_is_kept_for_the_next_rollout_and_what_lies_in_it_does_not_show(o
             assert torch.equal(out.tokens, want.tokens) and torch.equal(out.logps, want.logps)
         for name, few in (("KEEP_BYTES", 0), ("free_bytes", lambda device: 2 * 8 * made[-1].memory[0].nbytes - 1)):
             with monkeypatch.context() as patch:
-                patch.setattr(rollout_file, name, few)
+                patch.setattr(batching, name, few)
                 sampler.generate(PROMPTS, 3, 20, seed=0)
                 assert sampler.kept is None
     places = [cache.memory[0].data_ptr() for cache in made[:8:2]]
@@ -630,7 +630,7 @@ def test_a_model_that_was_broken_leaves_nothing_behind():
 def test_what_a_stopped_row_has_broken_is_not_kept(monkeypatch):
     """Only the stop token's embedding is NaN: no log-prob of the rollout shows it, because that token ends a row. The row draws
     on until all have stopped, and its keys would be read by the next rollout."""
-    monkeypatch.setattr(rollout_file, "LEAVE_AT", 0.0)
+    monkeypatch.setattr(batching, "LEAVE_AT", 0.0)
     model = small_model("llama")        # its head is not the embedding
     good, sampler, met = model.model.embed_tokens.weight.detach().clone(), Sampler(model, [20]), 0
     for seed in range(30):
@@ -696,7 +696,7 @@ def test_buckets_are_few():
 
 def addresses(batch):
     """Of all tensors that a step reads or writes, by name."""
-    named = {**vars(batch), **vars(batch.cache), **vars(batch.groups)}
+    named = {**vars(batch), **vars(batch.slots), **vars(batch.cache), **vars(batch.groups)}
     named |= {"embedding": batch.model.embedding, "frequencies": batch.model.frequencies}
     return {name: x.data_ptr() for name, x in named.items() if isinstance(x, torch.Tensor)}
 
@@ -711,10 +711,12 @@ class Watch:
         self.shapes.add((rows, used))
         self.places = self.places or addresses(batch)
         assert addresses(batch) == self.places and len(self.places) >= 18
-        assert len(batch.holder) <= rows <= batch.slots and rows == bucket(len(batch.holder), batch.slots)
-        assert min(max(batch.drawn[batch.alive].tolist(), default=0), batch.T) <= used <= batch.T
-        assert batch.groups.prompts == batch.places and not batch.in_step
-        assert batch.groups.by_prompt.numel() == batch.places * batch.kv_heads * batch.G
+        schedule, slots, T = batch.schedule, batch.slots, batch.max_new_tokens
+        assert len(schedule.running) <= rows <= schedule.slot_count
+        assert rows == bucket(len(schedule.running), schedule.slot_count)
+        assert min(max(slots.drawn[slots.alive].tolist(), default=0), T) <= used <= T
+        assert batch.groups.prompts == schedule.seat_count and not batch.in_step
+        assert batch.groups.by_prompt.numel() == schedule.seat_count * batch.kv_heads * batch.group_size
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -725,16 +727,16 @@ def test_static_shapes_give_the_same_completions(request, max_rows, leave_at, lo
     with route(leave_at, watch, static=True, look_every=look_every) as batches:
         out = request.together(max_rows=max_rows)
     request.check(out)
-    slots, T = batches[0].slots, batches[0].T
+    slots, T = batches[0].schedule.slot_count, batches[0].max_new_tokens
     allowed = {(bucket(r, slots), bucket(u, T)) for r in range(1, slots + 1) for u in range(1, T + 1)}
     assert watch.shapes <= allowed
 
 
 def test_on_accelerators_stopped_rows_stay_whatever_they_cost(monkeypatch):
     """A step of another shape may cost a graph. Where no share of the rows makes the others leave, all eight stay to the end."""
-    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 1)
+    monkeypatch.setattr(batching, "LITTLE_WORK", 1)
     seen = []
-    with route(0.0, lambda batch, rows, used: seen.append(len(batch.holder)), static=True):
+    with route(0.0, lambda batch, rows, used: seen.append(len(batch.schedule.running)), static=True):
         Sampler(MODEL, []).generate(PROMPTS[:2], 4, [3, 5, 7, 9] * 2)
     assert seen == [8] * 8
 
@@ -780,7 +782,8 @@ class Recording(TorchDispatchMode):
 def record(batches):
     """In place of decode.capture: the same contract, of which the first is that recording runs nothing."""
     def capture(step, device, pool):
-        state = [x for part in (batches[-1], batches[-1].cache, batches[-1].groups) for x in vars(part).values()]
+        batch = batches[-1]
+        state = [x for part in (batch, batch.slots, batch.cache, batch.groups) for x in vars(part).values()]
         tensors = [x for x in state if isinstance(x, torch.Tensor)]
         before = [x.clone() for x in tensors]
         with Recording() as recording:
@@ -797,7 +800,7 @@ def test_replayed_steps_give_the_same_completions(request, max_rows, leave_at):
     """A recording that has frozen all Python values, made once a shape; nothing in it asks the host."""
     watch = Watch()
     with route(leave_at, watch, static=True, look_every=8, graph=True) as batches, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_file, "capture", record(batches))
+        patch.setattr(batching, "capture", record(batches))
         out = request.together(max_rows=max_rows)
     request.check(out)
     batch = batches[0]
@@ -810,7 +813,7 @@ def test_each_shape_is_captured_once_and_then_replayed():
     captures, request = [], Request([[1, 2]], 12, [40] * 12, [], 1.0, 0)
     with route(static=True, look_every=8, graph=True) as batches, pytest.MonkeyPatch.context() as patch:
         inner = record(batches)
-        patch.setattr(rollout_file, "capture", lambda *args: captures.append(args) or inner(*args))
+        patch.setattr(batching, "capture", lambda *args: captures.append(args) or inner(*args))
         out = request.together(max_rows=8)
     request.check(out)
     assert set(batches[0].graphs) == {(rows, bucket(t, 40)) for rows in (4, 8) for t in range(1, 41)}
@@ -823,7 +826,7 @@ def test_the_last_rows_and_the_first_slots_share_a_graph(least, shapes):
     and 40 slots, eight rows are left, and all that is below 20 is computed with 20, of which 3/4 would be 15."""
     request = Request([[1, 2]], 12, [40, 21, *[5] * 10], [], 1.0, 0)
     with route(static=True, look_every=8, graph=True, least=least) as batches, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_file, "capture", record(batches))
+        patch.setattr(batching, "capture", record(batches))
         out = request.together(max_rows=8)
     request.check(out)
     assert shapes <= set(batches[0].graphs) <= shapes | {(8, 30)}
@@ -886,7 +889,7 @@ def test_a_device_that_refuses_a_graph_is_asked_once(capsys):
         raise RuntimeError("no graphs here")
     request = Request([[1, 2]], 3, [9] * 3, [], 1.0, 0)
     with route(static=True, look_every=8) as batches, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_file, "capture", refuse)
+        patch.setattr(batching, "capture", refuse)
         sampler = Sampler(MODEL, [])
         sampler.graph = True
         for _ in range(2):
@@ -913,7 +916,7 @@ def test_lengths_known_to_the_host_are_those_on_the_device(request, max_rows, le
         assert ends is None and k.is_contiguous() and len(host_lengths) == len(lengths) == len(k) == len(q)
         assert all(type(n) is int and 1 <= n <= k.shape[2] for n in host_lengths)
         batch = batches[-1]
-        alive, place = batch.alive.tolist(), batch.groups.seat.tolist()
+        alive, place = batch.slots.alive.tolist(), batch.groups.seat.tolist()
         of_prompts = k.data_ptr() in [x.data_ptr() for x in batch.cache.prompt_k]
         matters = {place[s] for s in range(len(alive)) if alive[s]} if of_prompts else {s for s in range(len(k)) if alive[s]}
         assert [host_lengths[i] for i in matters] == lengths[sorted(matters)].tolist() if matters else True

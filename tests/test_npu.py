@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import kernels
+from engine.batching import Request
 from engine.kernels import Sequences
 from model import ModelConfig, Transformer
-from rollout import InFlight, Sampler
+from rollout import Sampler
 from engine.sampling import row_uniforms
 from test_kernels import plain_part
 
@@ -287,7 +288,7 @@ def a_decode_step_never_waits():
         sampler = Sampler(tiny(layers, torch.bfloat16)[0], STOPS)
         uniforms = row_uniforms([(0, i) for i in range(5)], 4, 40).to("npu")
         with sampler.loaded(), torch.inference_mode():
-            batch = InFlight(sampler, PROMPTS, 4, [40] * 20, uniforms, (1.0, 0, 1.0))
+            batch = sampler.batch_of(Request(PROMPTS, 4, [40] * 20, sampler.eos_ids, uniforms))
             assert batch.refill() and batch.look_every == 8
             called.clear()
             with Watch() as watch:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import rollout as rollout_file
+from engine import batching
+from engine.batching import ContinuousBatch
 from engine.decode import InferenceModel, SwiGLU
 from model import ModelConfig, Transformer
-from rollout import InFlight, Sampler
+from rollout import Sampler, completions, empty_rollout, generate_slowly
 from test_sampling import chi_square
 
 torch.set_num_threads(1)
@@ -46,6 +47,36 @@ def assert_same(a, b, rows=None):
     assert torch.equal(a.finished, b.finished[rows])
     width = min(a.tokens.shape[1], b.tokens.shape[1])
     torch.testing.assert_close(a.logps[:, :width], b.logps[rows, :width], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ slow and fast
+
+@pytest.mark.parametrize("stops", [[], [20], STOPS], ids=["no stop", "one stop", "ten stops"])
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_the_fast_sampler_draws_what_the_slow_one_draws(temperature, group_size, stops):
+    """The same tokens, and log-probs up to float32's rounding: the slow one is the specification.
+
+    Three slots for four prompts: completions come in while others run. Rounding grows with the
+    logits, which are small here (entropy near ln 50); the next test has larger ones."""
+    model, prompts = small_model(spread=0.1), ragged_prompts(4, group_size)
+    slow = generate_slowly(model, prompts, group_size, 8, stops, temperature, seed=3)
+    fast = Sampler(model, stops, max_rows=3).generate(prompts, group_size, 8, temperature, seed=3)
+    assert_drawn_alike(fast, slow, stops, 2e-6)
+
+
+def test_the_fast_sampler_draws_what_the_slow_one_draws_from_large_logits():
+    slow = generate_slowly(MODEL, PROMPTS, 2, 12, STOPS, seed=4)
+    assert_drawn_alike(Sampler(MODEL, STOPS).generate(PROMPTS, 2, 12, seed=4), slow, STOPS, 1e-5)
+
+
+def assert_drawn_alike(fast, slow, stops, close):
+    """A Rollout is what generate_slowly returned."""
+    assert fast.completions() == [tokens for tokens, _ in slow]
+    for row, (tokens, logps) in enumerate(slow):
+        assert fast.finished[row] == (tokens[-1] in stops)
+        drawn = fast.logps[row, fast.prompt_lengths[row]:fast.lengths[row]]
+        torch.testing.assert_close(drawn, torch.tensor(logps), atol=close, rtol=0)
 
 
 # ------------------------------------------------------------------------------------ greedy
@@ -173,13 +204,13 @@ def alone(i):
        st.sampled_from([0.0, 0.8, 1.0]))
 def test_a_completion_does_not_depend_on_its_batch(order, count, max_rows, leave_at):
     """Any subset of the prompts in any order, any max_rows, rows that leave the cache soon or late."""
-    chosen, kept = order[:count], rollout_file.LEAVE_AT
-    rollout_file.LEAVE_AT = leave_at
+    chosen, kept = order[:count], batching.LEAVE_AT
+    batching.LEAVE_AT = leave_at
     try:
         sampler = Sampler(MODEL, STOPS, max_rows)
         out = sampler.generate([PROMPTS[i] for i in chosen], 3, 12, seed=[(9, i) for i in chosen])
     finally:
-        rollout_file.LEAVE_AT = kept
+        batching.LEAVE_AT = kept
     for place, i in enumerate(chosen):
         rows = range(place * 3, place * 3 + 3)
         assert_same(alone(i), out, list(rows))
@@ -314,18 +345,18 @@ def test_stopped_rows_leave(monkeypatch):
     assert sizes[0] == sum(map(len, PROMPTS)) and len(decoded) == lengths.max() - 1
     for t, rows in enumerate(decoded, 1):
         alive = int((lengths > t).sum())                    # still wants a token number t (counted from 0)
-        assert rows == max(alive, rollout_file.FEW_ROWS) or alive < rows and alive > rollout_file.LEAVE_AT * rows
+        assert rows == max(alive, batching.FEW_ROWS) or alive < rows and alive > batching.LEAVE_AT * rows
     assert decoded[-1] < 40 / 4 and decoded == sorted(decoded, reverse=True)
 
 
 def test_a_row_that_is_much_work_leaves_at_once(monkeypatch):
     """Of a model so large that one row counts, a step has no row that has stopped, but for FEW_ROWS."""
-    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 1)
-    monkeypatch.setattr(rollout_file, "LEAVE_AT", 0.5)
+    monkeypatch.setattr(batching, "LITTLE_WORK", 1)
+    monkeypatch.setattr(batching, "LEAVE_AT", 0.5)
     sizes = record_calls(monkeypatch)
     out = Sampler(MODEL, STOPS).generate(PROMPTS, 8, 20, seed=1)
     lengths = out.lengths - out.prompt_lengths
-    assert sizes[1:] == [max(int((lengths > t).sum()), rollout_file.FEW_ROWS) for t in range(1, lengths.max())]
+    assert sizes[1:] == [max(int((lengths > t).sum()), batching.FEW_ROWS) for t in range(1, lengths.max())]
 
 
 @pytest.fixture
@@ -337,9 +368,9 @@ def two_threads():
 
 def test_little_steps_take_one_thread_and_larger_ones_all(monkeypatch, two_threads):
     """Two FLOP a weight and row: 32 rows are much work, and 16 are little. Afterwards the threads are what they were."""
-    monkeypatch.setattr(rollout_file, "LITTLE_WORK", 2 * rollout_file.parameters(MODEL) * 17)
-    monkeypatch.setattr(rollout_file, "FEW_ROWS", 1)
-    seen, between, step, refill = [], [], InFlight.step, InFlight.refill
+    monkeypatch.setattr(batching, "LITTLE_WORK", 2 * batching.parameter_count(MODEL) * 17)
+    monkeypatch.setattr(batching, "FEW_ROWS", 1)
+    seen, between, step, refill = [], [], ContinuousBatch.step, ContinuousBatch.refill
 
     def observed(self, rows, used):
         seen.append((rows >= 17, torch.get_num_threads()))
@@ -348,8 +379,8 @@ def test_little_steps_take_one_thread_and_larger_ones_all(monkeypatch, two_threa
     def observed_between(self):         # new prompts may go through the model
         between.append(torch.get_num_threads())
         return refill(self)
-    monkeypatch.setattr(InFlight, "step", observed)
-    monkeypatch.setattr(InFlight, "refill", observed_between)
+    monkeypatch.setattr(ContinuousBatch, "step", observed)
+    monkeypatch.setattr(ContinuousBatch, "refill", observed_between)
     Sampler(MODEL, []).generate(PROMPTS[:2], 16, [9] * 16 + [20] * 16)
     assert set(seen) == {(True, 2), (False, 1)} and set(between) == {2} and torch.get_num_threads() == 2
 
@@ -358,10 +389,66 @@ def test_threads_are_given_back_after_an_error(monkeypatch, two_threads):
     def fail(self, rows, used):
         assert torch.get_num_threads() == 1
         raise RuntimeError("in the middle of a step")
-    monkeypatch.setattr(InFlight, "step", fail)
+    monkeypatch.setattr(ContinuousBatch, "step", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         Sampler(MODEL, []).generate(PROMPTS, 2, 9)
     assert torch.get_num_threads() == 2
+
+
+# ------------------------------------------------------------------------------------ texts
+
+class Letters:
+    """A tokenizer: id 0 is "a"; ids from 40 on are special."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(chr(97 + token) for token in row if token < 40) for row in rows]
+
+
+def test_completions_are_drawn_once_and_decoded_by_problem():
+    """Each problem has its prompt, its seed and its list of texts; options reach the sampler."""
+    sampler = Sampler(MODEL, STOPS)
+    problems = [{"prompt": prompt, "answer": "left alone"} for prompt in PROMPTS]
+    seeds = [(7, i) for i in range(5)]
+    rollout, groups = completions(sampler, Letters(), problems, 3, 8, 0.7, seeds, top_k=4)
+    assert_same(rollout, sampler.generate(PROMPTS, 3, 8, 0.7, seeds, top_k=4))
+    texts = Letters().batch_decode(rollout.completions(), True)
+    assert [len(group) for group in groups] == [3] * 5 and sum(groups, []) == texts
+
+
+def test_no_problems_give_an_empty_rollout_of_the_sampler_s_version():
+    sampler = Sampler(MODEL, STOPS)
+    sampler.version = 7
+    rollout, groups = completions(sampler, Letters(), [], 3, 8, 1.0, [])
+    assert groups == [] and rollout.completions() == [] and rollout.version == 7
+    assert rollout.tokens.shape == rollout.logps.shape == rollout.completion_mask().shape == (0, 1)
+    assert empty_rollout(torch.device("cpu")).version == 0
+
+
+# ------------------------------------------------------------------------------------ the schedule
+
+def test_a_schedule_by_hand():
+    """Three prompts of two completions each, the longest first; three slots and two seats."""
+    schedule = batching.Schedule([[1], [1] * 3, [1] * 2], 2, batching.Room(3, 2, 0))
+    assert list(schedule.waiting) == [2, 3, 4, 5, 0, 1]
+    assert schedule.admit() == ([0, 1, 2], [1, 2])                  # slots filled; prompts seated
+    assert schedule.running == [2, 3, 4] and schedule.seat_of == {1: 0, 2: 1}
+
+    schedule.time = 4
+    schedule.release([False, True, False])
+    assert schedule.empty_slots() == [0, 2] and schedule.ages() == [1, 4, 1]
+    assert schedule.admit() == ([0], [])        # 5 has a seat with 4; none is free for prompt 0
+    assert schedule.running == [5, 3, None] and schedule.since == [4, 0, 0]
+
+    schedule.release([True, False, False])
+    assert schedule.admit() == ([1, 2], [0])    # prompt 1 has given up its seat
+    assert schedule.running == [5, 0, 1] and schedule.seat_of == {2: 1, 0: 0}
+    assert not schedule.waiting and schedule.admit() == ([], [])
+
+    schedule.release([False, True, True])
+    assert schedule.close_slots() == [(2, 0)]
+    assert schedule.running == [1, 0] and schedule.since == [4, 4]
+    assert schedule.close_seats() == [] and schedule.seat_of == {0: 0}
 
 
 # ------------------------------------------------------------------------------------ frequencies
