@@ -17,8 +17,7 @@ sampler runs the same weights through engine/decode.py. Left out are dropout, sl
 mixtures of experts.
 
 Needs engine/kernels.py (the formulas, and each device's kernels for them), engine/logps.py
-(log-probabilities by chunks) and engine/weights.py (the files of a checkpoint). Almost every
-program here needs this file.
+(log-probabilities by chunks) and engine/weights.py (the files of a checkpoint).
 """
 import math
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
-from engine.weights import (COMPANION_FILES, find_checkpoint, read_json, read_weights, whole,
+from engine.weights import (find_checkpoint, read_companions, read_json, read_weights, whole,
                             write_json, write_shards)
 
 SUPPORTED = ("qwen2", "qwen3", "llama")
@@ -193,7 +192,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below lm_head; a module of its own only because checkpoints call it "model"."""
+    """Everything below lm_head, a module of its own only because checkpoints call it "model"."""
 
     def __init__(self, c):
         super().__init__()
@@ -296,8 +295,7 @@ class Transformer(nn.Module):
         backward computes each chunk again: memory does not grow with B x T x V."""
         wanted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         wanted = torch.cat((torch.zeros_like(wanted[:, :1]), wanted[:, 1:]), 1)
-        logps = torch.zeros(tokens.shape, device=tokens.device)
-        entropy = torch.zeros(tokens.shape, device=tokens.device)
+        zeros = torch.zeros(tokens.shape, device=tokens.device)
         source, positions, sequences, predictors = pack(wanted, prompts or range(len(tokens)))
 
         # A rank that wants nothing still gives a zero gradient for every weight, because the
@@ -306,17 +304,14 @@ class Transformer(nn.Module):
             one = tokens.new_zeros(1)
             hidden = self.hidden_states(one, one, Sequences([1], device=tokens.device))
             unwanted, _ = chunked_logps(hidden, self.lm_head.weight, one, temperature)
-            return logps + 0.0 * unwanted.sum(), entropy
+            return zeros + 0.0 * unwanted.sum(), zeros
 
-        hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)
-        rows, columns = wanted.nonzero(as_tuple=True)
+        hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)     # (M, D)
+        hidden = hidden.index_select(0, predictors)                                     # (W, D)
+        places = wanted.nonzero(as_tuple=True)      # rows (W,) and columns (W,)
         found_logps, found_entropy = chunked_logps(
-            hidden.index_select(0, predictors), self.lm_head.weight, tokens[rows, columns],
-            temperature)
-
-        logps = logps.index_put((rows, columns), found_logps)
-        entropy = entropy.index_put((rows, columns), found_entropy)
-        return logps, entropy
+            hidden, self.lm_head.weight, tokens[places], temperature)
+        return zeros.index_put(places, found_logps), zeros.index_put(places, found_entropy)
 
     # -------------------------------------------------------------------------------- checkpoints
 
@@ -338,9 +333,7 @@ class Transformer(nn.Module):
         model.tie()
 
         read_weights(folder, dict(model.named_parameters()), config.model_type)
-        for name in COMPANION_FILES:
-            if (folder / name).exists():
-                model.files[name] = (folder / name).read_bytes()
+        model.files = read_companions(folder)
         return model
 
     def save_pretrained(self, path, dtype=None, write=True):
@@ -429,11 +422,12 @@ class Packing:
 
 
 def pack(wanted, prompts):
-    """Returns the tokens that a forward pass needs for log-probs of the wanted ones.
+    """Returns the M tokens that a forward pass needs for the log-probs of the W wanted ones.
 
-    wanted (B, T) bool, column 0 never; prompts: B keys, see token_logps. Returns source (M,),
-    indices into the flattened (B, T) tokens; their positions (M,); their Sequences; and predictors
-    (W,), the packed token that predicts each wanted one, in row-major order."""
+    wanted (B, T) is bool and never true in column 0; prompts are B keys, see token_logps.
+    The results are source (M,), indices into the flattened (B, T) tokens, their positions (M,) and
+    their Sequences. The last is predictors (W,): the packed token that predicts each wanted one,
+    in row-major order."""
     T = wanted.shape[1]
     device = wanted.device
     first = wanted.int().argmax(1)                          # (B,)

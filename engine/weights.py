@@ -62,9 +62,16 @@ def read_json(file):
                                 "is the folder a Hugging Face checkpoint?") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
     return content
+
+
+def read_companions(folder):
+    """Returns the COMPANION_FILES that a checkpoint folder has, as {name: bytes}."""
+    files = {name: folder / name for name in COMPANION_FILES}
+    return {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
 
 def weight_files(folder):
@@ -192,6 +199,7 @@ def names_by_shard(tensors, dtype):
     """Returns lists of the tensors' names, one a file: at most SHARD_BYTES or one tensor each."""
     shards = [[]]
     shard_bytes = 0
+
     for name, tensor in tensors.items():
         tensor_bytes = tensor.numel() * dtype.itemsize
         if shards[-1] and shard_bytes + tensor_bytes > SHARD_BYTES:
