@@ -1,18 +1,24 @@
-"""A decoder-only transformer that reads and writes Hugging Face checkpoints.
+"""The language model: a decoder-only transformer that reads and writes Hugging Face checkpoints.
 
-One class covers Qwen2/2.5 (bias on q, k, v), Qwen3 (RMSNorm on q and k, free head_dim) and Llama 3.x
-(rope scaling "llama3"): the families differ in four switches of `ModelConfig`. Parameters carry the names
-of the checkpoint ("model.layers.0.self_attn.q_proj.weight"), so loading is a copy and saving is its reverse.
+    x = embed(tokens)
+    for every layer:
+        x = x + attention(norm(x))      grouped queries (arXiv 2305.13245) with RoPE (2104.09864)
+        x = x + mlp(norm(x))            SwiGLU (2002.05202)
+    logits = lm_head(norm(x))           every norm is an RMSNorm (1910.07467)
 
-    x = embed(tokens);  per layer:  x += attention(norm(x));  x += mlp(norm(x));  logits = lm_head(norm(x))
-    RoPE (arXiv 2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467)
+One class covers Qwen2/2.5 (bias on q, k, v), Qwen3 (RMSNorm on q and k, free head_dim) and Llama
+3.x (rope scaling "llama3"). The families differ in four switches of `ModelConfig`. Parameters carry
+the names of the checkpoint ("model.layers.0.self_attn.q_proj.weight"), so loading is a copy and
+saving is its reverse.
 
-Tokens are packed: no padding goes through the model, and completions of one prompt share its tokens (`pack`). `token_logps`
-is what training reads, never with a (B, T, V) tensor (logps.py). The sampler runs the same weights through decode.py; the
-formulas, and each device's kernels for them, are in kernels.py, and the files of a checkpoint in weights.py. Left out:
-dropout, sliding windows, mixtures of experts.
+Tokens are packed: no padding goes through the model, and completions of one prompt share its tokens
+(`pack`). Training reads `Transformer.token_logps`, which never makes a (B, T, V) tensor. The
+sampler runs the same weights through engine/decode.py. Left out are dropout, sliding windows and
+mixtures of experts.
+
+Needs engine/kernels.py (the formulas, and each device's kernels for them), engine/logps.py
+(log-probabilities by chunks) and engine/weights.py (the files of a checkpoint).
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +32,17 @@ from torch.utils.checkpoint import checkpoint
 from engine.decode import SwiGLU
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
-from engine.weights import CARRIED, find_checkpoint, open_shard, own_rows, read_json, weight_files, whole, write_shards
+from engine.weights import (find_checkpoint, read_companions, read_json, read_weights, whole,
+                            write_json, write_shards)
 
 SUPPORTED = ("qwen2", "qwen3", "llama")
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads")
 
 
 @dataclass
 class ModelConfig:
-    """The fields of config.json that change the computation. `raw` keeps the whole file for saving."""
+    """Fields of config.json that change the computation. `raw` keeps the whole file for saving."""
     model_type: str = "qwen3"
     vocab_size: int = 512
     hidden_size: int = 128
@@ -57,68 +66,64 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """config.json (either layout: rope_theta + rope_scaling, or rope_parameters) -> ModelConfig.
+        """Returns the ModelConfig of a config.json, which is given as a dict.
 
-        ValueError with one line for anything this file does not compute."""
-        kind = raw.get("model_type")
-        if kind not in SUPPORTED:
-            raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if k not in raw]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        rope = {"rope_theta": 10000.0, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        rope["rope_theta"] = raw.get("rope_theta", rope["rope_theta"])
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        heads, bias = raw["num_attention_heads"], bool(raw.get("attention_bias", False))
-        wrong = {
-            f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-            f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-            "sliding-window attention": bool(raw.get("use_sliding_window"))
-            or any(t != "full_attention" for t in raw.get("layer_types") or ()),
-            "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        }
-        if rope_type == "llama3":
-            wrong |= {f"llama3 rope without {k}": k not in rope for k in
-                      ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        for what, bad in wrong.items():
-            if bad:
-                raise ValueError(f"{kind} with {what} is not supported")
+        Raises ValueError with one line for anything that this file does not compute."""
+        check_required(raw)
+        rope = rope_settings(raw)
+        check_supported(raw, rope)
+
+        kind = raw["model_type"]
+        heads = raw["num_attention_heads"]
+        attention_bias = bool(raw.get("attention_bias", False))
         return cls(
-            model_type=kind, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"], num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            model_type=kind,
+            **{name: raw[name] for name in REQUIRED},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=float(rope["rope_theta"]),
-            rope_scaling=rope if rope_type == "llama3" else None,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=rope if rope["rope_type"] == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             initializer_range=raw.get("initializer_range", 0.02),
-            qkv_bias=kind == "qwen2" or bias, o_bias=kind != "qwen2" and bias,
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=kind == "qwen3",
-            eos_token_id=raw.get("eos_token_id"), raw=dict(raw))
+            qkv_bias=kind == "qwen2" or attention_bias,
+            o_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            eos_token_id=raw.get("eos_token_id"),
+            raw=dict(raw))
 
     def to_dict(self):
-        """The config.json to write: the file that was read, or one that transformers of any recent version reads."""
+        """Returns the config.json to write, as a dict.
+
+        It is the file that was read, or one that any recent version of transformers reads."""
         if self.raw is not None:
             return dict(self.raw)
-        arch = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-        same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-                "max_position_embeddings", "initializer_range", "eos_token_id", "mlp_bias")
-        out = {name: getattr(self, name) for name in same}
+
+        same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+                "rope_theta", "tie_word_embeddings", "max_position_embeddings",
+                "initializer_range", "eos_token_id", "mlp_bias")
         rope = self.rope_scaling or {"rope_type": "default"}
-        return {**out, "architectures": [arch[self.model_type]], "hidden_act": "silu",
-                "attention_bias": self.qkv_bias and self.model_type != "qwen2", "use_sliding_window": False,
-                "rope_scaling": self.rope_scaling, "rope_parameters": {**rope, "rope_theta": self.rope_theta}}
+        return {
+            **{name: getattr(self, name) for name in same},
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            "hidden_act": "silu",
+            "attention_bias": self.qkv_bias and self.model_type != "qwen2",
+            "use_sliding_window": False,
+            "rope_scaling": self.rope_scaling,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+        }
 
 
-# ------------------------------------------------------------------------------------------------------ the modules
+# ------------------------------------------------------------------------------------ the modules
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -127,7 +132,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.heads = c.num_attention_heads
+        self.kv_heads = c.num_key_value_heads
+        self.head_dim = c.head_dim
+
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -136,11 +144,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rope, sequences):
-        """x (M, hidden_size), packed tokens -> the same."""
-        q = self.q_norm(self.q_proj(x).view(len(x), self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(len(x), self.kv_heads, self.head_dim))
-        v = self.v_proj(x).view(len(x), self.kv_heads, self.head_dim)
-        return self.o_proj(attention(rotate(q, *rope), rotate(k, *rope), v, sequences).reshape(len(x), -1))
+        """Mix packed tokens x (M, hidden_size) with those that they see. Returns the same shape."""
+        M = len(x)
+        q = self.q_norm(self.q_proj(x).view(M, self.heads, self.head_dim))         # (M, H, D)
+        k = self.k_norm(self.k_proj(x).view(M, self.kv_heads, self.head_dim))      # (M, Hkv, D)
+        v = self.v_proj(x).view(M, self.kv_heads, self.head_dim)                   # (M, Hkv, D)
+
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        mixed = attention(q, k, v, sequences)                                      # (M, H, D)
+        return self.o_proj(mixed.reshape(M, -1))
 
 
 class MLP(nn.Module):
@@ -151,7 +164,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # swiglu without a copy of its two halves
+        # kernels.swiglu takes gate and up side by side, which would be a copy here
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def for_inference(self, rows, lent):
         """The form that the sampler runs."""
@@ -161,14 +175,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.activation_checkpointing = False   # True: compute again in backward, memory for a third more time
+        self.activation_checkpointing = False
 
     def forward(self, x, rope, sequences):
-        """x (M, hidden_size), packed tokens -> the same."""
-        if self.activation_checkpointing and torch.is_grad_enabled():       # inside of what FSDP2 gathers and gives up
+        """Send packed tokens x (M, hidden_size) through the layer. Returns the same shape.
+
+        With activation_checkpointing nothing inside is kept for backward, which computes it again:
+        less memory for a third more time."""
+        # in here and not around the block, so that it is inside of what FSDP2 gathers and gives up
+        if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rope, sequences, use_reentrant=False)
         return self.compute(x, rope, sequences)
 
@@ -178,7 +197,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below lm_head; a module of its own only because checkpoints call it "model."."""
+    """Everything below lm_head, a module of its own only because checkpoints call it "model"."""
 
     def __init__(self, c):
         super().__init__()
@@ -188,7 +207,10 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model. `Transformer(ModelConfig(...))` is new and random; `from_pretrained` reads a checkpoint."""
+    """The language model with its head.
+
+    `Transformer(ModelConfig(...)).init_weights(seed)` is new and random, and
+    `Transformer.from_pretrained(folder)` reads a checkpoint."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,13 +218,32 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.computes_on = None                 # (device, dtype) of computation, where the weights themselves may be elsewhere
-        self.files = {}                         # tokenizer and generation files that travel with the weights
+        self.computes_on = None     # (device, dtype) of computation, if the weights lie elsewhere
+        self.files = {}             # tokenizer and generation files that travel with the weights
 
     def tie(self):
-        """lm_head is the embedding, where the configuration says so; again after to_empty, which parts them."""
+        """Make the embedding also lm_head's weight, if the configuration says so.
+
+        This has to be called again after to_empty, which parts the two."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, seed=0):
+        """Draw new normal weights of standard deviation initializer_range. Returns the model.
+
+        Residual outputs are divided by sqrt(2 layers), as in GPT-2. Biases are 0, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                continue
+
+            sd = self.config.initializer_range
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                sd /= math.sqrt(2 * self.config.num_hidden_layers)
+            with torch.no_grad():
+                p.copy_(torch.randn(p.shape, generator=generator) * sd)
+        return self
 
     @property
     def device(self):
@@ -221,69 +262,72 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.activation_checkpointing = on
 
-    def init_weights(self, seed=0):
-        """Normal weights of sd initializer_range (residual outputs divided by sqrt(2 layers), as GPT-2), zero biases."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim == 1:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-                continue
-            sd = self.config.initializer_range
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                sd /= math.sqrt(2 * self.config.num_hidden_layers)
-            with torch.no_grad():
-                p.copy_(torch.randn(p.shape, generator=generator) * sd)
-        return self
-
-    # ------------------------------------------------------------------------------------------ computation
+    # -------------------------------------------------------------------------------- computation
 
     def hidden_states(self, tokens, positions, sequences):
-        """Packed tokens (M,) at positions (M,) that see each other as `sequences` says -> (M, hidden_size) after the last norm."""
-        rope = rope_tables(positions, inverse_frequencies(self.config, tokens.device), self.dtype)
-        x = embed(tokens, self.model.embed_tokens.weight)
+        """Returns the (M, hidden_size) outputs of the last norm for packed tokens (M,).
+
+        positions (M,) count within each text, and `sequences` says which tokens see each other."""
+        frequencies = inverse_frequencies(self.config, tokens.device)
+        rope = rope_tables(positions, frequencies, self.dtype)
+        x = embed(tokens, self.model.embed_tokens.weight)       # (M, hidden_size)
         for block in self.model.layers:
             x = block(x, rope, sequences)
         return self.model.norm(x)
 
     def forward(self, tokens):
-        """tokens (B, T) -> logits (B, T, V). For inspection and tests: nothing here trains or samples through it."""
+        """Returns the logits (B, T, V) of tokens (B, T).
+
+        This is for inspection and tests: nothing here trains or samples through it."""
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device).repeat(B)
-        hidden = self.hidden_states(tokens.flatten(), positions, Sequences([T] * B, device=tokens.device))
+        sequences = Sequences([T] * B, device=tokens.device)
+        hidden = self.hidden_states(tokens.flatten(), positions, sequences)
         return self.lm_head(hidden).view(B, T, -1)
 
     def token_logps(self, tokens, mask=None, temperature=1.0, prompts=None):
-        """Log-probabilities of given tokens, and the entropies of the distributions they were drawn from.
+        """Returns log-probabilities of given tokens, and entropies of what they were drawn from.
 
-        tokens (B, T) int64 right-padded; mask (B, T), 1 where a token is wanted; None wants all. Position 0 has nothing
-        before it and is never wanted. prompts: B keys; rows of equal keys begin with the same tokens up to their first
-        wanted one, which then go through the model once. None: nothing is shared.
-        Returns logps (B, T) float32 with gradient and entropy (B, T) float32 without, both of logits / temperature
-        and 0 off the mask. No padding and no token behind the last wanted one reaches the model. Only wanted positions
-        reach the vocabulary, logit_chunk logits at a time, and each chunk is recomputed in backward: memory does not grow
-        with B x T x V."""
+        tokens: (B, T) int64, right-padded.
+        mask: (B, T), 1 where a token is wanted; None wants all. Position 0 has nothing before it
+            and is never wanted.
+        prompts: B keys. Rows of equal keys begin with the same tokens up to their first wanted one,
+            which then go through the model once. With None nothing is shared.
+
+        Both results are (B, T) float32, of logits / temperature, and 0 off the mask; logps has a
+        gradient and entropy has none. No padding and no token behind the last wanted one reaches
+        the model. Only wanted positions reach the vocabulary, logit_chunk logits at a time, and
+        backward computes each chunk again: memory does not grow with B x T x V."""
         wanted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         wanted = torch.cat((torch.zeros_like(wanted[:, :1]), wanted[:, 1:]), 1)
-        logps, entropy = torch.zeros(2, *tokens.shape, device=tokens.device).unbind()
-        source, positions, sequences, before = pack(wanted, prompts or range(len(tokens)))
-        if not len(source):     # still a zero gradient for every weight: other ranks wait for it
+        zeros = torch.zeros(tokens.shape, device=tokens.device)
+        source, positions, sequences, predictors = pack(wanted, prompts or range(len(tokens)))
+
+        # A rank that wants nothing still gives a zero gradient for every weight, because the
+        # other ranks wait for it.
+        if not len(source):
             one = tokens.new_zeros(1)
             hidden = self.hidden_states(one, one, Sequences([1], device=tokens.device))
-            return logps + 0.0 * chunked_logps(hidden, self.lm_head.weight, one, temperature)[0].sum(), entropy
-        hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)
-        rows, columns = wanted.nonzero(as_tuple=True)
-        found = chunked_logps(hidden.index_select(0, before), self.lm_head.weight, tokens[rows, columns], temperature)
-        return tuple(x.index_put((rows, columns), y) for x, y in zip((logps, entropy), found))
+            unwanted, _ = chunked_logps(hidden, self.lm_head.weight, one, temperature)
+            return zeros + 0.0 * unwanted.sum(), zeros
 
-    # ------------------------------------------------------------------------------------------ checkpoints
+        hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)     # (M, D)
+        hidden = hidden.index_select(0, predictors)                                     # (W, D)
+        places = wanted.nonzero(as_tuple=True)      # rows (W,) and columns (W,)
+        found_logps, found_entropy = chunked_logps(
+            hidden, self.lm_head.weight, tokens[places], temperature)
+        return zeros.index_put(places, found_logps), zeros.index_put(places, found_entropy)
+
+    # -------------------------------------------------------------------------------- checkpoints
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, shard=None):
-        """Read a checkpoint folder (or a hub id, where the hub can be reached) in HF layout.
+        """Read a checkpoint folder in HF layout, or a hub id where the hub can be reached.
 
-        Weights are built on the meta device and filled tensor by tensor, so at most one tensor exists twice. shard: called on
-        the empty model (dist.Sharding); each rank then reads only its rows of every tensor, and no rank ever holds the whole.
-        ValueError or FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
+        Weights are built on the meta device and filled one by one, so at most one tensor exists
+        twice. shard (a dist.Sharding) is called on the empty model: each rank then reads only its
+        rows of every tensor, and no rank ever holds the whole. Raises ValueError or
+        FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
         folder = find_checkpoint(path_or_id)
         config = ModelConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
@@ -292,89 +336,179 @@ class Transformer(nn.Module):
             shard(model)
         model.to_empty(device=device)
         model.tie()
-        model._fill(folder)
-        model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).exists()}
+
+        read_weights(folder, dict(model.named_parameters()), config.model_type)
+        model.files = read_companions(folder)
         return model
 
-    @torch.no_grad()
-    def _fill(self, folder):
-        wanted = dict(self.named_parameters())
-        seen = set()
-        for file in weight_files(folder):
-            with open_shard(file) as shard:
-                for name in shard.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
-                        continue                # computed here; a tied head is the embedding
-                    if name not in wanted:
-                        raise ValueError(f"{file}: unexpected tensor {name} for a {self.config.model_type} model")
-                    stored, p = shard.get_slice(name), wanted[name]
-                    if tuple(stored.get_shape()) != tuple(p.shape):
-                        raise ValueError(f"{file}: {name} has shape {tuple(stored.get_shape())}, "
-                                         f"config.json says {tuple(p.shape)}")
-                    part, rows = own_rows(p)
-                    if part.numel():
-                        part.copy_(stored[rows])
-                    seen.add(name)
-        missing = sorted(set(wanted) - seen)
-        if missing:
-            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-
     def save_pretrained(self, path, dtype=None, write=True):
-        """Write a folder that transformers, vLLM and from_pretrained read: config, weights, tokenizer, generation config.
+        """Write a folder that transformers, vLLM and from_pretrained read.
 
-        dtype: of the written weights, what the model computes in by default. Files above SHARD_BYTES are split. Of a model
-        that is sharded over ranks every rank must call this, all but one with write=False: tensors are gathered one by one."""
-        path, dtype = Path(path), dtype or self.dtype
+        It holds config, weights, tokenizer and generation config; files above SHARD_BYTES are
+        split. dtype is that of the written weights, by default what the model computes in. Of a
+        model that is sharded over ranks every rank must call this, all but one with write=False:
+        tensors are gathered one by one."""
         if not write:
             for p in self.parameters():
                 whole(p)
             return
+
+        path = Path(path)
+        dtype = dtype or self.dtype
         path.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
-        config.pop("dtype", None)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config.pop("dtype", None)       # newer name of the same: it would contradict
+        write_json(path / "config.json", config)
+
         for name, content in self.files.items():
             (path / name).write_bytes(content)
         if "generation_config.json" not in self.files:
-            eos = self.config.eos_token_id
-            (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}, indent=2) + "\n")
+            generation = {"eos_token_id": self.config.eos_token_id}
+            write_json(path / "generation_config.json", generation)
+
         for old in path.glob("model*.safetensors*"):
             old.unlink()
         write_shards(path, dict(self.named_parameters()), dtype)
 
 
-def pack(wanted, prompts):
-    """The tokens that a forward pass needs for the log-probs of the wanted ones (B, T) bool, column 0 never.
+def trainable(model):
+    """Returns the list of the model's parameters that require a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
 
-    prompts: B keys, see token_logps. Returns source (M,), indices into the flattened (B, T) tokens; their positions (M,);
-    their Sequences; and before (W,), for each wanted token in row-major order the packed token that predicts it."""
-    B, T = wanted.shape
-    first = wanted.int().argmax(1)
-    last = T - 1 - wanted.flip(1).int().argmax(1)
-    first, last, some = torch.stack((first, last, wanted.any(1).long())).tolist()
-    source, queries, keys, index, place, M = [], [], [], [], {}, 0
-    start = np.zeros((B, 2), np.int64)      # of a row: packed place of its prompt's last token, of its own first
-    for b in (b for b in range(B) if some[b]):
-        key = (prompts[b], first[b])
-        if key not in place:
-            place[key] = np.arange(M, M + first[b])
-            source.append(b * T + np.arange(first[b]))
-            index.append(place[key])
-            queries.append(first[b])
-            keys.append(first[b])
-            M += first[b]
-        own = last[b] - first[b]            # the last wanted token predicts nothing that is wanted
-        start[b] = place[key][-1], M
-        if own:
-            source.append(b * T + np.arange(first[b], last[b]))
-            index += [place[key], np.arange(M, M + own)]
-            queries.append(own)
-            keys.append(first[b] + own)
-            M += own
+
+# -------------------------------------------------------------------------------------- packing
+
+class Packing:
+    """The tokens that go through the model, in sequences, and the packed tokens that each one sees.
+
+    A row brings two sequences (see kernels.Sequences): its prompt, unless a row before it has
+    brought the same, and its own tokens, which see that prompt as well. All of it is numpy on the
+    host, once a micro-batch."""
+
+    def __init__(self, prompts, first, last, T):
+        self.prompts = prompts      # a key for each row
+        self.first = first          # column of each row's first wanted token
+        self.last = last            # column of its last one
+        self.T = T                  # columns in all
+
+        self.packed = 0             # number of tokens so far
+        self.source = []            # of each sequence: its tokens, as indices into flattened (B, T)
+        self.seen = []              # of each sequence: the packed tokens that it sees
+        self.prompt_tokens = {}     # of each prompt (key, length): its packed tokens
+        self.last_of_prompt = np.zeros(len(first), np.int64)    # of each row: a packed token
+        self.first_of_own = np.zeros(len(first), np.int64)
+
+    def add_prompt(self, row):
+        """Pack what stands before the row's first wanted token, unless it is packed already."""
+        key = self.prompts[row], self.first[row]
+        if key not in self.prompt_tokens:
+            nothing = np.arange(0)
+            self.prompt_tokens[key] = self._add(row, 0, self.first[row], nothing)
+        self.last_of_prompt[row] = self.prompt_tokens[key][-1]
+
+    def add_own(self, row):
+        """Pack the row's tokens from its first wanted one up to, but not including, its last one.
+
+        The last one predicts nothing that is wanted, so there may be none to pack."""
+        self.first_of_own[row] = self.packed
+        if self.last[row] > self.first[row]:
+            prompt = self.prompt_tokens[self.prompts[row], self.first[row]]
+            self._add(row, self.first[row], self.last[row], prompt)
+
+    def _add(self, row, start, stop, before):
+        """Pack columns start to stop of a row as a sequence that sees `before` and itself.
+
+        Returns its packed tokens."""
+        new = np.arange(self.packed, self.packed + stop - start)
+        self.packed += len(new)
+        self.source.append(row * self.T + np.arange(start, stop))
+        self.seen.append(np.concatenate([before, new]))
+        return new
+
+
+def pack(wanted, prompts):
+    """Returns the M tokens that a forward pass needs for the log-probs of the W wanted ones.
+
+    wanted (B, T) is bool and never true in column 0; prompts are B keys, see token_logps.
+    The results are source (M,), indices into the flattened (B, T) tokens, their positions (M,) and
+    their Sequences. The last is predictors (W,): the packed token that predicts each wanted one,
+    in row-major order."""
+    T = wanted.shape[1]
     device = wanted.device
-    source, index = (torch.from_numpy(np.concatenate([np.empty(0, np.int64), *x])).to(device) for x in (source, index))
-    start, first = torch.from_numpy(start).to(device), torch.tensor(first, device=device)
+    first = wanted.int().argmax(1)                          # (B,)
+    last = T - 1 - wanted.flip(1).int().argmax(1)           # (B,)
+    some = wanted.any(1).long()                             # (B,) 0 where a row wants nothing
+    first_columns, last_columns, wants = torch.stack((first, last, some)).tolist()    # one wait
+
+    packing = Packing(prompts, first_columns, last_columns, T)
+    for row in np.flatnonzero(wants).tolist():
+        packing.add_prompt(row)
+        packing.add_own(row)
+
+    def on_device(pieces):
+        nothing = np.empty(0, np.int64)     # there may be no sequence at all
+        return torch.from_numpy(np.concatenate([nothing, *pieces])).to(device)
+
+    source = on_device(packing.source)
+    queries = [len(piece) for piece in packing.source]
+    keys = [len(piece) for piece in packing.seen]
+    sequences = Sequences(queries, keys, on_device(packing.seen), device)
+
+    # The last token of a prompt predicts the first wanted one of a row, and behind that each
+    # token predicts the next.
+    last_of_prompt = torch.from_numpy(packing.last_of_prompt).to(device)
+    first_of_own = torch.from_numpy(packing.first_of_own).to(device)
     rows, columns = wanted.nonzero(as_tuple=True)
-    behind = columns - first[rows]          # 0: the prompt's last token predicts it
-    before = torch.where(behind == 0, start[rows, 0], start[rows, 1] + behind - 1)
-    return source, source % T, Sequences(queries, keys, index, device), before
+    behind = columns - first[rows]                          # (W,)
+    own = first_of_own[rows] + behind - 1
+    predictors = torch.where(behind == 0, last_of_prompt[rows], own)
+    return source, source % T, sequences, predictors
+
+
+# ------------------------------------------------------------------- what config.json may ask for
+
+def check_required(raw):
+    """Raise ValueError if a config.json is of another family, or lacks a size without a default."""
+    kind = raw.get("model_type")
+    if kind not in SUPPORTED:
+        supported = ", ".join(SUPPORTED)
+        raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
+
+    missing = [name for name in REQUIRED if name not in raw]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+
+
+def rope_settings(raw):
+    """Returns the settings of RoPE in a config.json, always with rope_type and rope_theta.
+
+    Older files have rope_theta and rope_scaling, newer ones have rope_parameters."""
+    scaling = raw.get("rope_scaling") or {}
+    parameters = raw.get("rope_parameters") or {}
+    rope = {"rope_theta": 10000.0, **scaling, **parameters}
+    rope["rope_theta"] = raw.get("rope_theta", rope["rope_theta"])
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def check_supported(raw, rope):
+    """Raise ValueError if a config.json asks for something that this file does not compute."""
+    rope_type = rope["rope_type"]
+    activation = raw.get("hidden_act", "silu")
+    layer_types = raw.get("layer_types") or ()
+    sliding = raw.get("use_sliding_window") or any(t != "full_attention" for t in layer_types)
+
+    refused = {
+        f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
+        f"hidden_act {activation!r}": activation != "silu",
+        "sliding-window attention": sliding,
+        "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    if rope_type == "llama3":
+        for name in ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"):
+            refused[f"llama3 rope without {name}"] = name not in rope
+
+    for feature, found in refused.items():
+        if found:
+            raise ValueError(f"{raw['model_type']} with {feature} is not supported")

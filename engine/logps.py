@@ -2,35 +2,57 @@
 
     logp(t) = log softmax(h W^T / temperature)[t],    entropy = - sum_v p(v) log p(v)
 
-The last hidden states meet the vocabulary a chunk of tokens at a time, and each chunk's logits are computed again on the way
-back: memory does not grow with B x T x V. (The idea is that of Cut Cross-Entropy, arXiv 2411.09009.) With a vocabulary of
-150,000 the gradients of embedding and lm_head are the largest tensors of a training step: on request they are added in place.
+The last hidden states meet the vocabulary a chunk of tokens at a time, and each chunk's logits are
+computed again on the way back, so memory does not grow with B x T x V. The idea is that of Cut
+Cross-Entropy (arXiv 2411.09009); its fused kernel and its filter of tiny gradients are left out.
+
+With a vocabulary of 150,000 the gradients of embedding and lm_head are the largest tensors of a
+training step. On request they are added in place, and a frozen weight gets none. Needs PyTorch
+alone; model.py calls `chunked_logps` and `embed`, learner.py opens `gradients_in_place`.
 """
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-LOGIT_CHUNK = 2 ** 24      # elements of one chunk of logits on the CPU: 64 MB in float32, whatever the vocabulary
-ON_ACCELERATORS = 4         # times as many there: each chunk reads all of W, three times
+LOGIT_CHUNK = 2 ** 24      # elements of a chunk of logits on the CPU: 64 MB in float32
+ON_ACCELERATORS = 4        # times as many there: each chunk reads all of W, three times
+
+
+def logit_chunk(kind):
+    """Returns how many elements a chunk of logits has on a device of this kind."""
+    return LOGIT_CHUNK if kind == "cpu" else ON_ACCELERATORS * LOGIT_CHUNK
 
 
 def chunked_logps(hidden, weight, targets, temperature):
-    """hidden (W, D), weight (V, D), targets (W,) -> log-probabilities (W,) with gradient and entropies (W,) without, float32,
-    of logits = hidden weight^T / temperature."""
+    """Returns log-probabilities (W,) with gradient and entropies (W,) without, both float32.
+
+    hidden (W, D), weight (V, D), targets (W,); logits = hidden weight^T / temperature."""
     return _ChunkedLogps.apply(hidden, weight, targets, temperature)
 
 
 def embed(tokens, weight):
-    """F.embedding: tokens (M,) -> (M, D); its gradient is added in place where gradients_in_place says so."""
+    """Look tokens (M,) up in weight (V, D), as F.embedding does. Returns (M, D).
+
+    The gradient is added in place while `gradients_in_place` is open for this weight."""
     return _Embedding.apply(tokens, weight)
 
 
+# ------------------------------------------------------------------------------ gradients in place
+
 @contextmanager
 def gradients_in_place(weight):
-    """While open, embedding and lm_head add their gradients to weight.grad themselves, which autograd then does not see:
-    no second and third (V, D) tensor beside it, but no hooks of this weight either, and no torch.autograd.grad."""
-    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    """While open, embedding and lm_head add their gradients to weight.grad themselves.
+
+    This saves a second and a third (V, D) tensor beside it. Autograd does not see these gradients:
+    the weight's hooks do not run, and torch.autograd.grad does not work for it. A frozen weight
+    (requires_grad False) needs no gradient, so it keeps the one that it has, or none."""
+    if not weight.requires_grad:
+        yield
+        return
+
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
     weight.add_in_place = True
     try:
         yield
@@ -38,14 +60,12 @@ def gradients_in_place(weight):
         weight.add_in_place = False
 
 
-def logit_chunk(kind):
-    """Elements of one chunk of logits on a device of this kind."""
-    return LOGIT_CHUNK if kind == "cpu" else ON_ACCELERATORS * LOGIT_CHUNK
-
-
 def adds_in_place(weight):
+    """Returns whether `gradients_in_place` is open for this weight."""
     return getattr(weight, "add_in_place", False)
 
+
+# ----------------------------------------------------------------------------- autograd functions
 
 def _logits(hidden, weight, temperature):
     logits = (hidden @ weight.T).float()
@@ -53,54 +73,75 @@ def _logits(hidden, weight, temperature):
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[target] and the entropy, by chunks of tokens; backward computes each chunk again.
+    """Compute `chunked_logps` by chunks of tokens; backward computes each chunk's logits again.
 
-    With s = softmax, d logp / d logits = onehot(target) - s. One chunk of logits exists at a time, in float32."""
+    With p = softmax(logits), d logp / d logits = onehot(target) - p. One chunk of logits exists at
+    a time, in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.step = temperature, max(1, logit_chunk(hidden.device.type) // len(weight))
+        ctx.temperature = temperature
+        ctx.tokens_per_chunk = max(1, logit_chunk(hidden.device.type) // len(weight))
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logps)
-        for i in range(0, len(hidden), ctx.step):
-            part = slice(i, i + ctx.step)
-            all_logps = _logits(hidden[part], weight, temperature).log_softmax(-1)
-            logps[part] = all_logps.gather(-1, targets[part, None])[:, 0]
-            entropy[part] = -torch.einsum("tv,tv->t", all_logps.exp(), all_logps)
+
+        for start in range(0, len(hidden), ctx.tokens_per_chunk):
+            chunk = slice(start, start + ctx.tokens_per_chunk)
+            all_logps = _logits(hidden[chunk], weight, temperature).log_softmax(-1)    # (chunk, V)
+            logps[chunk] = all_logps.gather(-1, targets[chunk, None])[:, 0]
+            entropy[chunk] = -torch.einsum("tv,tv->t", all_logps.exp(), all_logps)
+
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, d_logps, _):
         hidden, weight, targets = ctx.saved_tensors
-        in_place = adds_in_place(weight)
-        d_hidden, d_weight = torch.empty_like(hidden), weight.grad if in_place else torch.zeros_like(weight, dtype=torch.float32)
-        for i in range(0, len(hidden), ctx.step):
-            part = slice(i, i + ctx.step)
-            g = grad[part, None] / ctx.temperature
-            d = _logits(hidden[part], weight, ctx.temperature).softmax(-1).mul_(-g).scatter_add_(-1, targets[part, None], g)
-            d = d.to(weight.dtype)
-            d_hidden[part] = d @ weight
-            if not ctx.needs_input_grad[1]:
+        _, trains_weight, _, _ = ctx.needs_input_grad
+        in_place = trains_weight and adds_in_place(weight)
+
+        # a frozen weight gets no buffer: it would be V x D numbers of float32
+        d_hidden = torch.empty_like(hidden)
+        d_weight = None
+        if in_place:
+            d_weight = weight.grad
+        elif trains_weight:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+        for start in range(0, len(hidden), ctx.tokens_per_chunk):
+            chunk = slice(start, start + ctx.tokens_per_chunk)
+            scale = d_logps[chunk, None] / ctx.temperature                             # (chunk, 1)
+            d_logits = _logits(hidden[chunk], weight, ctx.temperature).softmax(-1)     # (chunk, V)
+            d_logits = d_logits.mul_(-scale).scatter_add_(-1, targets[chunk, None], scale)
+            d_logits = d_logits.to(weight.dtype)
+            d_hidden[chunk] = d_logits @ weight
+
+            if not trains_weight:
                 continue
-            if d.dtype == torch.float32:
-                d_weight.addmm_(d.T, hidden[part])
-            else:       # the sum over chunks in float32: a rounding a chunk would add up
-                d_weight += d.T @ hidden[part]
-        return d_hidden, None if in_place else d_weight.to(weight.dtype), None, None
+            if d_logits.dtype == torch.float32:
+                d_weight.addmm_(d_logits.T, hidden[chunk])
+            else:       # the sum over chunks is float32: a rounding in each chunk would add up
+                d_weight += d_logits.T @ hidden[chunk]
+
+        if in_place or not trains_weight:
+            return d_hidden, None, None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None
 
 
 class _Embedding(torch.autograd.Function):
+    """Compute `embed`. Autograd does not call its backward for a frozen weight."""
+
     @staticmethod
     def forward(ctx, tokens, weight):
         ctx.save_for_backward(tokens, weight)
         return F.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, d_output):
         tokens, weight = ctx.saved_tensors
-        if not adds_in_place(weight):
-            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), -1, False)
-        weight.grad.index_add_(0, tokens, grad)
-        return None, None
+        if adds_in_place(weight):
+            weight.grad.index_add_(0, tokens, d_output)
+            return None, None
+        d_weight = torch.ops.aten.embedding_dense_backward(d_output, tokens, len(weight), -1, False)
+        return None, d_weight

@@ -1,106 +1,210 @@
-"""Checkpoint folders in Hugging Face layout: where their files are, what is in them, how they are written.
+"""Checkpoint folders in Hugging Face layout: where their files are, how they are read and written.
 
-    config.json, model.safetensors (or model-00001-of-0000N.safetensors with an index), tokenizer and generation files
+    config.json                     the shape of the model
+    model.safetensors               the weights, or model-00001-of-0000N.safetensors with an index
+    COMPANION_FILES                 tokenizer and generation settings, carried along as they are
 
-Only safetensors is read: a pickle could run code. Everything that is missing, cut short or malformed is one line that names the
-file. A parameter may be sharded over ranks (FSDP2): each rank reads its own rows, and it is gathered to be written.
+Only safetensors is read, because a pickle could run code. Whatever is missing, cut short or
+malformed raises an error of one line that names the file. A parameter may be sharded over ranks
+(FSDP2): each rank reads its own rows, and the parameter is gathered to be written. model.py is the
+only caller.
 """
 import json
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+COMPANION_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
 
 
+# --------------------------------------------------------------------------------------- reading
+
+def find_checkpoint(path_or_id):
+    """Returns the folder of a checkpoint: a local folder as it is, or a hub id once downloaded.
+
+    huggingface_hub downloads safetensors only, no pickle. Raises FileNotFoundError for a path that
+    is no folder, and for an id that the hub does not give."""
+    path = Path(path_or_id)
+    name = str(path_or_id)
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{name} is neither a checkpoint folder nor a hub id "
+                                "such as Qwen/Qwen3-4B")
+
+    try:
+        from huggingface_hub import snapshot_download
+        patterns = ["*.json", "*.safetensors", *COMPANION_FILES]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:   # offline, no such repository, no permission: many types
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise FileNotFoundError(
+            f"{name} is not a folder here and the hub did not give it ({reason}); "
+            "download the checkpoint and pass its folder") from None
+
+
 def read_json(file):
-    """A JSON file's object; one line that names the file when it is absent or malformed."""
+    """Returns the object of a JSON file.
+
+    Raises FileNotFoundError if it is absent and ValueError if it is malformed or no object."""
     try:
         content = json.loads(Path(file).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: is the folder a Hugging Face checkpoint?") from None
+        raise FileNotFoundError(f"{file} does not exist: "
+                                "is the folder a Hugging Face checkpoint?") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object")
     return content
 
 
-def open_shard(file):
-    """An open safetensors file; one line that names it when it is cut short (a broken download) or something else."""
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:   # SafetensorError derives from Exception alone
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): download or copy it again") from None
-
-
-def find_checkpoint(path_or_id):
-    """A local folder as it is; otherwise a hub id, downloaded by huggingface_hub (safetensors only, no pickle)."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
-    if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") != 1:
-        raise FileNotFoundError(f"{path_or_id} is neither a checkpoint folder nor a hub id such as Qwen/Qwen3-4B")
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", *CARRIED]))
-    except Exception as error:   # offline, no such repository, no permission: many types, one meaning here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{path_or_id} is not a folder here and the hub did not give it ({reason}); "
-                                "download the checkpoint and pass its folder") from None
+def read_companions(folder):
+    """Returns the COMPANION_FILES that a checkpoint folder has, as {name: bytes}."""
+    files = {name: folder / name for name in COMPANION_FILES}
+    return {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
 
 def weight_files(folder):
-    """The safetensors files of a checkpoint folder, one or many."""
+    """Returns the safetensors files of a checkpoint folder, one or many.
+
+    Raises FileNotFoundError for one that does not exist."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+
+    files = [folder / name for name in names]
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{folder} has no weights: {file.name} does not exist (only safetensors is read)")
+            raise FileNotFoundError(f"{folder} has no weights: {file.name} does not exist "
+                                    "(only safetensors is read)")
     return files
 
 
-def own_rows(p):
-    """(what this rank holds of a parameter, as a tensor; which rows these are). FSDP2 cuts the first dimension."""
-    if not isinstance(p, DTensor):
-        return p, slice(None)
-    size, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return p.to_local(), slice(offset[0], offset[0] + size[0])
+def open_shard(file):
+    """Open a safetensors file.
+
+    Raises ValueError if it is cut short (a broken download) or something else."""
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:   # SafetensorError derives from Exception alone
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): "
+                         "download or copy it again") from None
 
 
-def whole(p):
-    """A parameter with all its rows: gathered from the ranks that share it."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+@torch.no_grad()
+def read_weights(folder, parameters, model_type):
+    """Copy every stored tensor of a checkpoint folder into the parameter of its name.
+
+    parameters: {name: parameter}; of a sharded one, only this rank's rows are read. Raises
+    ValueError for a tensor that is missing, unexpected or of another shape."""
+    missing = set(parameters)
+    for file, name, stored in stored_tensors(folder):
+        # RoPE's frequencies are computed by the model, and a tied head is the embedding
+        tied_head = name == "lm_head.weight" and name not in parameters
+        if tied_head or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name not in parameters:
+            raise ValueError(f"{file}: unexpected tensor {name} for a {model_type} model")
+
+        shape = tuple(stored.get_shape())
+        expected = tuple(parameters[name].shape)
+        if shape != expected:
+            raise ValueError(f"{file}: {name} has shape {shape}, config.json says {expected}")
+
+        part, rows = own_rows(parameters[name])
+        if part.numel():
+            part.copy_(stored[rows])
+        missing.discard(name)
+
+    if missing:
+        count, first = len(missing), min(missing)
+        raise ValueError(f"{folder}: {count} tensors are missing, the first is {first}")
+
+
+def stored_tensors(folder):
+    """Yield (file, name, slice) for every stored tensor of a checkpoint folder.
+
+    A slice of safetensors knows its shape and reads only the rows that it is asked for."""
+    for file in weight_files(folder):
+        with open_shard(file) as shard:
+            for name in shard.keys():
+                yield file, name, shard.get_slice(name)
+
+
+# ----------------------------------------------------------------- parameters sharded over ranks
+
+def own_rows(parameter):
+    """Returns the part of a parameter that this rank holds, and the slice of rows that it is.
+
+    FSDP2 cuts the first dimension. A parameter that is not sharded is one part of all rows."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(None)
+    size, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), slice(offset[0], offset[0] + size[0])
+
+
+def whole(parameter):
+    """Returns a parameter with all its rows, gathered from the ranks that share it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+# --------------------------------------------------------------------------------------- writing
+
+def write_json(file, content):
+    """Write an object as an indented JSON file."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_shards(path, tensors, dtype):
-    """Write tensors as model.safetensors, or as model-00001-of-0000N.safetensors with an index above SHARD_BYTES."""
-    shards, size = [[]], 0
-    for name, tensor in tensors.items():
-        n = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + n > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += n
+    """Write tensors, {name: tensor}, into the folder `path` in the given dtype.
+
+    They become model.safetensors, or above SHARD_BYTES several files and their index. Raises
+    OSError for a file that could not be written."""
+    shards = names_by_shard(tensors, dtype)
     weight_map = {}
     for i, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: whole(tensors[name]).detach().to("cpu", dtype).contiguous() for name in names}
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+
+        # tensor by tensor: gather it from the ranks, move it to the host and convert it
+        shard = {}
+        for name in names:
+            shard[name] = whole(tensors[name]).detach().to("cpu", dtype).contiguous()
         try:
             save_file(shard, path / file, metadata={"format": "pt"})
         except Exception as error:      # SafetensorError, which derives from Exception alone
             raise OSError(f"{path / file} could not be written ({error})") from None
         weight_map.update(dict.fromkeys(names, file))
+
     if len(shards) > 1:
-        total = sum(t.numel() * dtype.itemsize for t in tensors.values())
+        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(path / "model.safetensors.index.json", index)
+
+
+def names_by_shard(tensors, dtype):
+    """Returns lists of the tensors' names, one a file: at most SHARD_BYTES or one tensor each."""
+    shards = [[]]
+    shard_bytes = 0
+
+    for name, tensor in tensors.items():
+        tensor_bytes = tensor.numel() * dtype.itemsize
+        if shards[-1] and shard_bytes + tensor_bytes > SHARD_BYTES:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(name)
+        shard_bytes += tensor_bytes
+    return shards
