@@ -33,11 +33,7 @@ import torch
 import dist
 from engine.checkpoint import Progress
 from engine.logps import gradients_in_place
-
-
-def trainable(model):
-    """The parameters that receive a gradient."""
-    return [p for p in model.parameters() if p.requires_grad]
+from model import trainable
 
 
 def adamw(model, lr, weight_decay=0.0):

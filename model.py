@@ -32,12 +32,8 @@ from torch.utils.checkpoint import checkpoint
 from engine.decode import SwiGLU
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
-from engine.weights import (find_checkpoint, read_companions, read_json, read_weights, whole,
-                            write_json, write_shards)
-
-SUPPORTED = ("qwen2", "qwen3", "llama")
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads")
+from engine.weights import (find_checkpoint, new_config, read_companions, read_config, read_json,
+                            read_weights, whole, write_json, write_shards)
 
 
 @dataclass
@@ -69,52 +65,11 @@ class ModelConfig:
         """Returns the ModelConfig of a config.json, which is given as a dict.
 
         Raises ValueError with one line for anything that this file does not compute."""
-        check_required(raw)
-        rope = rope_settings(raw)
-        check_supported(raw, rope)
-
-        kind = raw["model_type"]
-        heads = raw["num_attention_heads"]
-        attention_bias = bool(raw.get("attention_bias", False))
-        return cls(
-            model_type=kind,
-            **{name: raw[name] for name in REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope["rope_theta"]),
-            rope_scaling=rope if rope["rope_type"] == "llama3" else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            initializer_range=raw.get("initializer_range", 0.02),
-            qkv_bias=kind == "qwen2" or attention_bias,
-            o_bias=kind != "qwen2" and attention_bias,
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
-            qk_norm=kind == "qwen3",
-            eos_token_id=raw.get("eos_token_id"),
-            raw=dict(raw))
+        return cls(**read_config(raw), raw=dict(raw))
 
     def to_dict(self):
-        """Returns the config.json to write, as a dict.
-
-        It is the file that was read, or one that any recent version of transformers reads."""
-        if self.raw is not None:
-            return dict(self.raw)
-
-        same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-                "rope_theta", "tie_word_embeddings", "max_position_embeddings",
-                "initializer_range", "eos_token_id", "mlp_bias")
-        rope = self.rope_scaling or {"rope_type": "default"}
-        return {
-            **{name: getattr(self, name) for name in same},
-            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
-            "hidden_act": "silu",
-            "attention_bias": self.qkv_bias and self.model_type != "qwen2",
-            "use_sliding_window": False,
-            "rope_scaling": self.rope_scaling,
-            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
-        }
+        """Returns the config.json to write, as a dict: the file that was read, or a new one."""
+        return new_config(vars(self)) if self.raw is None else dict(self.raw)
 
 
 # ------------------------------------------------------------------------------------ the modules
@@ -466,49 +421,3 @@ def pack(wanted, prompts):
 
 
 # ------------------------------------------------------------------- what config.json may ask for
-
-def check_required(raw):
-    """Raise ValueError if a config.json is of another family, or lacks a size without a default."""
-    kind = raw.get("model_type")
-    if kind not in SUPPORTED:
-        supported = ", ".join(SUPPORTED)
-        raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
-
-    missing = [name for name in REQUIRED if name not in raw]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-
-
-def rope_settings(raw):
-    """Returns the settings of RoPE in a config.json, always with rope_type and rope_theta.
-
-    Older files have rope_theta and rope_scaling, newer ones have rope_parameters."""
-    scaling = raw.get("rope_scaling") or {}
-    parameters = raw.get("rope_parameters") or {}
-    rope = {"rope_theta": 10000.0, **scaling, **parameters}
-    rope["rope_theta"] = raw.get("rope_theta", rope["rope_theta"])
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    return rope
-
-
-def check_supported(raw, rope):
-    """Raise ValueError if a config.json asks for something that this file does not compute."""
-    rope_type = rope["rope_type"]
-    activation = raw.get("hidden_act", "silu")
-    layer_types = raw.get("layer_types") or ()
-    sliding = raw.get("use_sliding_window") or any(t != "full_attention" for t in layer_types)
-
-    refused = {
-        f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-        f"hidden_act {activation!r}": activation != "silu",
-        "sliding-window attention": sliding,
-        "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    if rope_type == "llama3":
-        for name in ("factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"):
-            refused[f"llama3 rope without {name}"] = name not in rope
-
-    for feature, found in refused.items():
-        if found:
-            raise ValueError(f"{raw['model_type']} with {feature} is not supported")
