@@ -9,7 +9,8 @@ bounds and help are one line, and the line becomes a flag with dashes:
 A run's settings are `Common`, below, joined with the `Settings` of its objective (grpo.py, gtpo.py,
 offpolicy.py), so an objective has exactly the flags that mean something to it. A wrong setting is
 one line that says what to give instead. So is a setting that would do nothing, because silence
-would look like an effect. """
+would look like an effect.
+"""
 import argparse
 import importlib
 import inspect

@@ -161,8 +161,8 @@ def normalize(row, name):
 def load_split(source, eval_source, seed, levels, eval_count, report=print):
     """Returns (training problems, held-out problems), which never overlap.
 
-    The held-out ones are those of eval_source or, without it, the source's test split. A file has none,
-    so a part of it is held out. Raises ValueError when nothing is left to train on.
+    The held-out ones are those of eval_source or, without it, the source's test split. A file has
+    none, so a part of it is held out. Raises ValueError when nothing is left to train on.
     """
     train = load_problems(source, "train", seed, levels, report=report)
     has_test_split = source in tasks.TASKS or source in HUB

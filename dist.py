@@ -12,7 +12,8 @@ one process: float32 without any of this, bfloat16 as a mesh of one, for its flo
 
 Backends: HCCL on Ascend, NCCL on CUDA, Gloo on CPU and for host objects everywhere. Left out:
 tensor, pipeline and sequence parallelism, because FSDP2 with one chip's share of 14B parameters and
-their optimizer fits (bench.py memory). """
+their optimizer fits (bench.py memory).
+"""
 import datetime
 import gc
 import os

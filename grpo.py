@@ -5,8 +5,8 @@ PPO learns a critic to say how good a completion is compared with what was expec
 group of G completions of the same prompt and compares each with the others: no second network, no
 value loss.
 
-    A_i   = (r_i - mean(r)) / std(r)                            advantage of a completion in its group
-    rho   = pi(token) / mu(token) = exp(logp - old_logp)        pi is trained, mu drew the tokens
+    A_i   = (r_i - mean(r)) / std(r)                        advantage of a completion in its group
+    rho   = pi(token) / mu(token) = exp(logp - old_logp)    pi is trained, mu drew the tokens
     loss  = - min(rho A, clip(rho, 1 - low, 1 + high) A)  +  beta KL        of a token
 
 The loss is averaged over all tokens ("token", DAPO), within each sequence first ("sequence",
@@ -18,7 +18,8 @@ while its gradient is not: a loss of zero is normal here. gtpo.py and offpolicy.
 functions; each says which.
 
 Left out of the paper: the critic's relatives. There is no entropy bonus and no length penalty,
-which belong to the reward. """
+which belong to the reward.
+"""
 from dataclasses import dataclass, fields, replace
 
 import torch

@@ -220,7 +220,8 @@ class Settings(grpo.GroupSettings):     # no clip and no KL, so those flags do n
         one_update = self.epochs * self.minibatches == 1
         if (self.gtpo_official or not self.gtpo_ratio) and not one_update:
             raise ValueError("--gtpo-official and --no-gtpo-ratio take pi/mu for 1, which it is "
-                             "at a rollout's first update only: leave --epochs and --minibatches at 1")
+                             "at a rollout's first update only: "
+                             "leave --epochs and --minibatches at 1")
 
 
 # ------------------------------------------------------------------- the calls of the training loop

@@ -366,8 +366,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                 raise ValueError(f"--max-staleness {self.max_staleness}: fresh groups may be "
                                  f"{oldest} updates old; raise it, or 0")
             if self.advantage_scale == "batch":
-                raise ValueError("--advantage-scale batch: its std is that of one rollout, not of a "
-                                 "batch from the buffer; use another, or --replay-ratio 1")
+                raise ValueError("--advantage-scale batch: its std is that of one rollout, not of "
+                                 "a batch from the buffer; use another, or --replay-ratio 1")
 
         elif self.trust_region == "second_moment" and self.sync_every == 1:
             raise ValueError("--trust-region second_moment needs samples of older weights: "

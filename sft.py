@@ -13,7 +13,8 @@ left for train.py to discover.
 
 To the learner this is one more objective (`loss`, below), whose batches come from a file and not
 from a rollout. Left out: packing several problems into one sequence, because no padding is computed
-anyway. """
+anyway.
+"""
 import math
 import os
 import random
@@ -235,8 +236,8 @@ def warm_start(config, progress=True):
 def default_start(c, folder, device):
     """Make the default run's starting point: a small model that has seen worked solutions.
 
-    It lies beside the run folders, under a name with a checksum of its settings, so that other runs of
-    the same seed find it there. Every rank enters. Returns its folder."""
+    It lies beside the run folders, under a name with a checksum of its settings, so that other runs
+    of the same seed find it there. Every rank enters. Returns its folder."""
     settings = SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
                              terse_steps=c.warm_start_steps // 5, out="", device="")
     checksum = zlib.crc32(repr(settings).encode())

@@ -1,1 +1,22 @@
-"""The machinery under the concepts: decoding, kernels, log-probs, checkpoints. It imports nothing of the root but dist."""
+"""The machinery under the concepts. It imports nothing of the root but dist.py.
+
+    decode, batching, sampling      how rollout.py draws: the model, who is drawn when, one token
+    kernels, logps                  formulas of the transformer; log-probs without a (B, T, V) tensor
+    weights, checkpoint             a model's files; a run's folder and its checkpoints
+    machine                         memory, threads, and the frame of a program
+
+The engine's own words, each with one meaning:
+
+    row             a completion that is being drawn, one line of a step's batch
+    step            one token for every row (a training step is train.py's)
+    slot            room for one token's keys and values; of a batch, room for one row
+    seat            the index of a prompt in the cache; all rows of its group read it there
+    own             of keys, values and slots: those of a row's drawn tokens, not its prompt's
+    block           several of a row's own slots that lie together (CPU); or a block of the model
+    by_prompt, by_row   indices that bring rows to the order of their prompts, and back
+    lent            of a weight: whole only while FSDP has its module gathered, so it is copied
+    blocked         of a weight: stored in the order in which oneDNN computes
+    bucket          sequences of like size that are padded together; sizes rounded up to a few
+    host            the CPU that drives an accelerator; to look at a result there is to wait
+    part            a piece of the vocabulary (sampling) or of the keys (attention)
+"""

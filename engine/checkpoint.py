@@ -11,7 +11,8 @@ size.
 A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is
 whole or absent. Tensors are saved by torch.distributed.checkpoint under their names, whatever part
 of them a rank held, so any number of ranks can go on from them. Several nodes need a folder that
-all of them see. The index of the tensors is a pickle: resume only your own runs. """
+all of them see. The index of the tensors is a pickle: resume only your own runs.
+"""
 import fcntl
 import json
 import os

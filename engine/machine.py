@@ -2,7 +2,8 @@
 
 Memory that is free or was used, the fastest number of threads, and how errors and Ctrl-C end a
 program. Every program imports this file first, before torch, because it says how OpenMP's threads
-wait for each other. """
+wait for each other.
+"""
 import ctypes
 import os
 import resource
@@ -22,7 +23,7 @@ def peak_memory_mb(device):
     """Largest memory so far in MB: of the accelerator's allocator, or of the process on CPU."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated() / 2 ** 20
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10     # macOS counts bytes, Linux kilobytes
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10     # macOS counts bytes, Linux kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -102,12 +103,15 @@ def program(stopped=lambda: "interrupted: nothing was written"):
     group at the end."""
     try:
         yield
+
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(stopped(), file=sys.stderr)
         sys.exit(130)
+
     except (ValueError, OSError) as error:
         dist.fail(error)
+
     except Exception as error:
         if dist.world() == 1:
             raise
@@ -115,6 +119,7 @@ def program(stopped=lambda: "interrupted: nothing was written"):
         if not lost:        # of this rank, and before it ends: its others would wait for it
             traceback.print_exc()
         dist.fail(lost or f"rank {dist.rank()}: {dist.first_line(error)}")
+
     finally:
         dist.close()
 

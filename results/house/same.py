@@ -17,8 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
 TIMES = {"rollout_time", "rollout_tokens_per_s", "train_time", "step_time", "peak_memory_mb"}
-OPTIONS = ("--steps 5 --eval-every 5 --eval-problems 20 --eval-samples 2 --save-every 3 --threads 1 "
-           "--device cpu --prompts-per-step 8 --group-size 4").split()
+OPTIONS = ("--steps 5 --eval-every 5 --eval-problems 20 --eval-samples 2 --save-every 3 "
+           "--threads 1 --device cpu --prompts-per-step 8 --group-size 4").split()
 CASES = {
     "grpo": "--algo grpo",
     "gtpo": "--algo gtpo",
@@ -77,10 +77,12 @@ def logs(checkout, start, folder, options):
 
 
 def differences(old, new):
-    """[(step, key, old value, new value)] where a number of the old log is another one in the new."""
+    """[(step, key, old value, new value)] where the new log has another number than the old."""
     found = []
     for a, b in zip(old, new, strict=True):
-        found += [(a["step"], key, value, b.get(key)) for key, value in a.items() if b.get(key) != value]
+        for key, value in a.items():
+            if b.get(key) != value:
+                found.append((a["step"], key, value, b.get(key)))
     return found
 
 
@@ -91,7 +93,7 @@ def main():
     parser.add_argument("--start", required=True, help="the checkpoint that all runs start from")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--keep", type=Path, help="a folder for the old logs, which are read there again")
+    parser.add_argument("--keep", type=Path, help="a folder for the old logs, to be read again")
     args = parser.parse_args()
     start = str(Path(args.start).resolve())
 
@@ -99,7 +101,8 @@ def main():
         return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout,
                               capture_output=True, text=True).stdout.strip()
 
-    result = {"old": commit(args.old), "new": commit(HERE), "options": " ".join(OPTIONS), "cases": {}}
+    result = {"old": commit(args.old), "new": commit(HERE), "options": " ".join(OPTIONS),
+              "cases": {}}
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             kept = args.keep and args.keep / f"{case}.json"
