@@ -237,24 +237,32 @@ def default_start(c, folder, device):
     """Make the default run's starting point: a small model that has seen worked solutions.
 
     It lies beside the run folders, under a name with a checksum of its settings, so that other runs
-    of the same seed find it there. Every rank enters. Returns its folder."""
+    of the same seed find it there; the run folder has a link to it. Every rank enters. Returns its
+    folder."""
     settings = SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
                              terse_steps=c.warm_start_steps // 5, out="", device="")
     checksum = zlib.crc32(repr(settings).encode())
     final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
-    if dist.broadcast_object(final.exists()):
-        return str(final)
 
-    part = folder / ".warm_start"
-    warm_start(replace(settings, out=str(part), device=str(device)))
-    if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
-        try:
-            os.replace(part, final)
-        except OSError:
-            if not final.exists():          # else another run has been faster
-                raise
+    if not dist.broadcast_object(final.exists()):
+        part = folder / ".warm_start"
+        warm_start(replace(settings, out=str(part), device=str(device)))
+        if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
+            move(part, final)
+
+    if dist.rank() == 0 and not (folder / "warm_start").is_symlink():
+        (folder / "warm_start").symlink_to(os.path.relpath(final, folder))
     dist.barrier()
     return str(final)
+
+
+def move(part, final):
+    """Rename a folder, unless another run has been faster."""
+    try:
+        os.replace(part, final)
+    except OSError:
+        if not final.exists():
+            raise
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -7,11 +7,14 @@
 
 The engine's own words, each with one meaning:
 
-    row             a completion that is being drawn, one line of a step's batch
+    completion      one of the N x G texts that a call draws, by its number
+    waiting, running    completions that are not in the cache yet; those that have a slot
+    row, slot       a completion's line in a step's batch and in the cache; it passes to the next
+                    completion when its own has ended
+    seat            the place of a prompt in the cache; all rows of its group read it there
     step            one token for every row (a training step is train.py's)
-    slot            room for one token's keys and values; of a batch, room for one row
-    seat            the index of a prompt in the cache; all rows of its group read it there
-    own             of keys, values and slots: those of a row's drawn tokens, not its prompt's
+    look            the host reads which rows have stopped, which waits for the device
+    own             of keys and values: those of a row's drawn tokens, not its prompt's
     block           several of a row's own slots that lie together (CPU); or a block of the model
     by_prompt, by_row   indices that bring rows to the order of their prompts, and back
     lent            of a weight: whole only while FSDP has its module gathered, so it is copied

@@ -7,7 +7,7 @@ A step has two phases, whose memory is not needed at the same time:
     rollout     a copy of the weights in the compute dtype, keys and values
     training    gradients, gathered blocks, activations
 Weights and Adam's moments stay through both. On the CPU the rows' own keys and values stay as well,
-if they are small (Sampler.keep).
+if they are small (ContinuousBatch.memory_to_keep).
 
 Left out are a frozen reference (--beta) and the lagging weights (--sync-every): each is one more
 copy in the compute dtype, over `shard` ranks. `bench.py memory` and `bench.py comm` measure what is
