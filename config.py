@@ -63,7 +63,7 @@ def check_settings(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{given}: must be a finite number")
         if bound["above"] is not None and not value > bound["above"]:
-            raise ValueError(f"{given}: must be a number above {bound['above']}")
+            raise ValueError(f"{given}: must be above {bound['above']}")
 
         if bound["most"] is not None and not value <= bound["most"]:
             raise ValueError(f"{given}: must be at most {bound['most']}")
@@ -152,7 +152,7 @@ def source(config_class):
 @dataclass
 class Common:
     # what
-    algo: str = setting("grpo", choices=ALGOS)  # the objective: grpo, gtpo, offpolicy
+    algo: str = "grpo"                  # the objective, a name in ALGOS: grpo, gtpo, offpolicy
     model: str = ""                     # checkpoint folder or hub id;
                                         # empty: warm-start a small one on the built-in task
     data: str = "arithmetic"            # arithmetic, gsm8k, math, or a .jsonl file

@@ -1,7 +1,7 @@
 """The machinery under the concepts. It imports nothing of the root but dist.py.
 
-    decode, batching, sampling      how rollout.py draws: the model, who is drawn when, one token
-    kernels, logps                  formulas of the transformer; log-probs without a (B, T, V) tensor
+    decode, batching, sampling      how rollout.py draws: the model, who is drawn when, a token
+    kernels, logps                  formulas of the transformer; log-probs without (B, T, V)
     weights, checkpoint             a model's files; a run's folder and its checkpoints
     machine                         memory, threads, and the frame of a program
 

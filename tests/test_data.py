@@ -422,9 +422,10 @@ def test_batches_are_full_and_visit_everything_once_an_epoch():
 
 
 def test_collate_marks_completions_only():
-    tokens, mask = sft.collate([([5, 6], [7]), ([8], [9, 10, 11])], "cpu")
-    assert tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
-    assert mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+    batch = sft.collate([([5, 6], [7]), ([8], [9, 10, 11])], "cpu")
+    assert batch.tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
+    assert batch.mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+    assert batch.prompt_lengths.tolist() == [2, 1] and batch.lengths.tolist() == [3, 4]
 
 
 def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path):
@@ -437,7 +438,8 @@ def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path):
     assert losses[0] == losses[1]
     problems = tasks.arithmetic(200)
     tokenizer = prompts.load_tokenizer(tmp_path / "a")
-    tokens, mask = sft.collate(sft.corpus(problems, tokenizer, config)[:32], "cpu")
+    batch = sft.collate(sft.corpus(problems, tokenizer, config)[:32], "cpu")
+    tokens, mask = batch.tokens, batch.mask
     trained = -model.token_logps(tokens, mask)[0].sum() / mask.sum()
     fresh, _ = sft.build(problems, config)
     assert trained < 0.9 * -fresh.token_logps(tokens, mask)[0].sum() / mask.sum()
