@@ -155,9 +155,11 @@ class Common:
     algo: str = "grpo"                  # the objective, a name in ALGOS: grpo, gtpo, offpolicy
     model: str = ""                     # checkpoint folder or hub id;
                                         # empty: warm-start a small one on the built-in task
+
     data: str = "arithmetic"            # arithmetic, gsm8k, math, or a .jsonl file
     eval_data: str = ""                 # held-out problems;
                                         # empty: the source's test split, or a part of the file
+
     out: str = ""                       # run folder; empty: runs/ALGO-DATA-seedS
     resume: bool = False                # go on from the last checkpoint in --out
     seed: int = setting(0, least=0)
@@ -166,10 +168,12 @@ class Common:
     group_size: int = setting(8, least=2)               # G completions a prompt
     max_new_tokens: int = setting(64, least=1)          # a longer completion is cut,
                                                         # and counted in truncated_frac
+
     max_prompt_tokens: int = setting(512, least=1)      # problems with longer prompts are dropped
     temperature: float = setting(1.0, above=0)          # of rollouts, and of what is trained
     rows_at_once: int = setting(1024, least=1)          # completions drawn together, at most;
                                                         # memory may allow fewer
+
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
     # rewards (reward.py): 1 for a verified answer, plus
     reward: str = ""                    # NAME=WEIGHT,...: more functions of reward.REWARDS
@@ -179,14 +183,17 @@ class Common:
     steps: int = setting(60, least=1)           # rollouts
     epochs: int = setting(1, least=1)           # passes over a batch: the rollout,
                                                 # with offpolicy also each batch from the buffer
+
     minibatches: int = setting(1, least=1)      # optimizer steps a pass
     lr: float = setting(1e-4, above=0)          # for the default small model;
                                                 # 1e-6 is usual for billions of parameters
+
     warmup_steps: int = setting(5, least=0)     # linear
     weight_decay: float = setting(0.0, least=0)
     grad_clip: float = setting(1.0, above=0)    # largest norm of the gradient
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass, a group's prompt
                                                         # counted once; memory, not mathematics
+
     activation_checkpointing: bool = False      # less memory, a third more time
     # evaluation and output
     eval_every: int = setting(10, least=1)      # steps; also before the first and after the last
@@ -196,26 +203,33 @@ class Common:
     keep_checkpoints: int = setting(2, least=1, on_resume=True)     # the newest ones stay
     variance_every: int = setting(0, least=0)   # steps between estimates of the gradient's
                                                 # variance; 0: none
+
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
     warm_start_steps: int = setting(1400, least=5)      # supervised steps before the default run
     # machine
     kv_memory_mb: float = setting(0.0, least=0)     # for keys and values while sampling, a process;
                                                     # 0: 80 % of what is free
+
     graph: str = setting("", choices=("", "on", "off"))     # sampling steps as device graphs;
                                                             # empty: on with cuda (on with npu they
                                                             # replace its attention kernel)
+
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     dtype: str = setting("", choices=DTYPES)        # of computation, master weights are float32;
                                                     # empty: float32 on cpu, else bfloat16
+
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
     # several processes (torchrun)
     shard: int = setting(0, least=0, on_resume=True)    # ranks that hold one copy of weights and
                                                         # optimizer together; 0: all
+
     offload: bool = setting(False, on_resume=True)      # weights, gradients and optimizer state in
                                                         # the host's memory between uses
+
     collective_timeout: int = setting(1800, least=1, on_resume=True)    # seconds until a collective
                                                         # that a rank has not joined ends the run
+
     watchdog: int = setting(300, least=0, on_resume=True)   # seconds in one phase after which a
                                                             # rank names itself; 0: never
 

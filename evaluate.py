@@ -41,7 +41,7 @@ from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, pa
                     refuse_torchrun, setting)
 from model import Transformer
 from report import standard_error
-from rollout import Sampler, completions
+from rollout import Sampler, draw_groups
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
 ENDLESS = 1000      # problems of a built-in task without --limit
@@ -62,14 +62,17 @@ class EvalConfig:
     max_prompt_tokens: int = setting(512, least=1)  # problems with longer prompts are dropped
     limit: int = setting(0, least=0)                # only the first problems;
                                                     # 0: all (of a built-in task 1000)
+
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
     levels: str = "4-6"                             # fewest-most steps of a built-in task
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     dtype: str = setting("", choices=DTYPES)        # float32, bfloat16;
                                                     # empty: float32 on cpu, else bfloat16
+
     rows_at_once: int = setting(1024, least=1)      # completions drawn together, at most;
                                                     # memory may allow fewer
+
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
 
 
@@ -249,7 +252,7 @@ def complete(config, sampler, tokenizer, problems, samples, temperature, bar):
         batch = order[first:first + size]
         chosen = [problems[i] for i in batch]
         seeds = [(config.seed, problem["index"]) for problem in chosen]
-        rollout, groups = completions(
+        rollout, groups = draw_groups(
             sampler, tokenizer, chosen, samples, config.max_new_tokens, temperature, seeds,
             top_k=config.top_k, top_p=config.top_p)
 

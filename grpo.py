@@ -13,12 +13,12 @@ The loss is averaged over all tokens ("token", DAPO), within each sequence first
 DeepSeekMath), or by a constant length ("constant", Dr. GRPO, arXiv 2503.20783).
 
 N prompts x G completions = B rows, prompt-major; T positions, right-padded; mask (B, T) is 1 on
-completion tokens, the stop token included. On-policy rho is 1, so the loss is near -mean(A) = 0
-while its gradient is not: a loss of zero is normal here. gtpo.py and offpolicy.py change these
-functions; each says which.
+completion tokens, the stop token included. A loss near zero is normal here. On-policy rho is 1, so
+the loss is minus the mean advantage, which is 0 ("sequence") or small ("token", where longer
+completions weigh more); its gradient is what teaches.
 
-Left out of the paper: the critic's relatives. There is no entropy bonus and no length penalty,
-which belong to the reward.
+gtpo.py and offpolicy.py change these functions; each says which. Not here, though often added: an
+entropy bonus and length penalties. Length is a matter of the reward.
 """
 from dataclasses import dataclass, fields, replace
 
@@ -40,13 +40,13 @@ def group_advantages(rewards, scale="std", eps=1e-6, unbiased=False):
     """How much better each completion is than its group.
 
     rewards (N, G) -> advantages (N, G), float32 (float64 stays). A group whose rewards are all
-    equal teaches nothing and gives exactly 0. That is tested by max == min: in floating point the
-    std of equal numbers is not 0.
+    equal teaches nothing and gives exactly 0. That is tested by max == min, because in floating
+    point the std of equal numbers is not 0.
 
     scale: "std" divides by the group's std (DeepSeekMath). "none" does not (Dr. GRPO). "loo"
     subtracts the mean of the *other* completions (RLOO, = "none" x G/(G-1)). "batch" divides by the
-    std of all rewards (Lite-PPO, arXiv 2508.08221). unbiased: std with G - 1 (TRL, verl) instead of
-    G.
+    std of all rewards (Lite-PPO, arXiv 2508.08221).
+    unbiased: std with G - 1 (TRL, verl) instead of G.
 
     Raises ValueError on another shape or scale."""
     if rewards.ndim != 2:
@@ -81,11 +81,14 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, l
                 dual_clip=None):
     """The clipped surrogate (PPO, arXiv 1707.06347), negated: (B, T), 0 off the mask.
 
-    logp (B, T) with gradient; old_logp (B, T) of the policy that drew the tokens; advantages (B,);
-    mask (B, T). level: "token" one ratio a token; "sequence" its geometric mean over the row (GSPO,
-    arXiv 2507.18071). clip_high > clip_low leaves rare tokens more room to grow (clip-higher, DAPO,
-    arXiv 2503.14476). dual_clip: for A < 0 the loss is at most dual_clip x |A| (arXiv 1912.09729;
-    verl uses 3); None for no bound."""
+    logp (B, T) with gradient; old_logp (B, T) of the policy that the ratio is taken to, the one
+    that drew the tokens (in offpolicy.py it may be prox); advantages (B,); mask (B, T).
+
+    level: "token" one ratio a token; "sequence" its geometric mean over the row (GSPO, arXiv
+    2507.18071).
+    clip_high > clip_low leaves rare tokens more room to grow (clip-higher, DAPO, arXiv 2503.14476).
+    dual_clip: for A < 0 the loss is at most dual_clip x |A| (arXiv 1912.09729; verl uses 3); None
+    for no bound."""
     if level not in LEVELS:
         raise ValueError(f"level must be token or sequence, not {level!r}")
 
@@ -130,11 +133,11 @@ def masked_log_ratio(logp, other, mask):
 # ------------------------------------------------------------------------------ KL to the reference
 
 def kl_penalty(logp, ref_logp, kind="k3", old_logp=None, mask=None):
-    """Estimates of KL(pi || pi_ref) at the drawn tokens (http://joschu.net/blog/kl-approx.html):
-    (B, T).
+    """Estimates of KL(pi || pi_ref) at the drawn tokens: (B, T).
 
-    With d = ref_logp - logp:  k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - d - 1 (never negative;
-    DeepSeekMath).
+    With d = ref_logp - logp (http://joschu.net/blog/kl-approx.html):
+
+        k1 = -d          k2 = d^2 / 2          k3 = exp(d) - d - 1, never negative (DeepSeekMath)
 
     As a *loss* they differ. On-policy the gradient of k1 is zero in expectation, that of k2 is the
     gradient of KL(pi || ref), that of k3 the gradient of the forward KL(ref || pi). "k3_is"
@@ -165,13 +168,13 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
     """A (B, T) loss as one number; the choice with the largest effect on what is learned.
 
     "token": sum / tokens, so long completions weigh more (DAPO). "sequence": the mean within a row,
-    then over rows, so a token of a long row weighs less (DeepSeekMath). "constant": sum / (rows x
-    max_length), no length bias (Dr. GRPO).
+    then over rows, so a token of a long row weighs less (DeepSeekMath). "constant":
+    sum / (rows x max_length), no length bias (Dr. GRPO).
 
     normalizer: the count of tokens ("token") or rows (the others) over *all* micro-batches and
-    ranks of the step. Given it, the gradients of any split add up to that of the whole. By default
-    it is the count of this call alone, where rows without a token do not count. "constant" without
-    max_length divides by the normalizer alone."""
+    ranks of the update. Given it, the gradients of any split add up to that of the whole. By
+    default it is the count of this call alone, where rows without a token do not count. "constant"
+    without max_length divides by the normalizer alone."""
     loss = torch.where(mask.bool(), loss, 0.0)
     lengths = mask.sum(1)                                       # (B,)
 
@@ -194,17 +197,23 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
 
 # ----------------------------------------------------------------------------------------- settings
 
+# setting(): a default, bounds or choices, and what it needs to mean anything; it becomes a flag,
+# whose help is the comment behind it (config.py).
+
 @dataclass
 class GroupSettings:
     # objective: advantages and averaging (grpo.py)
     advantage_scale: str = setting("std", choices=SCALES)       # std, none (Dr. GRPO), loo (RLOO),
                                                                 # batch
+
     unbiased_std: bool = False                                  # std with G - 1, as TRL and verl
     aggregation: str = setting("token", choices=AGGREGATIONS)   # token (DAPO), sequence
                                                                 # (DeepSeekMath), constant (Dr.
                                                                 # GRPO)
+
     zero_variance: str = setting("drop", choices=("drop", "keep"))  # groups of equal rewards: drop,
                                                                     # keep (in the normalizer)
+
     mask_truncated: bool = False            # leave cut completions out of the loss
 
 
@@ -219,8 +228,10 @@ class Settings(GroupSettings):
     ratio_level: str = setting("token", choices=LEVELS) # token, sequence (GSPO: clip about 3e-4)
     dual_clip: float = setting(0.0, least=0)            # 3.0: verl's bound for negative advantages;
                                                         # 0: none
+
     beta: float = setting(0.0, least=0)                 # weight of the KL to the starting model;
                                                         # above 0 loads a frozen reference
+
     kl_kind: str = setting("k3", choices=KL_KINDS, needs=[WITH_BETA])       # k1, k2, k3, k3_is
 
 
@@ -242,10 +253,13 @@ class Batch:
     active: torch.Tensor                    # (B,) bool: the rows that carry a gradient
     old_logp: torch.Tensor                  # (B, T) log mu, of the policy that drew the tokens
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
-    pi_logp: torch.Tensor | None = None     # (B, T) if given, updates leave their log-probs here
+    pi_logp: torch.Tensor | None = None     # (B, T) an output: updates leave here the log-probs
+                                            # that they meet, if it is given (by offpolicy.py)
 
     def rows(self, indices):
-        """The batch of these rows alone, cut to the longest of them."""
+        """The batch of these rows alone, cut to the longest of them.
+
+        Every field begins with the B rows, and one of two dimensions is cut to T columns."""
         indices = torch.as_tensor(indices, dtype=torch.int64, device=self.tokens.device)
         T = int(self.lengths[indices].max()) if len(indices) else 1
 

@@ -13,16 +13,18 @@ breaks the form, and pushing all down flattens the policy until it collapses. GT
     lambda   2 on a conflict token of a positive row (amplified), 0 in a negative row (protected),
              1 elsewhere
     H_i      mean token entropy of completion i under pi, no gradient: a high one costs advantage
-    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1. Below
-             ln 2 some token surely has a probability above 1/2 (p_max >= exp(-H)), above it that
-             is no longer guaranteed
+    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1. At a
+             position of entropy below ln 2 some token has a probability above 1/2
+             (p_max >= exp(-H)), above it that is no longer guaranteed
     rho      pi / mu, 1 at the first update; no clip
 
 and has no KL term, so no reference model. Function by function beside grpo.py:
 
-    prepare      + the conflict weights         policy_loss   - clip   + gate, - gamma H, + lambda
-    loss         - KL                           aggregate     the same, by default within a
-    complete     + the initial entropy                        completion first
+    prepare         with the conflict weights
+    complete        with the initial entropy
+    policy_loss     without the clip; with gate, entropy penalty and lambda
+    loss            without the KL
+    aggregate       the same, by default within a completion first
 
 The official code (5d33811) is not its own objective. Each difference is a choice here.
 `official=True` takes the code's side except in the last four lines (for gamma pass 0.1, for the
@@ -158,8 +160,10 @@ def policy_loss(logp, old_logp, advantages, mask, entropy, conflict, gate, gamma
 def gtpo_loss(logp, old_logp, advantages, mask, entropy, tokens, group_size, initial_entropy,
               gamma=0.005, amplify=2.0, threshold=LN2, cap=2.0, divide_by_conflict=False,
               sum_over_group=False, official=False):
-    """The whole objective of a batch of groups, as one number; entropy (B, T), other arguments as
-    above.
+    """The whole objective of a batch of groups, as one number, to read and to test.
+
+    Training calls `loss`, below, which is the same by micro-batches. entropy (B, T), other
+    arguments as above.
 
     The named choices are the table of the file's docstring. official=True takes the code's side,
     except gamma (pass 0.1)."""
@@ -199,9 +203,11 @@ class Settings(grpo.GroupSettings):     # no clip and no KL, so those flags do n
     gtpo_gamma: float = setting(0.005, least=0)     # entropy penalty;
                                                     # the official code's 0.1 is for rewards of 0 to
                                                     # 20
+
     gtpo_amplify: float = setting(2.0, least=0)     # weight of conflict tokens in positive rows
     gtpo_cap: float = setting(2.0, least=0)         # largest weight of a token in both runs;
                                                     # 0: no bound
+
     gtpo_ratio: bool = True                         # pi / mu for several updates a rollout; else 1
     gtpo_official: bool = False                     # the official code instead of the published
                                                     # objective (also set --gtpo-gamma)

@@ -1,24 +1,28 @@
 """From a batch to optimizer steps: passes, micro-batches, one normaliser, gradients over ranks.
 
 The gradient is that of the whole batch at once. The loss of every micro-batch is divided by the
-same count, taken over all micro-batches and ranks before the first backward. A rank without rows
-has tensors of 0 rows and enters every collective.
+same count, taken over all micro-batches and ranks before the first backward. Gradients are *summed*
+over ranks (dist.py), not averaged, so any split of the batch gives the same gradient. A rank
+without rows has tensors of 0 rows and enters every collective.
+
+A step is one rollout. An update is one call of the optimizer; a step makes one update or several.
 
 An objective is a module (grpo.py, gtpo.py, offpolicy.py; its name stands in config.ALGOS) with
 
-    Settings                                dataclass: its flags, their bounds, check()
+    Settings                                dataclass of its flags. config.py joins it with the
+                                            settings that every run has; an optional check() may
+                                            read both
     METRICS                                 {name: "tokens" | "rows"}: sums that `loss` returns, and
                                             the count that they are divided by
     prepare(rollout, rewards, config)       -> Batch; pure
     loss(logp, entropy, batch, config, normalizer)      -> (scalar, sums); pure. Among the sums are
-                                            those of grpo.common_sums
+                                            those of grpo.common_sums, "tokens" and "rows"
 
 and, where it needs them,
 
-    State(config)                           carried from step to step, saved with each checkpoint
-                                            (state_dict, load_state_dict)
-    complete(learner, batch)                adds to the batch, in place, what only a model or other
-                                            ranks can tell
+    State(config)                           carried from step to step and saved: state_dict,
+                                            load_state_dict
+    complete(learner, batch)                adds to the batch what only a model or other ranks know
     forward(model, micro, rows, config)     -> (logp, entropy), if they are not those of token_logps
     learn(learner, rollout, rewards)        -> (updates, more for the log), if a rollout is more
                                             than one batch
@@ -82,23 +86,22 @@ class Learner:
         return batch
 
     def passes(self, batch, count, config=None):
-        """Make the updates of --epochs passes over a batch whose groups are this rank's share of
-        `count`.
+        """Make the updates of --epochs passes over a batch. Returns a list of sums, one an update.
 
-        config: settings of the loss, if they are not the run's. Returns a list of sums, one an
-        update. A minibatch goes by the groups' numbers among all ranks: the same on any world
-        size."""
+        count: groups over all ranks, of which the batch holds this rank's share. config: settings
+        of the loss, if they are not the run's. Group i goes to minibatch i mod --minibatches, where
+        i counts over all ranks, so that a minibatch is the same on any world size."""
         c = config or self.config
-        numbers = dist.split(count)
+        group_numbers = dist.split(count)
         active = batch.active.tolist()
         measure_variance = c.variance_every and self.progress.step % c.variance_every == 0
 
         def active_rows(minibatch, half=None):
             """Rows of the groups whose number falls to this minibatch, or to this half of it."""
             rows = []
-            for local, number in enumerate(numbers):
-                turn, place = divmod(number, c.minibatches)
-                if place == minibatch and half in (None, turn % 2):
+            for local, number in enumerate(group_numbers):
+                of_half = number // c.minibatches % 2
+                if number % c.minibatches == minibatch and half in (None, of_half):
                     rows += range(local * c.group_size, (local + 1) * c.group_size)
             return [row for row in rows if active[row]]
 
@@ -107,13 +110,16 @@ class Learner:
             for minibatch in range(c.minibatches):
                 if measure_variance:
                     halves = active_rows(minibatch, 0), active_rows(minibatch, 1)
-                    updates.append(self.step_in_halves(batch, *halves, c))
+                    updates.append(self.update_in_halves(batch, *halves, c))
                 else:
-                    updates.append(self.step(batch, active_rows(minibatch), c))
+                    updates.append(self.update(batch, active_rows(minibatch), c))
         return updates
 
     def means(self, updates):
-        """Means over the updates of a rollout; without a trained token there is no entropy."""
+        """Means over the updates of a rollout.
+
+        Without a trained token there is no entropy among them, so that the sampler's estimate stays
+        in the log."""
         count = {unit: sum(u[unit] for u in updates) for unit in ("tokens", "rows")}
         out = {}
         for name, unit in self.objective.METRICS.items():
@@ -152,7 +158,7 @@ class Learner:
 
     # ---------------------------------------------------------------- one optimizer step
 
-    def step(self, batch, rows, config=None):
+    def update(self, batch, rows, config=None):
         """Make one optimizer step on the given rows of this rank's batch.
 
         Returns sums for the log, already reduced over ranks."""
@@ -163,9 +169,10 @@ class Learner:
             self.accumulate(batch, rows, c, normalizer, sums)
         return self.finish(sums, normalizer)
 
-    def step_in_halves(self, batch, first, second, config=None):
-        """Make one optimizer step on both halves together; the sums have "grad_variance" as
-        well."""
+    def update_in_halves(self, batch, first, second, config=None):
+        """As `update` on both halves together, with "grad_variance" among the sums.
+
+        A diagnostic, every --variance-every steps: how noisy the gradient is."""
         c = config or self.config
         counts = [self.count(batch, rows, c) for rows in (first, second)]
         normalizer = sum(counts)
@@ -193,7 +200,10 @@ class Learner:
         return {**dict.fromkeys(names, 0.0), "ratio_max_dev": 0.0}
 
     def accumulating(self):
-        """While open, backward adds to the gradients; that of a tied embedding in place."""
+        """While open, embedding and lm_head add their gradients in place.
+
+        They are the largest tensors of a small model's update. Sharded weights cannot (their
+        gradient is reduced by FSDP's hooks), and frozen ones have none."""
         in_place = not dist.sharded(self.model) and self.model.lm_head.weight.requires_grad
         return gradients_in_place(self.model.lm_head.weight) if in_place else nullcontext()
 
@@ -203,6 +213,7 @@ class Learner:
         parts = parts_of(batch, rows, config)
         for i, (part, micro) in enumerate(parts):
             dist.detail(f"micro-batch {i + 1} of {len(parts)}")
+            # a switch: only the last backward also sums gradients over copies of the weights
             dist.reduce_over_copies(self.model, now=i == len(parts) - 1)
 
             found = self.backward(batch, part, micro, config, normalizer)
@@ -232,7 +243,7 @@ class Learner:
         out = dist.all_reduce(sums, self.device)
         out |= dist.all_reduce(deviation, self.device, "max")
 
-        for p in trainable(self.model):
+        for p in trainable(self.model):         # without rows there was no backward
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         any_signal = normalizer > 0
         out["grad_norm"] = self.descend(out["loss"]) if any_signal else 0.0
@@ -295,9 +306,9 @@ def gradient_variance(parameters, of_first, counts):
 
 # ----------------------------------------------------------------------------------- micro-batches
 
-# Attention may read so many keys for each token of the budget: they are copied, but they are
-# narrow.
-KEYS = 4
+# Attention copies the keys that it reads. A key is narrower than an activation, so that so many are
+# allowed for each token of the budget.
+KEYS_PER_TOKEN = 4
 
 
 def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
@@ -305,8 +316,8 @@ def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
 
     lengths and prompt_lengths are those of every row of the batch; row r is of group r //
     group_size. Groups of like length are together, and a group's prompt counts once a part.
-    Attention still reads a prompt's keys for each completion, so a part has at most KEYS times the
-    budget of them."""
+    Attention still reads a prompt's keys for each completion, so a part has at most
+    KEYS_PER_TOKEN times the budget of them."""
     longest = {}        # row of each group
     for r in rows:
         longest[r // group_size] = max(lengths[r], longest.get(r // group_size, 0))
@@ -320,7 +331,7 @@ def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
         shares_prompt = parts and parts[-1][-1] // group_size == r // group_size
         more = lengths[r] - (prompt_lengths[r] if shares_prompt else 0)
 
-        if parts and tokens + more <= budget and keys + lengths[r] <= KEYS * budget:
+        if parts and tokens + more <= budget and keys + lengths[r] <= KEYS_PER_TOKEN * budget:
             parts[-1].append(r)
             tokens += more
             keys += lengths[r]

@@ -16,8 +16,7 @@ Tokens are packed: no padding goes through the model, and completions of one pro
 sampler runs the same weights through engine/decode.py. Left out are dropout, sliding windows and
 mixtures of experts.
 
-Needs engine/kernels.py (the formulas, and each device's kernels for them), engine/logps.py
-(log-probabilities by chunks) and engine/weights.py (the files of a checkpoint).
+Needs engine/: kernels (the formulas), logps, weights (files), decode (an MLP's form to sample).
 """
 import math
 from dataclasses import dataclass
@@ -337,8 +336,9 @@ class Packing:
     """The tokens that go through the model, in sequences, and the packed tokens that each one sees.
 
     A row brings two sequences (see kernels.Sequences): its prompt, unless a row before it has
-    brought the same, and its own tokens, which see that prompt as well. All of it is numpy on the
-    host, once a micro-batch."""
+    brought the same, and its own tokens, which see that prompt as well. So prompt P with
+    completions a b c and d e is packed as "P a b d", where a, b and d see P; c and e predict
+    nothing that is wanted. All of it is numpy on the host, once a micro-batch."""
 
     def __init__(self, prompts, first, last, T):
         self.prompts = prompts      # a key for each row
@@ -418,6 +418,3 @@ def pack(wanted, prompts):
     own = first_of_own[rows] + behind - 1
     predictors = torch.where(behind == 0, last_of_prompt[rows], own)
     return source, source % T, sequences, predictors
-
-
-# ------------------------------------------------------------------- what config.json may ask for

@@ -25,8 +25,11 @@ weights are biased but tame. Truncating at 2 had the smallest error of all in an
 8-token sequences. For long completions watch `ess`. Function by function beside grpo.py:
 
     prepare      the same, also for groups from the buffer      policy_loss   the same
-    correct      new: weights of a pass                         loss          + weights, trust
-    learn        new: several passes a rollout                                  region, prox for mu
+    correct      new: weights of a pass                         loss          with weights, trust
+    learn        new: several passes a rollout                                region, prox for mu
+
+`learn`, near the end, is the loop over passes: begin there. A draw from the buffer by priority has
+a weight too, which multiplies the whole loss of its rows.
 
 --replay-ratio 1 --sync-every 1 is grpo.py, bit for bit.
 Left out: weights that change in the middle of a completion; asynchronous processes.
@@ -56,7 +59,7 @@ REGIONS = ("", "sequence", "token", "second_moment")
 def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, low=None,
                        normalize="", group_size=None, mean=None, trace=1.0):
     """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the
-    mask.
+    mask. By default a run truncates at 2, at sequence level: begin with that line.
 
     log_ratio (B, T) = log pi - log mu of the drawn tokens. level says whose ratio w it is: "token",
     "sequence" (product over the row), "geometric" (its |y|-th root, GSPO). scheme:
@@ -309,40 +312,56 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     sync_every: int = setting(1, least=1)       # v: steps between updates of the weights that draw
     replay_ratio: int = setting(2, least=1)     # K: passes a rollout, one over fresh groups and
                                                 # K - 1 over the buffer
+
     correction: str = setting("decoupled", choices=CORRECTIONS)     # decoupled (ratio to prox,
                                                 # importance weights), bypass (ratio to mu)
+
     importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED])  # none, standard,
                                                 # clipped, truncated, masked, self_normalized,
                                                 # retrace, tempered
+
     importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])
                                                 # token, sequence, geometric
+
     importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, HAS_CAP])
                                                 # largest weight of clipped, truncated, masked
+
     importance_low: float = setting(0.0, least=0, needs=[DECOUPLED, HAS_LOW])
                                                 # least weight of clipped (0: 1 / cap) and masked
+
     importance_normalize: str = setting("", choices=NORMALIZERS, needs=[DECOUPLED, WEIGHTED])
                                                 # batch, group: weights of mean 1
+
     trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
                                                 # of retrace and tempered
+
     trust_region: str = setting("", choices=REGIONS)    # sequence, token, second_moment: leave out
                                                         # what has drifted
+
     trust_delta: float = setting(0.0, least=0, needs=[IN_REGION])   # sequence: nats a token,
                                                 # token: probability; 0: 0.2 (second_moment: 0.04)
+
     kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])  # nats a token: above this
                                                 # KL(pi||mu) the reuse of a step ends; 0: never
+
     adaptive_clip: bool = False                 # widen and narrow the clip to hold --kl-limit
     adaptive_replay: bool = setting(False, needs=[REUSE])   # let ESS (below half) and --kl-limit
                                                             # choose K, up to --replay-ratio
+
     buffer_groups: int = setting(512, least=1, needs=[REUSE])   # capacity in groups
     buffer_mb: float = setting(0.0, least=0, needs=[REUSE])     # and in megabytes; 0: no bound
     max_staleness: int = setting(32, least=0, needs=[REUSE])    # optimizer updates after which a
                                                                 # group leaves; 0: never
+
     max_reuse: int = setting(0, least=0, needs=[REUSE])         # draws after which it leaves;
                                                                 # 0: never
+
     min_ess: float = setting(0.0, least=0, most=1, needs=[REUSE])   # least share of effective
                                                 # sequences at its last replay, else it leaves
+
     priority: float = setting(0.0, least=0, needs=[REUSE])      # alpha: draw by (reward std x
                                                 # exp(-age / 16 updates))^alpha; usual 0.6
+
     priority_beta: float = setting(0.4, least=0, most=1, needs=[BY_PRIORITY])   # its bias
                                                 # correction at the start, rising to 1 at --steps
 
@@ -546,9 +565,9 @@ def replayed_batch(learner, groups, weights):
     mine = dist.split(len(groups))
     device, G = learner.device, learner.config.group_size
     if not len(mine):
-        empty = empty_rollout(device)
-        return pass_batch(learner, empty, torch.zeros(0, G, device=device), empty.lengths,
-                          empty.lengths.float())
+        nothing = torch.zeros(0, device=device)
+        return pass_batch(learner, empty_rollout(device), nothing.view(0, G), versions=nothing,
+                          weights=nothing)
 
     fields, rewards, versions = unpack([groups[i] for i in mine], device)
     weights = torch.from_numpy(weights[mine.start:mine.stop]).to(device)

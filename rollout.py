@@ -60,6 +60,7 @@ def generate_slowly(model, prompts, group_size, max_new_tokens, eos_ids, tempera
     Returns a list of N x G pairs (token ids, their log-probs), prompt-major."""
     out = []
     for i, prompt in enumerate(prompts):
+        # two numbers a token: the first chooses a part of the vocabulary, the second a token in it
         uniforms = row_uniforms([(seed, i)], group_size, max_new_tokens)        # (G, T, 2)
         for j in range(group_size):
             tokens, logps = [], []
@@ -76,7 +77,7 @@ def generate_slowly(model, prompts, group_size, max_new_tokens, eos_ids, tempera
     return out
 
 
-def completions(sampler, tokenizer, problems, group_size, max_new_tokens, temperature, seeds,
+def draw_groups(sampler, tokenizer, problems, group_size, max_new_tokens, temperature, seeds,
                 **options):
     """Draws group_size completions of each problem and decodes them.
 
@@ -103,7 +104,7 @@ class Sampler:
     eos_ids: every id that ends a completion (generation_config may name several, the tokenizer one
     more). max_rows: completions in the cache at once, at most. kv_bytes: memory for keys and
     values; 0: most of what is free. graph: replay decode steps as device graphs; None: on CUDA.
-    With Ascend's graphs its attention kernel is not used."""
+    On Ascend graphs replace the chip's attention kernel."""
 
     def __init__(self, model, eos_ids, max_rows=1024, kv_bytes=0, graph=None):
         self.model = model
@@ -160,6 +161,10 @@ class Sampler:
             request = Request(prompts, group_size, limits, self.eos_ids,
                               uniforms.to(self.model.device), temperature, top_k, top_p)
             batch = self.batch_of(request)
+
+            # refill lets the finished go and the waiting in, whose prompts go through the model
+            # once and have a seat in the cache while any completion of theirs runs; advance draws a
+            # token for every row that is running
             while batch.refill():
                 batch.advance()
 

@@ -41,18 +41,23 @@ from model import ModelConfig, Transformer
 class SFTConfig:
     data: str = "arithmetic"                # a built-in task, gsm8k, math,
                                             # or a .jsonl with solutions
+
     out: str = "runs/warm"                  # receives the checkpoint, in HF layout
     model: str = ""                         # checkpoint to start from;
                                             # empty: a new model of the shape below
+
     hidden_size: int = setting(96, least=1)         # of a new model
     layers: int = setting(4, least=1)               # of a new model
     heads: int = setting(4, least=1)                # of a new model; half as many key-value heads
     vocab_size: int = setting(512, least=1)         # of a new model, whose tokenizer learns
                                                     # from the data
+
     max_length: int = setting(512, least=1)         # longest prompt + completion in tokens;
                                                     # longer ones are dropped
+
     terse_steps: int = setting(0, least=0)          # optimizer steps of a second stage that mixes
                                                     # terse answers in
+
     terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
     problems: int = setting(20000, least=1)         # of a built-in task
     levels: str = "4-6"                             # of a built-in task: fewest-most steps
@@ -60,6 +65,7 @@ class SFTConfig:
     batch_size: int = setting(16, least=1)          # sequences an optimizer step, over all ranks
     lr: float = setting(2e-3, above=0)              # peak; linear warm-up over a tenth,
                                                     # then cosine to a tenth
+
     weight_decay: float = setting(0.01, least=0)
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics
     template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
@@ -177,7 +183,7 @@ def train(model, pairs, config, progress=True):
             group["lr"] = learning_rate(step, config)
 
         mine = [chosen[i] for i in dist.split(len(chosen))]
-        sums = learner.step(collate(mine, model.device), list(range(len(mine))))
+        sums = learner.update(collate(mine, model.device), list(range(len(mine))))
         learner.progress.step += 1
         losses.append(sums["loss"])
         bar.set_postfix(loss=f"{losses[-1]:.3f}")

@@ -320,7 +320,7 @@ def probed(batch, **tensors):
 
 
 def total_gradient(batch, config, logp, rows, budget=1000):
-    """The gradient of learner.step's loss by logp, over micro-batches of `budget` tokens; groups of
+    """The gradient of learner.update's loss by logp, over micro-batches of `budget` tokens; groups of
     four."""
     count = batch.mask[rows].sum() if config.aggregation == "token" else len(rows)
     parts = list(parts_of(probed(batch, logp=logp), rows, replace(config, micro_batch_tokens=budget, group_size=4)))

@@ -38,7 +38,7 @@ from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, cut_l
                                release, save_checkpoint, tensors_of)
 from learner import Learner, adamw
 from model import ModelConfig, Transformer
-from rollout import Sampler, check_request, completions
+from rollout import Sampler, check_request, draw_groups
 
 BEGIN = time.perf_counter()
 
@@ -64,17 +64,19 @@ def train_step(run):
     c, learner, progress = run.learner.config, run.learner, run.learner.progress
     begin = time.perf_counter()
     progress.step += 1
-    set_learning_rate(learner.optimizer, c.lr * min(1.0, progress.step / (c.warmup_steps + 1)))
+    lr = c.lr * min(1.0, progress.step / (c.warmup_steps + 1))
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr
 
     # draw a group of completions of each problem, by the weights of this step or of an earlier one
     dist.phase(f"step {progress.step}: rollout")
-    synchronise(run)
+    refresh_behaviour(run)
     problems = run.stream.next(c.prompts_per_step)
     mine = dist.split(len(problems))            # this rank's share, which may be empty
     problems = [problems[i] for i in mine]
     seeds = [(c.seed, progress.step, i) for i in mine]
     with run.behaviour.loaded():                # every rank: the weights are gathered here, once
-        rollout, groups = completions(run.behaviour, run.tokenizer, problems, c.group_size,
+        rollout, groups = draw_groups(run.behaviour, run.tokenizer, problems, c.group_size,
                                       c.max_new_tokens, c.temperature, seeds)
 
     # reward them
@@ -88,7 +90,7 @@ def train_step(run):
     # learn from them
     dist.phase(f"step {progress.step}: training")
     middle = time.perf_counter()
-    line.update(learner.learn(rollout, rewards), lr=learner.optimizer.param_groups[0]["lr"])
+    line.update(learner.learn(rollout, rewards), lr=lr)
     end = time.perf_counter()
 
     peak = {"peak_memory_mb": machine.peak_memory_mb(learner.device)}
@@ -97,14 +99,8 @@ def train_step(run):
     return line
 
 
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def synchronise(run):
-    """Bring the weights that draw completions up to date: every step, or every --sync-every
-    steps."""
+def refresh_behaviour(run):
+    """Bring the weights of mu, which draw, up to date: every step, or every --sync-every steps."""
     progress, c = run.learner.progress, run.learner.config
     if (progress.step - 1) % getattr(c, "sync_every", 1) > 0:
         return
@@ -181,14 +177,13 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
     """Counts of right completions, of all, and of their tokens, over all ranks."""
     mine = dist.split(len(held_out))
     problems = [held_out[i] for i in mine]
-    rollout, groups = completions(sampler, tokenizer, problems, samples, config.max_new_tokens,
+    rollout, groups = draw_groups(sampler, tokenizer, problems, samples, config.max_new_tokens,
                                   temperature, [(0, i) for i in mine])
     right = reward.correct(problems, groups)
     return dist.all_reduce({
         "right": sum(map(sum, right)),
         "rows": len(rollout.lengths),
-        "tokens": (rollout.lengths - rollout.prompt_lengths).sum(),
-    }, sampler.model.device)
+        "tokens": (rollout.lengths - rollout.prompt_lengths).sum()}, sampler.model.device)
 
 
 def evaluate_run(run):
@@ -260,7 +255,9 @@ def tensors(run):
 
 
 def save(run):
-    """Write a checkpoint of this step."""
+    """Write a checkpoint of this step: into a hidden folder, which is renamed when it is whole.
+
+    A kill in the middle leaves the checkpoint before it."""
     learner, progress = run.learner, run.learner.progress
     dist.phase(f"step {progress.step}: checkpoint")
     progress.cursor = run.stream.cursor
@@ -272,8 +269,9 @@ def save(run):
 
 
 def restore(run):
-    """Go back to the newest checkpoint, or to the start when there is none, and cut the logs to
-    it."""
+    """Go back to the newest checkpoint, if there is one, and cut the logs to it.
+
+    A new run has none: agree_on_run has refused a folder that is not empty."""
     dist.phase("resume")
     learner = run.learner
     found = dist.broadcast_object(checkpoints(run.folder / "checkpoints"))
@@ -352,11 +350,11 @@ def check_surroundings(c, device):
         raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
                          f"to make a small one: python sft.py --data {c.data} --out DIR")
 
-    room = ModelConfig.max_position_embeddings
-    if not c.model and c.max_prompt_tokens + c.max_new_tokens > room:
-        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and "
-                         f"--max-new-tokens {c.max_new_tokens} leave the context of {room} tokens "
-                         "of the built-in model")
+    room, asked = ModelConfig.max_position_embeddings, c.max_prompt_tokens + c.max_new_tokens
+    if not c.model and asked > room:
+        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens "
+                         f"{c.max_new_tokens} leave the context of {room} tokens of the built-in "
+                         "model")
 
 
 # ------------------------------------------------------------------------------------- the program

@@ -142,7 +142,7 @@ def with_config(learner, config):
 
 def one_step(learner, batch, rows):
     """Makes one optimizer step on these rows of a batch. Returns its loss and gradient norm."""
-    sums = learner.step(batch, rows)
+    sums = learner.update(batch, rows)
     return sums["loss"], sums["grad_norm"]
 
 

@@ -256,7 +256,7 @@ def test_cut_rows_left_out_still_make_conflicts_and_the_log_counts_by_hand(mask_
 
 
 def batch_gradient(rollout, rewards, budget=10 ** 6, log_ratio=0.0, **options):
-    """The gradient by logp as learner.step makes it, micro-batches of `budget` tokens over one normaliser; the batch."""
+    """The gradient by logp as learner.update makes it, micro-batches of `budget` tokens over one normaliser; the batch."""
     config = Config(algo="gtpo", gtpo_gamma=.1, group_size=4, micro_batch_tokens=budget, **options)
     batch = replace(gtpo.prepare(rollout, rewards, config), initial_entropy=torch.full((rewards.numel(),), .2))
     logp = (rollout.logps + log_ratio).requires_grad_()

@@ -16,7 +16,7 @@ from engine import batching
 from engine.batching import ContinuousBatch
 from engine.decode import InferenceModel, SwiGLU
 from model import ModelConfig, Transformer
-from rollout import Sampler, completions, empty_rollout, generate_slowly
+from rollout import Sampler, draw_groups, empty_rollout, generate_slowly
 from test_sampling import chi_square
 
 torch.set_num_threads(1)
@@ -410,7 +410,7 @@ def test_completions_are_drawn_once_and_decoded_by_problem():
     sampler = Sampler(MODEL, STOPS)
     problems = [{"prompt": prompt, "answer": "left alone"} for prompt in PROMPTS]
     seeds = [(7, i) for i in range(5)]
-    rollout, groups = completions(sampler, Letters(), problems, 3, 8, 0.7, seeds, top_k=4)
+    rollout, groups = draw_groups(sampler, Letters(), problems, 3, 8, 0.7, seeds, top_k=4)
     assert_same(rollout, sampler.generate(PROMPTS, 3, 8, 0.7, seeds, top_k=4))
     texts = Letters().batch_decode(rollout.completions(), True)
     assert [len(group) for group in groups] == [3] * 5 and sum(groups, []) == texts
@@ -419,7 +419,7 @@ def test_completions_are_drawn_once_and_decoded_by_problem():
 def test_no_problems_give_an_empty_rollout_of_the_sampler_s_version():
     sampler = Sampler(MODEL, STOPS)
     sampler.version = 7
-    rollout, groups = completions(sampler, Letters(), [], 3, 8, 1.0, [])
+    rollout, groups = draw_groups(sampler, Letters(), [], 3, 8, 1.0, [])
     assert groups == [] and rollout.completions() == [] and rollout.version == 7
     assert rollout.tokens.shape == rollout.logps.shape == rollout.completion_mask().shape == (0, 1)
     assert empty_rollout(torch.device("cpu")).version == 0
