@@ -185,7 +185,7 @@ class Common:
                                                 # with offpolicy also each batch from the buffer
 
     minibatches: int = setting(1, least=1)      # optimizer steps a pass
-    lr: float = setting(1e-4, above=0)          # for the default small model;
+    lr: float = setting(2e-4, above=0)          # for the default small model;
                                                 # 1e-6 is usual for billions of parameters
 
     warmup_steps: int = setting(5, least=0)     # linear
@@ -206,7 +206,7 @@ class Common:
 
     # the built-in task
     levels: str = "4-6"                 # fewest-most steps of a story
-    warm_start_steps: int = setting(1400, least=5)      # supervised steps before the default run
+    warm_start_steps: int = setting(480, least=7)      # supervised steps before the default run
     # machine
     kv_memory_mb: float = setting(0.0, least=0)     # for keys and values while sampling, a process;
                                                     # 0: 80 % of what is free

@@ -30,7 +30,6 @@ and, where it needs them,
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -40,11 +39,13 @@ from engine.logps import gradients_in_place
 from model import trainable
 
 
-def adamw(model, lr, weight_decay=0.0):
-    """AdamW with its state allocated now: what does not fit is found before the first rollout."""
-    parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay,
-                                  fused=True)       # no temporary of a weight's size
+def adamw(model, lr, weight_decay=0.0, parameters=None):
+    """AdamW with its state allocated now: what does not fit is found before the first rollout.
+
+    parameters: those of the model to train; all that receive a gradient if not given."""
+    parameters = parameters or trainable(model)
+    optimizer = torch.optim.AdamW(      # fused: no temporary of a weight's size
+        parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     for p in parameters:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=dist.local(p).device),
@@ -57,7 +58,7 @@ def adamw(model, lr, weight_decay=0.0):
 class Learner:
     """All that an optimizer step needs."""
     config: object                      # settings of the run (config.py)
-    objective: ModuleType               # grpo, gtpo, offpolicy, ...
+    objective: object                   # a module: grpo, gtpo, offpolicy, ...
     model: torch.nn.Module              # pi
     optimizer: torch.optim.Optimizer
     progress: Progress                  # counts of steps and updates, saved with each checkpoint

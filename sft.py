@@ -34,7 +34,7 @@ from config import DEVICES, TEMPLATES, check_settings, command_line, parse_level
 from engine.checkpoint import Progress
 from grpo import Batch
 from learner import Learner, adamw
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, trainable
 
 
 @dataclass
@@ -66,7 +66,10 @@ class SFTConfig:
     lr: float = setting(2e-3, above=0)              # peak; linear warm-up over a tenth,
                                                     # then cosine to a tenth
 
-    weight_decay: float = setting(0.01, least=0)
+    muon_lr: float = setting(0.0, least=0)          # peak of Muon for the blocks' matrices;
+                                                    # 0.02 is usual (muon.py), 0: AdamW alone
+
+    weight_decay: float = setting(0.01, least=0)    # of AdamW
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics
     template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
     seed: int = setting(0, least=0)
@@ -108,21 +111,18 @@ def corpus(problems, tokenizer, config, terse_share=0.0):
 
 
 def batches(pairs, size, steps, seed):
-    """Yield `steps` batches of `size` pairs, in an order that the seed decides.
+    """Yield `steps` batches of `size` pairs: every pair once in random order, then again in
+    another.
 
-    Within a window of 16 batches sequences of similar length meet, so that a batch needs little
-    padding."""
+    They are not sorted by length. No padding reaches the model anyway, and terse and full solutions
+    shall meet in every batch."""
     rng = random.Random(f"sft/{seed}")
-    order, ready = [], []
+    order = []
     for _ in range(steps):
-        if not ready:
-            while len(order) < 16 * size:
-                order += rng.sample(range(len(pairs)), len(pairs))
-            window, order = order[:16 * size], order[16 * size:]
-            window.sort(key=lambda i: sum(map(len, pairs[i])))
-            ready = [window[k:k + size] for k in range(0, len(window), size)]
-            rng.shuffle(ready)
-        yield [pairs[i] for i in ready.pop()]
+        while len(order) < size:
+            order += rng.sample(range(len(pairs)), len(pairs))
+        batch, order = order[:size], order[size:]
+        yield [pairs[i] for i in batch]
 
 
 def collate(pairs, device):
@@ -157,13 +157,29 @@ def loss(logp, entropy, batch, config, normalizer):
     return total, {"tokens": tokens, "rows": rows, "ratio_max_dev": torch.zeros(())}
 
 
-def learning_rate(step, config):
-    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak."""
-    warm = max(1, config.steps // 10)
+def share_of_peak(step, steps):
+    """The learning rate as a share of its peak: up over a tenth of the steps, then down by a
+    cosine.
+
+    It ends at a tenth of the peak."""
+    warm = max(1, steps // 10)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, config.steps - warm)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model, config):
+    """AdamW of all weights; with muon_lr, Muon takes the blocks' matrices over."""
+    if not config.muon_lr:
+        return adamw(model, config.lr, config.weight_decay)
+
+    from muon import Muon, Together
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    taken = set(map(id, matrices))
+    others = [p for p in trainable(model) if id(p) not in taken]
+    return Together(adamw(model, config.lr, config.weight_decay, others),
+                    Muon(matrices, config.muon_lr))
 
 
 def train(model, pairs, config, progress=True):
@@ -171,7 +187,8 @@ def train(model, pairs, config, progress=True):
 
     Returns the mean loss (nats a token) of the last tenth of the steps."""
     config.batch_tokens = config.batch_size * sum(len(c) for _, c in pairs) / len(pairs)
-    optimizer = adamw(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config)
+    peaks = [(group, group["lr"]) for group in optimizer.param_groups]
     learner = Learner(config=config, objective=sys.modules[__name__], model=model,
                       optimizer=optimizer, progress=Progress())
 
@@ -179,8 +196,8 @@ def train(model, pairs, config, progress=True):
     bar = tqdm(batches(pairs, config.batch_size, config.steps, config.seed), total=config.steps,
                desc="warm start", disable=not progress or dist.rank() > 0)
     for step, chosen in enumerate(bar):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        for group, peak in peaks:
+            group["lr"] = peak * share_of_peak(step, config.steps)
 
         mine = [chosen[i] for i in dist.split(len(chosen))]
         sums = learner.update(collate(mine, model.device), list(range(len(mine))))
@@ -225,7 +242,8 @@ def warm_start(config, progress=True):
 
     last_loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:
-        second = replace(config, steps=config.terse_steps, lr=config.lr / 4)
+        # without Muon: terse answers cannot be learned, and it would step as far along their noise
+        second = replace(config, steps=config.terse_steps, lr=config.lr / 8, muon_lr=0.0)
         mixed = corpus(problems, tokenizer, config, config.terse_share)
         last_loss = train(model, mixed, second, progress)
 
@@ -245,8 +263,11 @@ def default_start(c, folder, device):
     It lies beside the run folders, under a name with a checksum of its settings, so that other runs
     of the same seed find it there; the run folder has a link to it. Every rank enters. Returns its
     folder."""
-    settings = SFTConfig(seed=c.seed, steps=c.warm_start_steps, data=c.data, levels=c.levels,
-                             terse_steps=c.warm_start_steps // 5, out="", device="")
+    settings = SFTConfig(
+        data=c.data, levels=c.levels, seed=c.seed, steps=c.warm_start_steps,
+        terse_steps=c.warm_start_steps // 7,
+        problems=c.warm_start_steps * SFTConfig.batch_size,         # each is seen once
+        lr=4e-3, muon_lr=0.02, out="", device="")
     checksum = zlib.crc32(repr(settings).encode())
     final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import muon
 import prompts
 import reward
 import sft
@@ -428,11 +429,40 @@ def test_collate_marks_completions_only():
     assert batch.prompt_lengths.tolist() == [2, 1] and batch.lengths.tolist() == [3, 4]
 
 
-def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path):
+@pytest.mark.parametrize("shape", [(2, 24, 24), (3, 12, 40), (1, 40, 12)])
+def test_orthogonal_keeps_singular_vectors_and_brings_the_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    values = u.mT @ muon.orthogonal(x) @ v.mT
+    diagonal = torch.diagonal(values, dim1=1, dim2=2)
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    large = torch.linalg.svdvals(x) > 0.03 * torch.linalg.matrix_norm(x)[:, None]
+    assert (diagonal[large] > 0.6).all() and (diagonal < 1.3).all()
+
+
+def test_muon_moves_all_directions_of_a_matrix_equally_far():
+    """The gradient's singular values are as 1 : 0.5 : 0.1; a tall matrix makes longer steps, by sqrt(6 / 3)."""
+    w = torch.nn.Parameter(torch.zeros(6, 3))
+    w.grad = torch.diag(torch.tensor([1.0, 0.5, 0.1])).repeat(2, 1)
+    muon.Muon([w], lr=0.1).step()
+    lengths = torch.linalg.svdvals(w.detach()) / (0.1 * 2 ** 0.5)
+    assert lengths.min() > 0.6 and lengths.max() < 1.3
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+def test_every_weight_has_one_optimizer(muon_lr):
+    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, eos_token_id=7))
+    optimizer = sft.make_optimizer(model, sft.SFTConfig(muon_lr=muon_lr))
+    taken = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path, muon_lr):
     losses = []
     for name in "ab":
         config = sft.SFTConfig(out=str(tmp_path / name), steps=15, problems=200, hidden_size=32,
-                               layers=1, heads=2)
+                               layers=1, heads=2, muon_lr=muon_lr)
         model, _ = sft.warm_start(config, progress=False)
         losses.append([p.detach().sum().item() for p in model.parameters()])
     assert losses[0] == losses[1]

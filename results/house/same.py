@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parents[2]
 TIMES = {"rollout_time", "rollout_tokens_per_s", "train_time", "step_time", "peak_memory_mb"}
 OPTIONS = ("--steps 5 --eval-every 5 --eval-problems 20 --eval-samples 2 --save-every 3 "
            "--threads 1 --device cpu --prompts-per-step 8 --group-size 4").split()
+WAYS = ("one", "two", "resumed")
 CASES = {
     "grpo": "--algo grpo",
     "gtpo": "--algo gtpo",
@@ -65,15 +66,21 @@ def log_of(out):
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def logs(checkout, start, folder, options):
+def logs(checkout, start, folder, options, ways):
     """{way of running: log} of one case."""
     arguments = ["--model", start, *OPTIONS, *options.split()]
-    run(checkout, folder / "one", *arguments)
-    run(checkout, folder / "two", *arguments, ranks=2)
-    run(checkout, folder / "resumed", *arguments, "--steps", "3")
-    run(checkout, folder / "resumed", "--resume", "--steps", "5")
-    return {"one process": log_of(folder / "one"), "two ranks": log_of(folder / "two"),
-            "resumed": log_of(folder / "resumed")}
+    found = {}
+    if "one" in ways:
+        run(checkout, folder / "one", *arguments)
+        found["one process"] = log_of(folder / "one")
+    if "two" in ways:
+        run(checkout, folder / "two", *arguments, ranks=2)
+        found["two ranks"] = log_of(folder / "two")
+    if "resumed" in ways:
+        run(checkout, folder / "resumed", *arguments, "--steps", "3")
+        run(checkout, folder / "resumed", "--resume", "--steps", "5")
+        found["resumed"] = log_of(folder / "resumed")
+    return found
 
 
 def differences(old, new):
@@ -93,6 +100,7 @@ def main():
     parser.add_argument("--start", required=True, help="the checkpoint that all runs start from")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--keep", type=Path, help="a folder for the old logs, to be read again")
     args = parser.parse_args()
     start = str(Path(args.start).resolve())
@@ -109,14 +117,14 @@ def main():
             if kept and kept.exists():
                 old = json.loads(kept.read_text())
             else:
-                old = logs(args.old.resolve(), start, Path(folder) / "old", CASES[case])
+                old = logs(args.old.resolve(), start, Path(folder) / "old", CASES[case], args.ways)
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.write_text(json.dumps(old))
-            new = logs(HERE, start, Path(folder) / "new", CASES[case])
+            new = logs(HERE, start, Path(folder) / "new", CASES[case], args.ways)
 
         compared = {}
-        for way in old:
+        for way in new:
             numbers = sum(map(len, old[way]))
             compared[way] = {"numbers": numbers, "different": differences(old[way], new[way])}
             print(f"{case}, {way}: {len(compared[way]['different'])} of {numbers} numbers differ",

@@ -42,7 +42,7 @@ done
 
 one() {                     # NAME SEED FLAGS...
     [ -e "runs/$1-s$2/model" ] ||
-        python train.py --model "runs/warm-s$2/warm_start" --seed "$2" --threads 1 \
+        python train.py --model "runs/warm-s$2/warm_start" --seed "$2" --threads 1 --lr 1e-4 \
             --out "runs/$1-s$2" "${@:3}"
     cp "runs/$1-s$2/log.jsonl" "results/objectives/$1-s$2.jsonl"
 }
