@@ -165,6 +165,25 @@ def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_warm_start_is_made_once_for_all_runs_beside_it(tmp_path, monkeypatch):
+    """It is whole or absent, and the run folder has a link; another seed, or other settings, have another."""
+    options = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4", "--eval-problems",
+               "2", "--eval-samples", "1", "--threads", "1", "--device", "cpu", "--warm-start-steps", "7"]
+    train.main(["--out", str(tmp_path / "a"), *options])
+    made = list(tmp_path.glob("warm-start-seed0-*"))
+    assert len(made) == 1 and (tmp_path / "a" / "warm_start").resolve() == made[0]
+    before = (made[0] / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(sft, "train", lambda *a: pytest.fail("trained again"))
+    train.main(["--out", str(tmp_path / "b"), "--algo", "gtpo", *options])
+    train.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "2"])
+    assert (tmp_path / "b" / "warm_start" / "model.safetensors").read_bytes() == before
+    with pytest.raises(pytest.fail.Exception):
+        train.main(["--out", str(tmp_path / "c"), *options, "--seed", "1"])
+    assert list(tmp_path.glob("warm-start-*")) == made
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, options", [
     ([2, 3], ["--prompts-per-step", "7", "--minibatches", "2"]), ([3], ["--prompts-per-step", "2", "--micro-batch-tokens", "50"])])
 def test_any_world_size_gives_the_single_process_run(start, tmp_path, ranks, options):
