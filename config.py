@@ -152,7 +152,9 @@ def source(config_class):
 @dataclass
 class Common:
     # what
-    algo: str = "grpo"                  # the objective, a name in ALGOS: grpo, gtpo, offpolicy
+    algo: str = "grpo"                  # the objective: grpo, gtpo, offpolicy;
+                                        # --algo NAME --help shows its settings
+
     model: str = ""                     # checkpoint folder or hub id;
                                         # empty: warm-start a small one on the built-in task
 

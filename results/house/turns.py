@@ -1,6 +1,6 @@
 """Two checkouts in turns: is sampling or training slower in one of them?
 
-    python results/house/turns.py --old /tmp/old --rounds 6 --json results/house/turns.json
+    python results/house/turns.py --old /tmp/old --rounds 4 --json results/house/turns.json
 
 Each round runs bench.py of the old checkout and of this one, one process after the other, the first
 of them in turns. The ratio of a round is new over old: tokens/s of sampling, updates/s of training.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
 CASES = {
-    "rollout, tiny": "rollout --shape tiny --prompts 32 --group-size 8 --rounds 6",
+    "rollout, tiny": "rollout --shape tiny --prompts 32 --group-size 8 --rounds 3",
     "rollout, 40m": "rollout --shape 40m --prompts 8 --group-size 8 --new-tokens 32 --rounds 1",
-    "train, tiny": "train --shape tiny --prompts 16 --group-size 8 --rounds 4",
+    "train, tiny": "train --shape tiny --prompts 16 --group-size 8 --rounds 3",
     "train, 40m": "train --shape 40m --prompts 4 --group-size 4 --new-tokens 32 --rounds 1",
 }
 
@@ -38,7 +38,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="a checkout of the old commit")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 
