@@ -56,6 +56,9 @@ def check_settings(config):
     for f in fields(config):
         value = getattr(config, f.name)
         given = f"{flag(f.name)} {value}"
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            raise ValueError(f"{given}: must be of type {f.type.__name__}")
+
         bound = {"least": None, "most": None, "above": None, "choices": None, **f.metadata}
 
         if bound["choices"] is not None and value not in bound["choices"]:
@@ -182,7 +185,7 @@ class Common:
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result
     # optimisation (learner.py)
-    steps: int = setting(60, least=1)           # rollouts
+    steps: int = setting(50, least=1)           # rollouts
     epochs: int = setting(1, least=1)           # passes over a batch: the rollout,
                                                 # with offpolicy also each batch from the buffer
 
@@ -252,6 +255,8 @@ def config_class(algo):
 def Config(algo="grpo", **settings):
     """The settings of a run; those that are not given have their defaults. Not checked: `check`
     does that."""
+    if not isinstance(algo, str):
+        raise ValueError(f"--algo {algo}: choose {', '.join(ALGOS)}")
     return config_class(algo)(algo=algo, **settings)
 
 
@@ -263,17 +268,22 @@ def parse(argv=None, description=""):
     With --resume the run's own config.json counts; only --steps and settings that change no result
     may be given beside it. Raises ValueError, one line, for settings that cannot work or would do
     nothing."""
-    first = argparse.Namespace(algo="grpo", out="", resume=False)
+    first = argparse.Namespace(algo=None, out="", resume=False, help=False)
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--algo")
     early.add_argument("--out")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    early.add_argument("--help", "-h", action="store_true")
     early.parse_known_args(argv, first)         # which flags there are depends on these
+    if first.help:
+        return flags_of(first.algo if first.algo in ALGOS else "grpo", description, argv)
 
     if first.resume:
         stored = stored_config(first.out)
+        if first.algo not in (None, stored.algo):
+            resumed(stored, {"algo": first.algo})       # raises
         return resumed(stored, flags_of(stored.algo, description, argv))
-    given = flags_of(first.algo, description, argv)
+    given = flags_of(first.algo or "grpo", description, argv)
     return refuse_idle(check(Config(**given)), given)
 
 

@@ -43,8 +43,11 @@ Left out: number words, unit conversion, limits, integrals, piecewise functions.
 verifier/ alone. train.py, evaluate.py and data.py need it.
 """
 
+import math
 import re
 from collections import namedtuple
+
+import torch
 
 from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
 
@@ -344,19 +347,54 @@ REWARDS = {
 
 
 def weighted(text="", **weights):
-    """The reward functions of a run: [(name, weight, function)]; correctness is always among them.
+    """Return the reward functions of a run, [(name, weight, function)]; correctness is among them.
 
-    text: NAME=WEIGHT,NAME=WEIGHT; weights: the same by name. Those of weight 0 are left out. Raises
-    ValueError, one line, for a name that is not in REWARDS or a weight that is no number."""
+    text is NAME=WEIGHT,NAME=WEIGHT; weights are the same by name. Those of weight 0 are left out.
+    Raises ValueError, in one line, for a name that is not in REWARDS or is given twice, and for a
+    weight that is no finite number.
+    """
     chosen = {"correct": 1.0, **weights}
+    given = [name for name, weight in weights.items() if weight]
     for item in filter(None, text.split(",")):
         name, _, weight = item.partition("=")
         if name not in REWARDS:
             raise ValueError(f"--reward {item}: choose {', '.join(REWARDS)}, each with =WEIGHT")
-        try:
-            chosen[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"--reward {item}: {weight!r} is not a number") from None
+        if name in given:
+            raise ValueError(f"--reward {item}: {name} is given twice")
+        given.append(name)
+        chosen[name] = finite(item, weight or "1")
 
     return [(name, weight, REWARDS[name]) for name, weight in chosen.items()
             if weight or name == "correct"]
+
+
+def finite(item, text):
+    """Return a weight as a number. Raises ValueError when it is none, or not finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"--reward {item}: {text!r} is not a finite number")
+    return number
+
+
+def parts(functions, problems, groups, group_size):
+    """Return what each reward function says, before its weight: {name: (N, G) float64 tensor}.
+
+    functions are those of `weighted`; N may be 0. Raises ValueError, which names the function, when
+    one fails or gives something else.
+    """
+    found, shape = {}, (len(problems), group_size)
+    for name, _, function in functions:
+        try:
+            numbers = torch.tensor(function(problems, groups), dtype=torch.float64)
+        except Exception as error:
+            raise ValueError(f"reward {name}: {type(error).__name__}: {error}") from error
+        if not problems:
+            numbers = numbers.view(shape)
+        if numbers.shape != shape or not numbers.isfinite().all():
+            raise ValueError(f"reward {name} gave {tuple(numbers.shape)}, or a number that is not "
+                             f"finite; (prompts, completions) = {shape} finite numbers are needed")
+        found[name] = numbers
+    return found

@@ -18,6 +18,7 @@ anyway.
 import math
 import os
 import random
+import shutil
 import sys
 import zlib
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ import data
 import dist
 import prompts
 from config import DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting
-from engine.checkpoint import Progress
+from engine.checkpoint import Progress, together
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
@@ -154,7 +155,8 @@ def loss(logp, entropy, batch, config, normalizer):
     short answers would otherwise weigh more."""
     total = -(logp * batch.mask).sum() / config.batch_tokens
     tokens, rows = batch.mask.sum(), (batch.mask.sum(1) > 0).sum()
-    return total, {"tokens": tokens, "rows": rows, "ratio_max_dev": torch.zeros(())}
+    none = torch.zeros((), device=logp.device)
+    return total, {"tokens": tokens, "rows": rows, "ratio_max_dev": none}
 
 
 def share_of_peak(step, steps):
@@ -175,7 +177,7 @@ def make_optimizer(model, config):
         return adamw(model, config.lr, config.weight_decay)
 
     from muon import Muon, Together
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    matrices = [p for p in trainable(model.model.layers) if p.ndim == 2]
     taken = set(map(id, matrices))
     others = [p for p in trainable(model) if id(p) not in taken]
     return Together(adamw(model, config.lr, config.weight_decay, others),
@@ -260,36 +262,47 @@ def warm_start(config, progress=True):
 def default_start(c, folder, device):
     """Make the default run's starting point: a small model that has seen worked solutions.
 
-    It lies beside the run folders, under a name with a checksum of its settings, so that other runs
-    of the same seed find it there; the run folder has a link to it. Every rank enters. Returns its
-    folder."""
+    It lies in the run folder, and a copy beside it, under a name with a checksum of its settings,
+    so that other runs of the same seed find it there. Every rank enters. Returns its folder."""
+    own = folder / "warm_start"
+    if dist.broadcast_object((own / "config.json").exists()):
+        return str(own)
+
     settings = SFTConfig(
         data=c.data, levels=c.levels, seed=c.seed, steps=c.warm_start_steps,
         terse_steps=c.warm_start_steps // 7,
         problems=c.warm_start_steps * SFTConfig.batch_size,         # each is seen once
         lr=4e-3, muon_lr=0.02, out="", device="")
     checksum = zlib.crc32(repr(settings).encode())
-    final = folder.parent / f"warm-start-seed{c.seed}-{checksum:08x}"
+    shared = folder.resolve().parent / f"warm-start-seed{c.seed}-{checksum:08x}"
 
-    if not dist.broadcast_object(final.exists()):
+    if not dist.broadcast_object((shared / "config.json").exists()):
         part = folder / ".warm_start"
         warm_start(replace(settings, out=str(part), device=str(device)))
-        if dist.rank() == 0:        # whole or absent: half of one is never taken for a whole one
-            move(part, final)
-
-    if dist.rank() == 0 and not (folder / "warm_start").is_symlink():
-        (folder / "warm_start").symlink_to(os.path.relpath(final, folder))
-    dist.barrier()
-    return str(final)
+        together(lambda: os.replace(part, own))     # whole or absent: never taken for a whole one
+        together(lambda: share(own, shared))
+    else:
+        together(lambda: copy_whole(shared, own))
+    return str(own)
 
 
-def move(part, final):
-    """Rename a folder, unless another run has been faster."""
+def share(own, shared):
+    """Leave a copy for other runs, where that can be done; this run does not need it."""
     try:
-        os.replace(part, final)
-    except OSError:
-        if not final.exists():
-            raise
+        copy_whole(own, shared)
+    except OSError as error:
+        tqdm.write(f"warning: {shared}: {error}", file=sys.stderr)
+
+
+def copy_whole(source, target):
+    """Copy a folder such that there is never half of it, unless another run has been faster."""
+    part = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        shutil.copytree(source, part)
+        if not target.exists():
+            os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------ the program

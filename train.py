@@ -80,7 +80,7 @@ def train_step(run):
                                       c.max_new_tokens, c.temperature, seeds)
 
     # reward them
-    parts = reward_parts(run.rewards, problems, groups, c.group_size)
+    parts = reward.parts(run.rewards, problems, groups, c.group_size)
     scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
     rewards = scores.float().to(learner.device)
     line = {"step": progress.step, **rollout_metrics(run, rollout, rewards, parts, begin)}
@@ -109,15 +109,6 @@ def refresh_behaviour(run):
             for old, new in zip(run.behaviour.model.parameters(), run.learner.model.parameters()):
                 old.copy_(new)
     run.behaviour.version = progress.behaviour_version = progress.updates
-
-
-def reward_parts(functions, problems, groups, group_size):
-    """What each reward function says, before its weight: {name: (n, G) float64}; n may be 0."""
-    parts = {}
-    for name, _, function in functions:
-        numbers = torch.tensor(function(problems, groups), dtype=torch.float64)
-        parts[name] = numbers.view(len(problems), group_size)
-    return parts
 
 
 def rollout_metrics(run, rollout, rewards, parts, begin):

@@ -51,11 +51,27 @@ _lock = []      # the open lock file of this process
 def agree_on_run(c):
     """Choose the run's folder and settings. Returns (settings, folder), the same on every rank.
 
-    Rank 0 looks at the folder. Raises ValueError on every rank when it is another run's."""
+    Rank 0 looks at the folder. Raises ValueError on every rank when it is another run's, or when
+    the ranks were not started with the same settings."""
+    for name, values in differing(gather_objects(asdict(c))).items():
+        raise Agreed(f"--{name.replace('_', '-')} is not the same on all ranks: "
+                     f"{', '.join(map(str, values))}; start all nodes by one command")
+
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     restarted = any(gather_objects(restarts > 0))       # of any node's torchrun
     chosen = together(lambda: open_run(c, restarted))
     return replace(c, **chosen), Path(chosen["out"])
+
+
+def differing(settings):
+    """The settings (a dict for each rank) that are not the same on all ranks: {name: their
+    values}."""
+    found = {}
+    for name in settings[0]:
+        values = sorted({str(of_rank.get(name)) for of_rank in settings})
+        if len(values) > 1:
+            found[name] = values
+    return found
 
 
 def open_run(c, restarted):

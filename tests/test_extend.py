@@ -75,11 +75,29 @@ def test_a_reward_is_a_function_and_a_line(start, tmp_path, monkeypatch):
         assert sample["reward"] == pytest.approx(right + 0.01 * len(sample["completion"]), abs=1e-5)
 
 
-@pytest.mark.parametrize("value, message", [("tone=1", "choose correct"), ("format=much", "'much' is not a number")])
-def test_an_unknown_reward_is_one_line(start, tmp_path, value, message):
+@pytest.mark.parametrize("value, message", [
+    ("tone=1", "choose correct"), ("format=much", "'much' is not a finite number"),
+    ("format=nan", "is not a finite number"), ("format=1,format=2", "format is given twice")])
+def test_a_wrong_reward_is_one_line_and_nothing_is_written(start, tmp_path, value, message):
     with pytest.raises(SystemExit, match=message):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--reward", value])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("function, message", [
+    (lambda problems, groups: None, "reward own: "),
+    (lambda problems, groups: [1.0] * len(groups), r"reward own gave \(2,\)"),
+    (lambda problems, groups: [[1.0] * len(groups)] * 3, r"reward own gave \(3, 2\)"),
+    (lambda problems, groups: [[1.0, 2.0, float("nan")]] * 2, "reward own gave .* not finite"),
+    (lambda problems, groups: 1 / 0, "reward own: ZeroDivisionError")])
+def test_a_reward_function_that_fails_is_named(function, message):
+    """Two problems with three completions each. The transposed shape must not be taken for the right one."""
+    problems, groups = [{"problem": "a", "answer": "1"}] * 2, [["1", "2", "3"]] * 2
+    with pytest.raises(ValueError, match=message):
+        reward.parts([("own", 1.0, function)], problems, groups, 3)
+    good = reward.parts([("own", 1.0, lambda p, g: [[1, 2, 3]] * 2), ("correct", 1.0, reward.correct)], problems, groups, 3)
+    assert good["own"].tolist() == [[1, 2, 3]] * 2 and good["correct"].shape == (2, 3)
+    assert reward.parts([("own", 1.0, lambda p, g: [])], [], [], 3)["own"].shape == (0, 3)
 
 
 def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):

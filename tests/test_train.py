@@ -1,6 +1,7 @@
 """The loop from the command line: contract of the run folder, resume bit for bit, world size, bad input."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,21 +167,50 @@ def test_a_checkpoint_is_whole_or_absent(start, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_warm_start_is_made_once_for_all_runs_beside_it(tmp_path, monkeypatch):
-    """It is whole or absent, and the run folder has a link; another seed, or other settings, have another."""
+    """Whole or absent, in the run folder and beside it; a run moved elsewhere keeps its own; another seed has another."""
     options = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4", "--eval-problems",
                "2", "--eval-samples", "1", "--threads", "1", "--device", "cpu", "--warm-start-steps", "7"]
     train.main(["--out", str(tmp_path / "a"), *options])
     made = list(tmp_path.glob("warm-start-seed0-*"))
-    assert len(made) == 1 and (tmp_path / "a" / "warm_start").resolve() == made[0]
-    before = (made[0] / "model.safetensors").read_bytes()
+    before = (tmp_path / "a" / "warm_start" / "model.safetensors").read_bytes()
+    assert len(made) == 1 and (made[0] / "model.safetensors").read_bytes() == before
 
     monkeypatch.setattr(sft, "train", lambda *a: pytest.fail("trained again"))
     train.main(["--out", str(tmp_path / "b"), "--algo", "gtpo", *options])
-    train.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "2"])
     assert (tmp_path / "b" / "warm_start" / "model.safetensors").read_bytes() == before
+    shutil.copytree(tmp_path / "b", tmp_path / "elsewhere" / "b")
+    train.main(["--resume", "--out", str(tmp_path / "elsewhere" / "b"), "--steps", "2"])
     with pytest.raises(pytest.fail.Exception):
         train.main(["--out", str(tmp_path / "c"), *options, "--seed", "1"])
-    assert list(tmp_path.glob("warm-start-*")) == made
+    assert list(tmp_path.glob("warm-start-*")) == made and not list(tmp_path.glob(".warm-start*"))
+
+
+def test_a_warm_start_that_cannot_be_shared_is_a_warning(tmp_path, capsys):
+    """A parent folder that cannot be written to, or another file system: the run has its own all the same."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("no folder")
+    sft.share(own, tmp_path / "file" / "warm-start")
+    assert "warning: " in capsys.readouterr().err and sorted(x.name for x in tmp_path.iterdir()) == ["file", "own"]
+
+
+def test_ranks_with_other_settings_are_named():
+    one, two = ({"lr": lr, "steps": 4, "model": "m"} for lr in (1e-3, 0.5))
+    assert checkpoint.differing([one, two, one]) == {"lr": ["0.001", "0.5"]} and not checkpoint.differing([one, one])
+
+
+def test_help_is_help_also_beside_other_flags(capsys):
+    for args in (["--resume", "--help"], ["--algo", "nope", "-h"], ["--algo", "gtpo", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(args)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "--lr" in out and ("--gtpo-gamma" in out) == ("gtpo" in args)
+
+
+def test_a_run_goes_on_with_its_own_objective(whole):
+    with pytest.raises(SystemExit, match="--algo was grpo, not gtpo"):
+        train.main(["--resume", "--out", str(whole[0]), "--algo", "gtpo", "--gtpo-gamma", "1"])
 
 
 @pytest.mark.slow

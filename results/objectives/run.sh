@@ -9,9 +9,9 @@ jobs=$(mktemp)
 add() { for seed in 0 1 2; do echo "$1 $seed ${*:2}" >> "$jobs"; done; }
 
 # the default task, 60 steps
-add default-gtpo      --algo gtpo --eval-every 5
-add default-offpolicy --algo offpolicy --eval-every 5
-add default-grpo      --algo grpo --eval-every 5
+add default-gtpo      --algo gtpo --steps 60 --eval-every 5
+add default-offpolicy --algo offpolicy --steps 60 --eval-every 5
+add default-grpo      --algo grpo --steps 60 --eval-every 5
 # samples: reuse, stale weights, and what GRPO does by other means (learning rate, half the prompts,
 # several epochs)
 add grpo-lr2     --algo grpo --lr 2e-4 --steps 30 --eval-every 2
