@@ -153,7 +153,7 @@ def kl_penalty(logp, ref_logp, kind="k3", old_logp=None, mask=None):
     elif kind == "k2":
         kl = d.square() / 2
     else:
-        kl = d.exp() - d - 1
+        kl = d.expm1() - d          # exp(d) - d - 1 rounds below 0 for small d
 
     if kind == "k3_is":
         mu = logp.detach() if old_logp is None else old_logp
@@ -233,6 +233,12 @@ class Settings(GroupSettings):
                                                         # above 0 loads a frozen reference
 
     kl_kind: str = setting("k3", choices=KL_KINDS, needs=[WITH_BETA])       # k1, k2, k3, k3_is
+
+    def check(self):
+        """Raise ValueError for settings that would quietly do something else."""
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(f"--dual-clip {self.dual_clip}: must be above 1, or 0 for none; "
+                             "at 1 it would take the gradient of all wrong answers")
 
 
 # ------------------------------------------------------------------- the calls of the training loop

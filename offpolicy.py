@@ -371,6 +371,7 @@ class Settings(grpo.Settings):          # those of GRPO, and these
 
     def check(self):
         """Raise ValueError for combinations that contradict each other."""
+        super().check()
         least = self.importance_low
         if self.importance == "clipped":
             least = least or 1 / self.importance_cap

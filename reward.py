@@ -5,8 +5,9 @@ signals, no processes. Every step is bounded (text read, answer length, nesting,
 The worst input costs tens of milliseconds, and `verify` never raises. In doubt it says False: a
 wrong answer that is paid teaches the policy a trick, a right one that is not paid costs one sample.
 
-Extraction (strict). What follows an end-of-text token is cut. Four kinds of mark announce a final
-answer:
+Extraction (strict). What follows an end-of-text token is cut. So is a thought: only what follows
+</think> is read, and a thought that is still open has no answer. Four kinds of mark announce a
+final answer:
   box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
                                                  no answer)
   tag        <answer>x</answer>
@@ -58,6 +59,9 @@ MAX_PLACES = 50      # places of the word "answer", from the end, where a statem
 
 Mark = namedtuple("Mark", "start end content")      # of one answer in a text
 
+# the marks of a thought, in the spellings of the field; a slash or "end" closes it
+_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>|\[(/?)THINK\]"
+                      r"|<\|(begin|end)_of_thought\|>", re.I)
 _END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>user", "</s>")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(\{)|([^\s{}$.,\\]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
@@ -87,11 +91,31 @@ _NUMBER = re.compile(
 
 
 def _tail(completion):
-    """Return what is read: the last TAIL characters before the first end-of-text token."""
+    """Return what is read: the last TAIL characters of what follows the thought, if there is
+    one."""
+    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
+
+
+def _ended(completion):
+    """Return what stands before the first end-of-text token."""
     if "<|" in completion or "</s>" in completion:
         ends = [i for i in map(completion.find, _END) if i >= 0]
         completion = completion[:min(ends, default=len(completion))]
-    return completion.rstrip()[-TAIL:]
+    return completion
+
+
+def _after_thought(text):
+    """Return what follows the last thought: all of a text without one, nothing of an open one."""
+    if not any(word in text for word in ("hink", "HINK", "hought", "HOUGHT")):
+        return text
+
+    last = None
+    for last in _THOUGHT.finditer(text):
+        pass
+    if last is None:
+        return text
+    closes = last[1] or last[2] or (last[3] or "").lower() == "end"
+    return text[last.end():] if closes else ""
 
 
 def _closing_braces(text, start):
@@ -299,10 +323,18 @@ def format_reward(completion: str) -> float:
 
 
 def consistency_reward(completion: str) -> float:
-    """Return 1.0 when the last number before the final answer's mark equals it, else 0.0."""
+    """Return 1.0 when the last number before the final answer's mark equals it, else 0.0.
+
+    That number may stand in the thought.
+    """
     text = _tail(completion)
     found = _find(text)
-    numbers = _NUMBER.findall(text[:found.start]) if found else []
+    if not found:
+        return 0.0
+
+    whole = _ended(completion).rstrip()
+    mark = len(whole) - len(text) + found.start
+    numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
     return float(bool(numbers) and equal(numbers[-1], found.content))
 
 

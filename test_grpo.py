@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grpo
 from rollout import Rollout
-from config import Config
+from config import Config, check
 from learner import parts_of
 
 torch.set_num_threads(1)
@@ -311,6 +311,26 @@ def rollout_of(seed=0, N=3, G=4, T=10):
                 -torch.rand(N * G, T, generator=g), torch.rand(N * G, generator=g) < .7)
     r.logps = r.logps * r.completion_mask()
     return r
+
+
+def test_k3_is_never_negative_however_small_the_difference():
+    """In float32 exp(d) - d - 1 is below 0 for 2 % of such d; the value is d^2 / 2 to within its rounding."""
+    d = 10 ** -torch.linspace(1, 7, 2000) * torch.tensor([1.0, -1.0]).repeat(1000)
+    kl = grpo.kl_penalty(torch.zeros(1, 2000), d[None])
+    assert (kl >= 0).all() and (d.exp() - d - 1 < 0).any()
+    torch.testing.assert_close(kl[0].double(), d.double().expm1() - d.double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("bound, wrong", [(0.5, True), (1.0, True), (0.0, False), (1.5, False)])
+def test_a_dual_clip_that_would_take_all_gradients_is_refused(bound, wrong):
+    """At 1 or below, -dual_clip A is below every loss of a wrong answer, whose gradient is then 0."""
+    config = Config(dual_clip=bound)
+    for settings in (config, Config(algo="offpolicy", dual_clip=bound)):
+        if wrong:
+            with pytest.raises(ValueError, match="--dual-clip"):
+                check(settings)
+        else:
+            assert check(settings) is settings
 
 
 def probed(batch, **tensors):

@@ -110,7 +110,8 @@ UNITS = [
     "x^", r"\frac{", r"\frac", r"\sqrt", r"\sqrt{", r"\left(", r"\text{", r"\text{a}",
     r"\text{ and }", r"\boxed{", r"\boxed{6}", r"\boxed ", r"\begin{pmatrix}", r"\sin ", r"\binom",
     "1,000,", "1 000 ", "6 cm ", "{6},", "(6,7),", "6 ", "6<", "x=", "x=(", r"6\approx ", "6:",
-    "word ", "<answer>", "<answer>6</answer>", "####", "#### 6\n", "the answer is ",
+    "word ", "<answer>", "<answer>6</answer>", "<think>", "</think>",
+    "####", "#### 6\n", "the answer is ",
     "the final answer is ", "the answer to ", "Answer:", "A:\n", "6. ", "6 = 6. ", "for all ",
     "Tom: 6,", "a(a)", "(a(a),", "\u2983", "\u27e6"]
 

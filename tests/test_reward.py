@@ -702,3 +702,46 @@ def test_the_bench_says_in_one_line_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ValueError, match="pip install math-verify"):
         bench_reward.verifiers("math-verify")
+
+
+# ----------------------------------------------------------------------------------------- thoughts
+
+THOUGHT = [     # (completion, gold, right): what is inside a thought is not the answer
+    ("<think>It is \\boxed{5}.</think> The answer is 6.", "5", False),
+    ("<think>It is \\boxed{5}.</think> The answer is 6.", "6", True),
+    ("<think>It is \\boxed{5}.</think> I do not know.", "5", False),
+    ("<think>Is it \\boxed{5}? Wait", "5", False),
+    ("<think>\n2 + 3 = 5. It is 5.", "5", False),
+    ("the template opened the thought: #### 4</think>#### 5", "5", True),
+    ("the template opened the thought: #### 4</think>", "4", False),
+    ("<think>a</think> #### 5 <think> or is it", "5", False),
+    ("<think>#### 1</think><think>#### 2</think> #### 5", "5", True),
+    ("<THINK>#### 4</THINK>#### 5", "5", True), ("<thinking>#### 4</thinking>#### 5", "5", True),
+    ("[THINK]#### 4[/THINK]#### 5", "5", True), ("[THINK]#### 5", "5", False),
+    ("<|begin_of_thought|>#### 4<|end_of_thought|>#### 5", "5", True),
+    ("<|begin_of_thought|>#### 5", "5", False),
+    ("<think>#### 4<|im_end|></think>#### 5", "5", False),
+    ("I think the answer is 5.", "5", True), ("A thought: #### 5", "5", True)]
+
+
+@pytest.mark.parametrize("completion, gold, right", THOUGHT)
+def test_what_is_inside_a_thought_is_not_the_answer(completion, gold, right):
+    assert reward.verify(completion, gold) == right
+
+
+def test_an_open_thought_has_no_answer_leniently_either():
+    assert reward.extract_answer("<think> 1 + 1 = 2", lenient=True) is None
+    assert reward.extract_answer("</think> it must be 7", lenient=True) == "7"
+
+
+def test_consistency_may_look_into_the_thought():
+    """The answer repeats the thought's last number, or it does not."""
+    assert reward.consistency_reward("<think>2 + 3 = 5</think> #### 5") == 1
+    assert reward.consistency_reward("<think>2 + 3 = 5</think> #### 6") == 0
+    assert reward.consistency_reward("<think>2 + 3 = 5") == 0
+
+
+def test_many_marks_of_thoughts_are_read():
+    for text in ("<think>" * 150_000, "</think>" * 130_000, "<think" * 170_000, "hink" * 250_000):
+        assert not reward.verify(text, "5")
+        assert reward.verify(text + "</think> #### 5", "5")
