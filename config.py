@@ -1,5 +1,4 @@
-"""Settings: how one is written down, the flags that they become, and those that every objective
-shares.
+"""Settings: how one is written down, the flag that it becomes, and those that every run has.
 
 A setting is a field of a dataclass that stands beside the concept which reads it. Type, default,
 bounds and help are one line, and the line becomes a flag with dashes:
@@ -51,8 +50,7 @@ def flag(name):
 
 
 def check_settings(config):
-    """Raise ValueError, one line, when a field is not among its choices or outside of its
-    bounds."""
+    """Raise ValueError, one line, for a field that is not among its choices or within bounds."""
     for f in fields(config):
         value = getattr(config, f.name)
         given = f"{flag(f.name)} {value}"
@@ -253,8 +251,9 @@ def config_class(algo):
 
 
 def Config(algo="grpo", **settings):
-    """The settings of a run; those that are not given have their defaults. Not checked: `check`
-    does that."""
+    """The settings of a run; those that are not given have their defaults.
+
+    Not checked: `check` does that."""
     if not isinstance(algo, str):
         raise ValueError(f"--algo {algo}: choose {', '.join(ALGOS)}")
     return config_class(algo)(algo=algo, **settings)
@@ -288,8 +287,9 @@ def parse(argv=None, description=""):
 
 
 def flags_of(algo, description, argv):
-    """The flags given, {field: value}. Raises ValueError, which says whose a flag is when another
-    objective has it."""
+    """The flags given, {field: value}.
+
+    Raises ValueError, which says whose a flag is when another objective has it."""
     given, unknown = known_flags(config_class(algo), description, argv)
     names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     for name in names:
@@ -313,8 +313,9 @@ def flags(algo):
 
 
 def stored_config(out):
-    """The settings in a run's folder. Raises ValueError when there is none, or it is not of this
-    version."""
+    """The settings in a run's folder.
+
+    Raises ValueError when there is none, or it is not of this version."""
     if not out:
         raise ValueError("--resume needs --out, the run's folder")
     file = Path(out) / "config.json"
@@ -339,8 +340,9 @@ def resumed(stored, given):
 
 
 def refuse_idle(c, given):
-    """Return the config. Raises ValueError for a setting that was given, is not its default, and
-    would do nothing."""
+    """Return the config.
+
+    Raises ValueError for a setting that was given, is not its default, and would do nothing."""
     for f in fields(c):
         if f.name in given and given[f.name] != f.default:
             for condition, what in f.metadata.get("needs", ()):

@@ -1,5 +1,4 @@
-"""Processes, devices and sharding: the same program alone, on 8 GPUs, and on 20 Ascend chips in
-three nodes.
+"""Processes, devices, sharding: the same program alone, on 8 GPUs and on three Ascend nodes.
 
 float32 weights, gradients and Adam's moments are cut in `shard` parts (FSDP2: ZeRO-3, arXiv
 1910.02054, 2304.11277). The parts are repeated world / shard times (HSDP). A block is gathered in
@@ -151,8 +150,7 @@ def split(count):
 # --------------------------------------------------------------------------------------- sharding
 
 class Sharding:
-    """Where the weights of a model lie; call it on a model (on the meta device, before it is
-    filled).
+    """Where the weights of a model lie; call it on a model on the meta device, still empty.
 
     dtype: of computation. shard: ranks that hold one copy of the weights together; 0: all. offload:
     the parts, their gradients and the optimizer's state stay in the memory of the host. timeout:

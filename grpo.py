@@ -1,5 +1,4 @@
-"""GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), as pure functions of
-tensors.
+"""GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), in pure functions.
 
 PPO learns a critic to say how good a completion is compared with what was expected. GRPO draws a
 group of G completions of the same prompt and compares each with the others: no second network, no
@@ -70,8 +69,7 @@ def group_advantages(rewards, scale="std", eps=1e-6, unbiased=False):
 
 
 def informative(rewards):
-    """rewards (N, G) -> (N,) bool: the groups whose completions differ, so that they carry a
-    gradient."""
+    """rewards (N, G) -> (N,) bool: the groups that differ within, and so carry a gradient."""
     return rewards.amax(1) != rewards.amin(1)
 
 
@@ -106,8 +104,9 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, l
 
 
 def clipped_tokens(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, level="token"):
-    """(B, T) of 0/1: tokens whose gradient the clip removes, pushed up above 1 + high or down below
-    1 - low."""
+    """(B, T) of 0/1: tokens whose gradient the clip removes.
+
+    They were pushed up and are above 1 + high, or pushed down and below 1 - low."""
     A = advantages[:, None]
     ratio = policy_ratio(logp, old_logp, mask, level)
     too_high = (A > 0) & (ratio > 1 + clip_high)
@@ -125,8 +124,7 @@ def policy_ratio(logp, old_logp, mask, level="token"):
 
 
 def masked_log_ratio(logp, other, mask):
-    """logp - other on the mask and exactly 0 off it (padding may hold anything, even nan), bounded:
-    (B, T)."""
+    """logp - other, bounded: (B, T), exactly 0 off the mask, where padding may be nan."""
     return torch.where(mask.bool(), logp - other, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -331,8 +329,7 @@ def common_sums(logp, entropy, mu_logp, mask):
 # ----------------------------------------------- not pure: what only other ranks and models can add
 
 def complete(learner, batch):
-    """Add to the batch, in place, what `prepare` cannot know: the rewards of other ranks, the
-    reference's log-probs."""
+    """Add to the batch what `prepare` cannot know: rewards of other ranks, the reference."""
     config = learner.config
     if config.advantage_scale == "batch":       # the std of all rewards, not of this rank's
         parts = dist.gather_objects(batch.rewards.view(-1, config.group_size).cpu())

@@ -1,5 +1,4 @@
-"""GTPO: Group-relative Trajectory-based Policy Optimization (Simoni et al., arXiv 2508.03772), as
-pure functions.
+"""GTPO: Group-relative Trajectory-based Policy Optimization (Simoni et al., arXiv 2508.03772).
 
 Not "GTPO and GRPO-S" (Tan et al., arXiv 2508.04349), another method of the same name.
 
@@ -101,8 +100,7 @@ def conflict_runs(tokens, mask, advantages, group_size):
 
 
 def aligned_tokens(tokens, mask, from_end):
-    """(B, longest) int32: the masked tokens of each row from its first (or backwards from its
-    last), -1 after them."""
+    """(B, longest) int32: each row's masked tokens, or those backwards, and -1 after them."""
     lengths = mask.sum(1, keepdim=True).long()                          # (B, 1)
     first = (mask.cumsum(1) == 0).sum(1, keepdim=True)                  # (B, 1)
     longest = int(lengths.max()) if len(lengths) else 0
@@ -245,8 +243,7 @@ class Batch(grpo.Batch):
 
 
 def prepare(rollout, rewards, config):
-    """As grpo.prepare, with the conflict weights: they depend on the rollout alone, so once is
-    enough."""
+    """As grpo.prepare, with the conflict weights, which depend on the rollout alone."""
     batch = grpo.prepare(rollout, rewards, config)
     G = rewards.shape[1]
     mask = rollout.completion_mask()        # also of the rows that mask_truncated drops
@@ -263,8 +260,9 @@ def prepare(rollout, rewards, config):
 
 
 def loss(logp, entropy, batch, config, normalizer):
-    """The objective on some rows of the batch: a scalar, and sums for the log. Arguments as in
-    grpo.loss."""
+    """The objective on some rows of the batch: a scalar, and sums for the log.
+
+    Arguments as in grpo.loss."""
     old, mask, conflict = batch.old_logp, batch.mask, batch.conflict
     H = mean_entropy(entropy.detach(), mask)
 
@@ -303,8 +301,7 @@ class State:
 
 
 def complete(learner, batch):
-    """Add to the batch the initial entropy: the mean over the completions of the first rollout,
-    before any update."""
+    """Add the initial entropy: the mean over the first rollout, before any update."""
     grpo.complete(learner, batch)
     state = learner.state
 

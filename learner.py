@@ -73,8 +73,9 @@ class Learner:
     # ------------------------------------------------------------------------- a rollout
 
     def learn(self, rollout, rewards):
-        """Make all optimizer steps of a rollout with rewards (n, G). Returns numbers for the
-        log."""
+        """Make all optimizer steps of a rollout with rewards (n, G).
+
+        Returns numbers for the log."""
         learn = getattr(self.objective, "learn", one_batch)
         updates, more = learn(self, rollout, rewards)
         return {**self.means(updates), **more}
@@ -189,8 +190,7 @@ class Learner:
         return {**self.finish(sums, normalizer), "grad_variance": variance}
 
     def count(self, batch, rows, config):
-        """The trained tokens of these rows, or their number, over all ranks: the loss is divided by
-        it."""
+        """The divisor of the loss: trained tokens of these rows, or the rows, of all ranks."""
         here = float(len(rows))
         if getattr(config, "aggregation", "token") == "token":
             here = float(batch.mask[rows].sum()) if rows else 0.0
@@ -209,8 +209,7 @@ class Learner:
         return gradients_in_place(self.model.lm_head.weight) if in_place else nullcontext()
 
     def accumulate(self, batch, rows, config, normalizer, sums):
-        """Add the gradient of these rows to that of the model, micro-batch by micro-batch; and to
-        sums."""
+        """Add these rows to the model's gradient and to sums, micro-batch by micro-batch."""
         parts = parts_of(batch, rows, config)
         for i, (part, micro) in enumerate(parts):
             dist.detail(f"micro-batch {i + 1} of {len(parts)}")
@@ -280,8 +279,9 @@ def one_batch(learner, rollout, rewards):
 
 
 def forward(model, micro, rows, config):
-    """Log-probs and entropies of a micro-batch: two (rows, T). Rows of one group share their
-    prompt."""
+    """Log-probs and entropies of a micro-batch: two (rows, T).
+
+    Rows of one group share their prompt."""
     groups = [row // config.group_size for row in rows]
     return model.token_logps(micro.tokens, micro.mask, config.temperature, groups)
 

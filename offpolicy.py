@@ -141,8 +141,7 @@ def weight_mass(weights, mask, level="sequence", group_size=None):
 
 
 def trace_weights(log_ratio, mask, scheme, trace):
-    """min(1, rho_t) times the traces of the tokens after t, by a reversed cumulative sum of
-    logs."""
+    """min(1, rho_t) times the traces of the tokens after t, by a reversed cumsum of logs."""
     on = mask.bool()
     down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)      # log min(1, rho)
 
@@ -159,8 +158,7 @@ def trace_weights(log_ratio, mask, scheme, trace):
 # ---------------------------------------------------------------- how far pi has moved away from mu
 
 def effective_sample_size(weights):
-    """(sum w)^2 / sum w^2 of weights (B,), one a sequence: between 1 and B, 0 when all weights are
-    0.
+    """(sum w)^2 / sum w^2 of weights (B,), one a sequence: 1 to B, or 0 when all are 0.
 
     It is how many samples of pi they are worth. The weights need not be normalised (the formula
     1 / sum w^2 needs a sum of 1)."""
@@ -245,8 +243,7 @@ def sequence_mask(logp, old_logp, advantages, mask, delta):
 
 
 def token_mask(logp, old_logp, advantages, mask, delta):
-    """Drop tokens whose probability has moved by delta in the direction of the advantage: (B, T) of
-    0/1.
+    """Drop tokens whose probability has moved by delta where A pushes it: (B, T) of 0/1.
 
     Unlike a ratio, a difference does not let rare tokens fill the mask (DPPO, arXiv 2602.04879)."""
     moved = torch.where(mask.bool(), logp.detach().exp() - old_logp.exp(), 0.0)
@@ -421,8 +418,7 @@ complete = grpo.complete
 
 
 def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
-    """Add to the batch, in place and once a pass, what `loss` needs: weight (B, T), replay_weight
-    (B,).
+    """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,).
 
     Without batch.prox_logp (on-policy, or bypass) only `weights` (B,), those of the replay buffer,
     count. reduce sums a dict of numbers over ranks, gather joins a vector over ranks: means and
@@ -625,8 +621,7 @@ def measure(learner, batch, groups=()):
 
 
 def too_far(c, drift):
-    """Whether pi is so far from mu that reuse should end: by --kl-limit, or ESS with
-    --adaptive-replay."""
+    """Whether reuse should end: by --kl-limit, or by ESS with --adaptive-replay."""
     above_limit = c.kl_limit and drift.kl_a_token > c.kl_limit
     few_effective = c.adaptive_replay and drift.ess < 0.5
     return bool(above_limit or few_effective)
@@ -643,8 +638,7 @@ def adapt(learner, last):
 
 
 def annealed_beta(learner):
-    """The bias correction of prioritized replay, which goes from --priority-beta to 1 over the
-    run."""
+    """The bias correction of prioritized replay: from --priority-beta to 1 over the run."""
     c = learner.config
     return c.priority_beta + (1 - c.priority_beta) * learner.progress.step / c.steps
 

@@ -144,8 +144,9 @@ class ReplayBuffer:
         return sum(g.nbytes for g in self.groups)
 
     def add(self, groups, version):
-        """Store a list of Group; version: the trainer's updates now. Groups of equal rewards are
-        refused."""
+        """Store a list of Group; version: the trainer's updates now.
+
+        Groups of equal rewards are refused."""
         self.groups += [g for g in groups if g.rewards.min() != g.rewards.max()]
         self.evict(version)
 
@@ -231,8 +232,7 @@ class ReplayBuffer:
 
 
 def systematic(P, count, rng):
-    """Draw `count` indices by systematic sampling from probabilities P (n,): an index array
-    (count,).
+    """Draw an index array (count,) by systematic sampling from probabilities P (n,).
 
     Lay the intervals P end to end, in a random order, from 0 to 1. Lay a comb of `count` teeth over
     them, 1 / count apart, shifted by one random number. Each tooth takes the interval it falls

@@ -91,8 +91,7 @@ _NUMBER = re.compile(
 
 
 def _tail(completion):
-    """Return what is read: the last TAIL characters of what follows the thought, if there is
-    one."""
+    """Return what is read: the last TAIL characters, of what follows a thought."""
     return _after_thought(_ended(completion)).rstrip()[-TAIL:]
 
 

@@ -94,8 +94,7 @@ def completion_text(problem, terse):
 
 
 def corpus(problems, tokenizer, config, terse_share=0.0):
-    """Turn problems into [(prompt ids, completion ids with eos)], a share of them terse, by
-    seed."""
+    """Turn problems into [(prompt ids, completion ids with eos)], a share of them terse."""
     rng = random.Random(f"terse/{config.seed}")
     questions = prompts.encode_prompts(problems, tokenizer, config.template)
     texts = [completion_text(p, rng.random() < terse_share) for p in problems]
@@ -112,8 +111,7 @@ def corpus(problems, tokenizer, config, terse_share=0.0):
 
 
 def batches(pairs, size, steps, seed):
-    """Yield `steps` batches of `size` pairs: every pair once in random order, then again in
-    another.
+    """Yield `steps` batches of `size` pairs: all in random order, then again in another.
 
     They are not sorted by length. No padding reaches the model anyway, and terse and full solutions
     shall meet in every batch."""
@@ -127,8 +125,7 @@ def batches(pairs, size, steps, seed):
 
 
 def collate(pairs, device):
-    """Turn [(prompt, completion)] into a Batch, right-padded with 0, that trains the
-    completions."""
+    """Turn [(prompt, completion)] into a Batch that trains the completions."""
     prompt_lengths = torch.tensor([len(p) for p, _ in pairs], dtype=torch.int64)
     lengths = torch.tensor([len(p) + len(c) for p, c in pairs], dtype=torch.int64)
     T = int(lengths.max()) if pairs else 1
@@ -151,8 +148,8 @@ METRICS = {}
 def loss(logp, entropy, batch, config, normalizer):
     """Cross-entropy of some rows, as learner.py wants it: a scalar, and sums for the log.
 
-    It is divided by the mean batch's tokens, not by this batch's: among batches of similar length
-    short answers would otherwise weigh more."""
+    It is divided by the mean batch's tokens, not by this batch's: the tokens of a
+    batch of many terse answers would otherwise weigh more."""
     total = -(logp * batch.mask).sum() / config.batch_tokens
     tokens, rows = batch.mask.sum(), (batch.mask.sum(1) > 0).sum()
     none = torch.zeros((), device=logp.device)
@@ -160,8 +157,7 @@ def loss(logp, entropy, batch, config, normalizer):
 
 
 def share_of_peak(step, steps):
-    """The learning rate as a share of its peak: up over a tenth of the steps, then down by a
-    cosine.
+    """The learning rate's share of its peak: up over a tenth of the steps, down by a cosine.
 
     It ends at a tenth of the peak."""
     warm = max(1, steps // 10)
@@ -212,8 +208,7 @@ def train(model, pairs, config, progress=True):
 
 
 def build(problems, config):
-    """A new tokenizer, trained on the problems and solutions, and a new random model of the
-    shape."""
+    """A new tokenizer, trained on problems and solutions, and a new random model."""
     texts = []
     for problem in problems:
         texts += [problem["problem"] + "\n", completion_text(problem, False)]

@@ -1,5 +1,4 @@
-"""Train a language model to reason with critic-free reinforcement learning: one loop, one file a
-concept.
+"""Train a language model to reason with critic-free RL: one loop, one file a concept.
 
     python train.py                             a small model, on a laptop, nothing to download
     python train.py --algo gtpo                 another objective: grpo, gtpo, offpolicy
@@ -11,8 +10,8 @@ concept.
 
 Each step takes problems (data.py), draws a group of completions of each (rollout.py), rewards them
 (reward.py), turns rewards into advantages and a loss (grpo.py, gtpo.py or offpolicy.py), and takes
-one or more optimizer steps (learner.py). `train_step`, below, is that sentence in code: begin
-there.
+one or more optimizer steps (learner.py). Begin with `train_step`, below, which is that sentence in
+code.
 
 All randomness is a function of (seed, step, prompt, sample): no generator state is saved or shared.
 """
@@ -152,8 +151,9 @@ def rollout_metrics(run, rollout, rewards, parts, begin):
 # -------------------------------------------------------------------------------------- evaluation
 
 def evaluate(sampler, tokenizer, held_out, config):
-    """Held-out accuracy: greedy, and pass@1 of eval_samples draws; with their mean length. Every
-    rank enters."""
+    """Held-out accuracy: greedy, and pass@1 of eval_samples draws; with their mean length.
+
+    Every rank enters."""
     dist.phase("evaluation")
     with sampler.loaded():
         greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)

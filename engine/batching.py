@@ -452,8 +452,7 @@ class ContinuousBatch:
         return max(in_use, min(FEW_ROWS, self.schedule.slot_count))
 
     def step_keys(self):
-        """Returns how many of a slot's own keys the next step looks at: as many as the oldest has,
-        rounded up."""
+        """Returns the own keys that the next step looks at: the oldest slot's, rounded up."""
         used = min(self.schedule.time - self.oldest, self.max_new_tokens)
         if not self.static:
             return used

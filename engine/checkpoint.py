@@ -1,5 +1,4 @@
-"""A run's folder, and checkpoints that survive a crash at any moment, a full disk, another world
-size.
+"""A run's folder, and checkpoints that survive a crash, a full disk and another world size.
 
     folder/config.json          the run's settings
     folder/.lock                held while a run writes here
@@ -64,8 +63,7 @@ def agree_on_run(c):
 
 
 def differing(settings):
-    """The settings (a dict for each rank) that are not the same on all ranks: {name: their
-    values}."""
+    """The settings (a dict a rank) that are not the same on all ranks: {name: values}."""
     found = {}
     for name in settings[0]:
         values = sorted({str(of_rank.get(name)) for of_rank in settings})
@@ -116,8 +114,9 @@ def together(act):
 
 
 def lock(folder):
-    """Hold the folder until this process ends, however it ends. Raises ValueError when another
-    does."""
+    """Hold the folder until this process ends, however it ends.
+
+    Raises ValueError when another does."""
     if _lock and Path(_lock[0].name) == folder / ".lock":
         return
     _lock[:] = [open(folder / ".lock", "a")]
@@ -276,8 +275,9 @@ def load_checkpoint(path, tensors):
 
 
 def read_state(path):
-    """(Progress, extra) of a checkpoint. Raises an error when a file has not the size it was
-    given."""
+    """(Progress, extra) of a checkpoint.
+
+    Raises an error when a file has not the size it was given."""
     state = json.loads((path / "state.json").read_text())
     for name, size in state.pop("files").items():
         found = (path / name).stat().st_size
@@ -296,8 +296,9 @@ def reason(error):
 
 
 def cut_log(file, step):
-    """Leave the lines up to a step in a log; None: begin it anew, and what was there stays to be
-    read."""
+    """Cut a log to the lines up to a step.
+
+    With step None it begins anew, and what was there stays to be read beside it."""
     lines = list(open(file, encoding="utf-8")) if file.exists() else []
     whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
     if whole and step is None:
