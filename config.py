@@ -254,8 +254,7 @@ def Config(algo="grpo", **settings):
     """The settings of a run; those that are not given have their defaults.
 
     Not checked: `check` does that."""
-    if not isinstance(algo, str):
-        raise ValueError(f"--algo {algo}: choose {', '.join(ALGOS)}")
+    objective(algo)             # another name is refused, before it is looked up in a cache
     return config_class(algo)(algo=algo, **settings)
 
 
@@ -323,7 +322,7 @@ def stored_config(out):
         raise ValueError(f"--resume: {out} holds no run (no config.json)")
     try:
         return check(Config(**json.loads(file.read_text())))
-    except (TypeError, ValueError, AttributeError, ImportError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a run of this version: {error}") from None
 
 

@@ -48,8 +48,6 @@ import math
 import re
 from collections import namedtuple
 
-import torch
-
 from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
 
 TAIL = 20_000        # characters of a completion that are searched, from its end
@@ -416,6 +414,7 @@ def parts(functions, problems, groups, group_size):
     functions are those of `weighted`; N may be 0. Raises ValueError, which names the function, when
     one fails or gives something else.
     """
+    import torch                        # here, so that whoever only verifies does not wait for it
     found, shape = {}, (len(problems), group_size)
     for name, _, function in functions:
         try:

@@ -36,6 +36,7 @@ from engine.checkpoint import Progress, together
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
+from rollout import Rollout
 
 
 @dataclass
@@ -133,10 +134,9 @@ def collate(pairs, device):
     for row, (p, c) in enumerate(pairs):
         tokens[row, :len(p) + len(c)] = torch.tensor(p + c)
 
-    position = torch.arange(T)[None]
-    mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    mask = Rollout(tokens, prompt_lengths, lengths, None, None).completion_mask()
     return Batch(tokens=tokens.to(device), prompt_lengths=prompt_lengths.to(device),
-                 lengths=lengths.to(device), mask=mask.float().to(device),
+                 lengths=lengths.to(device), mask=mask.to(device),
                  rewards=None, advantages=None, active=None, old_logp=None)
 
 
