@@ -255,10 +255,16 @@ class Batch:
     rewards: torch.Tensor                   # (B,)
     advantages: torch.Tensor                # (B,)
     active: torch.Tensor                    # (B,) bool: the rows that carry a gradient
-    old_logp: torch.Tensor                  # (B, T) log mu, of the policy that drew the tokens
+    old_logp: torch.Tensor | None           # (B, T) log mu, of the policy that drew the tokens;
+                                            # None: that is pi, and its first update says it
+    drawn_logp: torch.Tensor | None = None  # (B, T) the sampler's log mu, if old_logp is not that
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
     pi_logp: torch.Tensor | None = None     # (B, T) an output: updates leave here the log-probs
                                             # that they meet, if it is given (by offpolicy.py)
+
+    @property
+    def sampler_logp(self):
+        return self.old_logp if self.drawn_logp is None else self.drawn_logp
 
     def rows(self, indices):
         """The batch of these rows alone, cut to the longest of them.
@@ -312,18 +318,19 @@ def loss(logp, entropy, batch, config, normalizer):
         kl = kl_penalty(logp, batch.ref_logp, config.kl_kind, old, mask)
         per_token = per_token + config.beta * kl
 
-    sums = {**common_sums(logp, entropy, old, mask),
+    sums = {**common_sums(logp, entropy, batch.sampler_logp, mask),
             "kl": kl.detach().sum(),
             "clip_ratio": clipped_tokens(logp.detach(), old, A, mask, **clip).sum()}
     return aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens), sums
 
 
-def common_sums(logp, entropy, mu_logp, mask):
-    """What every objective logs: the counts, the entropy, and the largest |pi / mu - 1|, rounding
-    error where mu is pi."""
-    deviation = (masked_log_ratio(logp.detach(), mu_logp, mask).exp() - 1).abs().max()
+def common_sums(logp, entropy, sampler_logp, mask):
+    """What every objective logs: the counts, the entropy, and |pi / mu - 1| by the sampler's mu,
+    its sum and its largest: rounding error where mu is pi."""
+    deviation = (masked_log_ratio(logp.detach(), sampler_logp, mask).exp() - 1).abs()     # 0 off it
     return {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(),
-            "entropy": (entropy.detach() * mask).sum(), "ratio_max_dev": deviation}
+            "entropy": (entropy.detach() * mask).sum(),
+            "ratio_mean_dev": deviation.sum(), "ratio_max_dev": deviation.max()}
 
 
 # ----------------------------------------------- not pure: what only other ranks and models can add

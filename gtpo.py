@@ -278,7 +278,8 @@ def loss(logp, entropy, batch, config, normalizer):
     total = grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens)
 
     none = torch.zeros((), device=logp.device)          # this objective has no KL and no clip
-    sums = {**grpo.common_sums(logp, entropy, old, mask), "kl": none, "clip_ratio": none,
+    sums = {**grpo.common_sums(logp, entropy, batch.sampler_logp, mask),
+            "kl": none, "clip_ratio": none,
             "gate_dropped_frac": (gate == 0).sum(),
             "conflict_amplified_frac": (conflict > 1).sum(),
             "conflict_protected_frac": ((conflict == 0) & mask.bool()).sum()}

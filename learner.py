@@ -63,6 +63,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     progress: Progress                  # counts of steps and updates, saved with each checkpoint
     reference: torch.nn.Module = None   # pi_ref, with --beta
+    behaviour: torch.nn.Module = None   # mu, with --sync-every; else pi draws
     state: object = None                # the objective's State
     say: object = print                 # takes one line for the user
 
@@ -86,6 +87,22 @@ class Learner:
         if hasattr(self.objective, "complete"):
             self.objective.complete(self, batch)
         return batch
+
+    def score_mu(self, batch, version):
+        """Let the trainer say how likely mu was to draw a fresh batch, in place of the sampler.
+
+        The two round differently. In float32 that is 1e-6 and stays as it is. In bfloat16 it is
+        0.01 to 0.1 nats a token, which a sum over a completion would take for a policy that has
+        moved. version: updates that mu had seen."""
+        if self.model.dtype == torch.float32:
+            return
+        batch.drawn_logp = batch.old_logp
+        on_policy = version == self.progress.updates
+
+        if on_policy and self.config.epochs * self.config.minibatches == 1:
+            batch.old_logp = None       # its only update meets mu itself: no second forward
+        else:
+            batch.old_logp = self.score(batch, model=None if on_policy else self.behaviour)[0]
 
     def passes(self, batch, count, config=None):
         """Make the updates of --epochs passes over a batch. Returns a list of sums, one an update.
@@ -135,7 +152,9 @@ class Learner:
             known = [u["grad_variance"] for u in updates if not math.isnan(u["grad_variance"])]
             out["grad_variance"] = sum(known) / len(known) if known else math.nan
 
-        out["ratio_max_dev"] = updates[0]["ratio_max_dev"]      # only there mu may still be pi
+        first = updates[0]          # only there mu may still be pi
+        out["ratio_max_dev"] = first["ratio_max_dev"]
+        out["ratio_mean_dev"] = first["ratio_mean_dev"] / max(first["tokens"], 1)
         return out
 
     @torch.no_grad()
@@ -197,7 +216,7 @@ class Learner:
         return dist.all_reduce({"count": here}, self.device)["count"]
 
     def no_sums(self):
-        names = ("loss", "tokens", "rows", *self.objective.METRICS)
+        names = ("loss", "tokens", "rows", "ratio_mean_dev", *self.objective.METRICS)
         return {**dict.fromkeys(names, 0.0), "ratio_max_dev": 0.0}
 
     def accumulating(self):
@@ -228,6 +247,8 @@ class Learner:
             logp.sum().backward()
             return {"ratio_max_dev": 0.0}
 
+        if micro.old_logp is None:
+            micro.old_logp = logp.detach()
         loss, sums = self.objective.loss(logp, entropy, micro, config, normalizer)
         loss.backward()
         if batch.pi_logp is not None:
@@ -275,6 +296,7 @@ class Learner:
 def one_batch(learner, rollout, rewards):
     """What an objective without a `learn` of its own does with a rollout: passes over one batch."""
     batch = learner.batch(rollout, rewards)
+    learner.score_mu(batch, rollout.version)
     return learner.passes(batch, learner.config.prompts_per_step), {}
 
 

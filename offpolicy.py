@@ -37,6 +37,7 @@ Left out: weights that change in the middle of a completion; asynchronous proces
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import dist
@@ -481,7 +482,7 @@ def loss(logp, entropy, batch, config, normalizer):
         per_token = per_token + config.beta * kl
     per_token = per_token * batch.replay_weight[:, None]
 
-    sums = {**grpo.common_sums(logp, entropy, mu, mask),
+    sums = {**grpo.common_sums(logp, entropy, batch.sampler_logp, mask),
             "kl": kl.detach().sum(),
             "clip_ratio": grpo.clipped_tokens(logp.detach(), anchor, A, mask, **clip).sum()}
     total = grpo.aggregate(per_token, mask, config.aggregation, normalizer, config.max_new_tokens)
@@ -522,6 +523,8 @@ def learn(learner, rollout, rewards):
     # the fresh groups; they go into the buffer after their own pass, so that a draw may hold them
     batch = fresh_batch(learner, rollout, rewards)
     updates = learner.passes(batch, c.prompts_per_step, config)
+    if batch.old_logp is None:          # the update has met mu itself
+        batch.old_logp = batch.pi_logp
     last = measure(learner, batch)
     drifts = [last]
     if c.replay_ratio > 1:
@@ -554,7 +557,7 @@ def fresh_batch(learner, rollout, rewards):
     """The batch of a rollout that was just drawn."""
     versions = torch.full_like(rollout.lengths, rollout.version)
     on_policy = rollout.version == learner.progress.updates
-    return pass_batch(learner, rollout, rewards, versions, on_policy=on_policy)
+    return pass_batch(learner, rollout, rewards, versions, fresh=True, on_policy=on_policy)
 
 
 def replayed_batch(learner, groups, weights):
@@ -571,18 +574,21 @@ def replayed_batch(learner, groups, weights):
     return pass_batch(learner, Rollout(**fields), rewards, versions, weights.repeat_interleave(G))
 
 
-def pass_batch(learner, rollout, rewards, versions, weights=None, on_policy=False):
+def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, on_policy=False):
     """The batch of a pass, with the age of each row, pi at its start where needed, and the weights.
 
-    on_policy: pi drew the batch; there is nothing to correct, and prox is mu."""
+    fresh: the sampler's mu has not become the trainer's yet. on_policy: pi drew the batch; there is
+    nothing to correct, and prox is mu."""
     c = learner.config
     batch = learner.batch(rollout, rewards)
+    if fresh:
+        learner.score_mu(batch, rollout.version)
     batch.lag = learner.progress.updates - versions.float()
 
     if not on_policy and (c.correction == "decoupled" or c.trust_region == "second_moment"):
         batch.prox_logp = learner.score(batch)[0]
     else:           # the updates leave here what they meet: no second forward
-        batch.pi_logp = batch.old_logp.clone()
+        batch.pi_logp = batch.sampler_logp.clone()
 
     correct(batch, c, weights,
             reduce=lambda sums: dist.all_reduce(sums, learner.device),
@@ -592,7 +598,9 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, on_policy=Fals
 
 def store(learner, rollout, rewards, batch):
     """Put the fresh groups of all ranks into the buffer."""
-    mine = pack(rollout, rewards, learner.model.config.vocab_size, batch.active)
+    rollout = replace(rollout, logps=batch.old_logp)
+    mine = pack(rollout, rewards, learner.model.config.vocab_size, batch.active,
+                np.float16 if batch.drawn_logp is None else np.float32)
     everyones = [group for part in dist.gather_objects(mine) for group in part]
     learner.state.buffer.add(everyones, learner.progress.updates)
 

@@ -22,12 +22,12 @@ NUMBERS = ("version", "uses", "ess")
 
 @dataclass
 class Group:
-    """The completions of one prompt, compact: 2 or 4 bytes a token id and 2 a log-probability.
+    """The completions of one prompt, compact: 2 or 4 bytes a token id, and as many a log-prob.
 
     A sum over 1,000 log-probabilities is off by 0.005 in float16, by 0.04 in bfloat16 and by more
     than 0.4 in int8."""
     tokens: np.ndarray          # uint16 or uint32: the prompt, then the G completions
-    logps: np.ndarray           # float16, of the completions
+    logps: np.ndarray           # float16 or float32, of the completions
     lengths: np.ndarray         # (G,) int32, of the completions
     finished: np.ndarray        # (G,) bool
     rewards: np.ndarray         # (G,) float32
@@ -46,11 +46,12 @@ class Group:
 
 # ------------------------------------------------------------------------- from a rollout and back
 
-def pack(rollout, rewards, vocab_size, active=None):
+def pack(rollout, rewards, vocab_size, active=None, logp_type=np.float16):
     """Turn a rollout and its rewards (n, G) into a list of Group.
 
     Only groups that can teach are kept: their rewards differ and, where active (B,) is given, some
-    row of theirs is active."""
+    row of theirs is active. logp_type: float16 is half of the memory; in float32 a ratio to the
+    same weights is 1 to the last bit."""
     G = rewards.shape[1]
     id_type = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
     tokens, logps = rollout.tokens.cpu().numpy(), rollout.logps.cpu().numpy()       # (B, T)
@@ -68,7 +69,7 @@ def pack(rollout, rewards, vocab_size, active=None):
         completions = [tokens[r, starts[r]:ends[r]] for r in rows]
         groups.append(Group(
             tokens=np.concatenate([prompt, *completions]).astype(id_type),
-            logps=np.concatenate([logps[r, starts[r]:ends[r]] for r in rows]).astype(np.float16),
+            logps=np.concatenate([logps[r, starts[r]:ends[r]] for r in rows]).astype(logp_type),
             lengths=(ends - starts)[rows].astype(np.int32),
             finished=finished[rows],
             rewards=rewards[i].float().cpu().numpy().copy(),

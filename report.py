@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import dist
+import grpo
 from config import Parser
 
 SAMPLES = 4         # completions of each problem that samples.jsonl shows
@@ -29,6 +30,46 @@ PANELS = (          # of curve.png: (title, keys of the log)
 
 
 # ----------------------------------------------------------------------------- of one run
+
+def rollout_metrics(learner, rollout, rewards, parts, seconds):
+    """Means over all ranks of what was drawn in this step; its tokens are counted.
+
+    rewards (n, G); parts: {name of a reward function: (n, G)}; seconds: of the rollout."""
+    c, progress = learner.config, learner.progress
+    drawn = (rollout.lengths - rollout.prompt_lengths).float()
+    sums = dist.all_reduce({
+        "rows": rewards.numel(),
+        "reward": rewards.sum(),
+        "spread": rewards.std(1, correction=0).sum(),
+        "flat_groups": (~grpo.informative(rewards)).sum(),
+        "drawn": drawn.sum(),
+        "cut": (~rollout.finished).sum(),
+        "tokens": rollout.lengths.sum(),
+        "entropy": -rollout.logps.sum(),
+        "solved": (parts["correct"] > 0).any(1).sum(),
+        **{f"rewards/{name}": part.sum() for name, part in parts.items()},
+    }, learner.device)
+
+    # a rank may hold no prompt at all, so every mean is taken over the sums of all ranks
+    rows = sums["rows"]
+    groups = rows / c.group_size
+    progress.num_tokens += int(sums["tokens"])
+    return {
+        "step": progress.step,
+        "reward": sums["reward"] / rows,
+        "reward_std": sums["spread"] / groups,
+        "frac_reward_zero_std": sums["flat_groups"] / groups,
+        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in parts},
+        "completion_length": sums["drawn"] / rows,
+        "truncated_frac": sums["cut"] / rows,
+        "num_tokens": progress.num_tokens,
+        "num_samples": progress.step * c.prompts_per_step * c.group_size,
+        "entropy": sums["entropy"] / sums["drawn"],     # the sampler's; `learn` may have a better
+        "pass@G": sums["solved"] / groups,
+        "rollout_time": seconds,
+        "rollout_tokens_per_s": sums["drawn"] / seconds,
+    }
+
 
 def write_samples(folder, step, problems, groups, rewards):
     """Append some completions of a step to samples.jsonl, to be read by a person.

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import data
 import dist
-import grpo
 import prompts
 import report
 import reward
@@ -82,7 +81,8 @@ def train_step(run):
     parts = reward.parts(run.rewards, problems, groups, c.group_size)
     scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
     rewards = scores.float().to(learner.device)
-    line = {"step": progress.step, **rollout_metrics(run, rollout, rewards, parts, begin)}
+    drawn_in = time.perf_counter() - begin
+    line = report.rollout_metrics(learner, rollout, rewards, parts, drawn_in)
     if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
         report.write_samples(run.folder, progress.step, problems[:2], groups, scores.tolist())
 
@@ -108,44 +108,6 @@ def refresh_behaviour(run):
             for old, new in zip(run.behaviour.model.parameters(), run.learner.model.parameters()):
                 old.copy_(new)
     run.behaviour.version = progress.behaviour_version = progress.updates
-
-
-def rollout_metrics(run, rollout, rewards, parts, begin):
-    """Means over all ranks of what was drawn in this step."""
-    c, progress = run.learner.config, run.learner.progress
-    drawn = (rollout.lengths - rollout.prompt_lengths).float()
-    sums = dist.all_reduce({
-        "rows": rewards.numel(),
-        "reward": rewards.sum(),
-        "spread": rewards.std(1, correction=0).sum(),
-        "flat_groups": (~grpo.informative(rewards)).sum(),
-        "drawn": drawn.sum(),
-        "cut": (~rollout.finished).sum(),
-        "tokens": rollout.lengths.sum(),
-        "entropy": -rollout.logps.sum(),
-        "solved": (parts["correct"] > 0).any(1).sum(),
-        **{f"rewards/{name}": part.sum() for name, part in parts.items()},
-    }, run.learner.device)
-
-    # a rank may hold no prompt at all, so every mean is taken over the sums of all ranks
-    rows = sums["rows"]
-    groups = rows / c.group_size
-    seconds = time.perf_counter() - begin
-    progress.num_tokens += int(sums["tokens"])
-    return {
-        "reward": sums["reward"] / rows,
-        "reward_std": sums["spread"] / groups,
-        "frac_reward_zero_std": sums["flat_groups"] / groups,
-        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in parts},
-        "completion_length": sums["drawn"] / rows,
-        "truncated_frac": sums["cut"] / rows,
-        "num_tokens": progress.num_tokens,
-        "num_samples": progress.step * c.prompts_per_step * c.group_size,
-        "entropy": sums["entropy"] / sums["drawn"],     # the sampler's; `learn` may have a better
-        "pass@G": sums["solved"] / groups,
-        "rollout_time": seconds,
-        "rollout_tokens_per_s": sums["drawn"] / seconds,
-    }
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -326,7 +288,8 @@ def start(c, folder, device):
             "graph": {"on": True, "off": False}.get(c.graph)}
     sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
     if getattr(c, "sync_every", 1) > 1:
-        behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), **room)
+        learner.behaviour = frozen()
+        behaviour = Sampler(learner.behaviour, sampler.eos_ids.tolist(), **room)
 
     return Run(learner=learner, sampler=sampler, behaviour=behaviour,
                stream=data.Stream(train, c.seed), held_out=held_out, rewards=functions,

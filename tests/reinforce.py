@@ -30,5 +30,5 @@ def prepare(rollout, rewards, config):
 
 def loss(logp, entropy, batch, config, normalizer):
     per_token = -batch.advantages[:, None] * logp * batch.mask
-    sums = grpo.common_sums(logp, entropy, batch.old_logp, batch.mask)
+    sums = grpo.common_sums(logp, entropy, batch.sampler_logp, batch.mask)
     return per_token.sum() / normalizer, {**sums, "kept": sums["rows"]}

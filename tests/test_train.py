@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint
 import data
+import grpo
 import dist
 import sft
 import train
@@ -312,8 +313,8 @@ def test_gradients_of_micro_batches_add_up_in_float32(bfloat16):
 
 
 def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_path, monkeypatch):
-    real = train.grpo.loss
-    monkeypatch.setattr(train.grpo, "loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = grpo.loss
+    monkeypatch.setattr(grpo, "loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     with pytest.raises(SystemExit, match="five non-finite updates in a row"):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--steps", "20", "--eval-every", "20",
                     "--save-every", "1"])

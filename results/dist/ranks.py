@@ -89,7 +89,7 @@ def deviation(one, many):
 
     A difference is relative to the value, or to 0.01 where the value is less. Times are left out,
     and so is the deviation of the ratio from 1, which is a rounding error itself."""
-    left_out = ("time", "per_s", "memory", "ratio_max_dev")
+    left_out = ("time", "per_s", "memory", "ratio_max_dev", "ratio_mean_dev")
     largest = {}
     for line, other in zip(one, many, strict=True):
         keys = [key for key in line if not any(word in key for word in left_out)]
