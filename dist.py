@@ -292,6 +292,21 @@ def gather_objects(value):
     return box
 
 
+def together(act):
+    """Let rank 0 act. Every rank gets its result, or raises the error that it met."""
+    result = problem = None
+    if rank() == 0:
+        try:
+            result = act()
+        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
+            problem = first_line(error)
+
+    result, problem = broadcast_object((result, problem))
+    if problem:
+        raise Agreed(problem)
+    return result
+
+
 # --------------------------------------------------------------------------------------- watching
 
 class Watchdog(threading.Thread):

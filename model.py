@@ -275,13 +275,15 @@ class Transformer(nn.Module):
     # -------------------------------------------------------------------------------- checkpoints
 
     @classmethod
-    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, shard=None):
+    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, shard=None,
+                        weights=True):
         """Read a checkpoint folder in HF layout, or a hub id where the hub can be reached.
 
         Weights are built on the meta device and filled one by one, so at most one tensor exists
         twice. shard (a dist.Sharding) is called on the empty model: each rank then reads only its
-        rows of every tensor, and no rank ever holds the whole. Raises ValueError or
-        FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
+        rows of every tensor, and no rank ever holds the whole. weights=False leaves them to be
+        filled by the caller. Raises ValueError or FileNotFoundError, one line, for what is missing,
+        extra, misshapen or unsupported."""
         folder = find_checkpoint(path_or_id)
         config = ModelConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
@@ -291,7 +293,8 @@ class Transformer(nn.Module):
         model.to_empty(device=device)
         model.tie()
 
-        read_weights(folder, dict(model.named_parameters()), config.model_type)
+        if weights:
+            read_weights(folder, dict(model.named_parameters()), config.model_type)
         model.files = read_companions(folder)
         return model
 
@@ -307,7 +310,14 @@ class Transformer(nn.Module):
                 whole(p)
             return
 
-        path = Path(path)
+        path, dtype = Path(path), dtype or self.dtype
+        self.save_description(path, dtype)
+        for old in path.glob("model*.safetensors*"):
+            old.unlink()
+        write_shards(path, dict(self.named_parameters()), dtype)
+
+    def save_description(self, path, dtype=None):
+        """Write all of a checkpoint folder but the weights."""
         dtype = dtype or self.dtype
         path.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -319,10 +329,6 @@ class Transformer(nn.Module):
         if "generation_config.json" not in self.files:
             generation = {"eos_token_id": self.config.eos_token_id}
             write_json(path / "generation_config.json", generation)
-
-        for old in path.glob("model*.safetensors*"):
-            old.unlink()
-        write_shards(path, dict(self.named_parameters()), dtype)
 
 
 def trainable(model):

@@ -32,7 +32,8 @@ import data
 import dist
 import prompts
 from config import DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting
-from engine.checkpoint import Progress, together
+from dist import together
+from engine.checkpoint import Progress
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable

@@ -32,8 +32,10 @@ import reward
 import sft
 import tasks
 from config import objective, parse, parse_levels
-from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, cut_log, load_checkpoint,
-                               release, save_checkpoint, tensors_of)
+from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
+                               tensors_of)
+from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
+                    remember)
 from learner import Learner, adamw
 from model import ModelConfig, Transformer
 from rollout import Sampler, check_request, draw_groups
@@ -252,16 +254,21 @@ def start(c, folder, device):
 
     train, held_out = data.load_split(c.data, c.eval_data, c.seed, parse_levels(c.levels),
                                       c.eval_problems, say)
+    check_data(c, folder, train, held_out)
     if not c.model:
         claim(c, folder)            # before the warm start, which takes a while
+    goes_on = is_under_way(folder)          # then a checkpoint brings the weights
     source = c.model or sft.default_start(c, folder, device)
+    begins_at = folder / "start" if goes_on else source
+    with_reference = getattr(c, "beta", 0) > 0
+    check_model(c, folder, source, needed=with_reference or not goes_on, say=say)
 
     # pi, and where its weights lie
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
-    model = Transformer.from_pretrained(source, place.home, shard=place)
+    model = Transformer.from_pretrained(begins_at, place.home, shard=place, weights=not goes_on)
     model.activation_checkpointing = c.activation_checkpointing
-    tokenizer = prompts.load_tokenizer(source)
+    tokenizer = prompts.load_tokenizer(begins_at)
 
     # the problems as token ids; a request that cannot be served is found now
     train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
@@ -271,15 +278,18 @@ def start(c, folder, device):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
     claim(c, folder)
+    remember(folder, model, source, train, held_out)
 
     # the learner: pi_ref with --beta, and what the objective carries from step to step
-    def frozen():
-        return Transformer.from_pretrained(source, place.home, dtype, place).requires_grad_(False)
+    def frozen(weights=True):
+        at = source if weights else begins_at
+        return Transformer.from_pretrained(at, place.home, dtype, place,
+                                           weights).requires_grad_(False)
 
     module = objective(c.algo)
     learner = Learner(
         config=c, objective=module, model=model, progress=Progress(), say=say,
-        reference=frozen() if getattr(c, "beta", 0) > 0 else None,
+        reference=frozen() if with_reference else None,
         optimizer=adamw(model, c.lr, c.weight_decay),
         state=module.State(c) if hasattr(module, "State") else None)
 
@@ -288,7 +298,7 @@ def start(c, folder, device):
             "graph": {"on": True, "off": False}.get(c.graph)}
     sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
     if getattr(c, "sync_every", 1) > 1:
-        learner.behaviour = frozen()
+        learner.behaviour = frozen(weights=not goes_on)
         behaviour = Sampler(learner.behaviour, sampler.eos_ids.tolist(), **room)
 
     return Run(learner=learner, sampler=sampler, behaviour=behaviour,

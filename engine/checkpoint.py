@@ -1,32 +1,33 @@
-"""A run's folder, and checkpoints that survive a crash, a full disk and another world size.
+"""Checkpoints that survive a crash, a full disk, a flipped bit and another world size.
 
-    folder/config.json          the run's settings
-    folder/.lock                held while a run writes here
-    folder/checkpoints/step-000020/
-        *.distcp, .metadata     weights, Adam's moments, the lagging weights: each rank its part
+    checkpoints/step-000020/
+        *.distcp                weights, Adam's moments, the lagging weights: each rank its part
+        .metadata               the index: which tensor lies where
         extra.pt                the objective's state, the same on every rank
-        state.json              Progress, and the size of every file
+        state.json              Progress, and the size and checksum of every file
 
 A checkpoint is written into a hidden folder and renamed when every rank's part is on disk: it is
 whole or absent. Tensors are saved by torch.distributed.checkpoint under their names, whatever part
 of them a rank held, so any number of ranks can go on from them. Several nodes need a folder that
-all of them see. The index of the tensors is a pickle: resume only your own runs.
+all of them see. No file of a checkpoint can run code: tensors are read with weights_only, and the
+index, which is a pickle, by an Unpickler that knows the few classes of an index and no others.
 """
-import fcntl
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
-from dist import Agreed, barrier, broadcast_object, first_line, gather_objects, rank
-from engine.machine import choose_threads
+from dist import Agreed, barrier, first_line, gather_objects, rank, together, world
 
 
 @dataclass
@@ -40,118 +41,6 @@ class Progress:
     bad_steps: int = 0              # non-finite updates in a row
     seconds: float = 0.0            # of all starts of the run together
     first: dict = field(default_factory=dict)       # evaluation before the first step
-
-
-# ------------------------------------------------------------------------------------- run folder
-
-_lock = []      # the open lock file of this process
-
-
-def agree_on_run(c):
-    """Choose the run's folder and settings. Returns (settings, folder), the same on every rank.
-
-    Rank 0 looks at the folder. Raises ValueError on every rank when it is another run's, or when
-    the ranks were not started with the same settings."""
-    for name, values in differing(gather_objects(asdict(c))).items():
-        raise Agreed(f"--{name.replace('_', '-')} is not the same on all ranks: "
-                     f"{', '.join(map(str, values))}; start all nodes by one command")
-
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    restarted = any(gather_objects(restarts > 0))       # of any node's torchrun
-    chosen = together(lambda: open_run(c, restarted))
-    return replace(c, **chosen), Path(chosen["out"])
-
-
-def differing(settings):
-    """The settings (a dict a rank) that are not the same on all ranks: {name: values}."""
-    found = {}
-    for name in settings[0]:
-        values = sorted({str(of_rank.get(name)) for of_rank in settings})
-        if len(values) > 1:
-            found[name] = values
-    return found
-
-
-def open_run(c, restarted):
-    """Look at the run's folder, without writing to it. Returns the settings that follow from it.
-
-    restarted: torchrun started the processes again after one of them was lost. A run of these
-    settings then goes on by itself; one of others is left alone. Raises ValueError when the folder
-    is taken."""
-    out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
-    folder, config = Path(out), Path(out) / "config.json"
-    resume, threads = c.resume, c.threads
-
-    if restarted and not resume and config.exists():
-        stored = json.loads(config.read_text())
-        mine = {**asdict(c), "out": out, "threads": stored.get("threads")}
-        if stored == mine:
-            resume, threads = True, stored["threads"]
-
-    taken = folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir())
-    if taken and not resume:
-        hint = f"python train.py --resume --out {out}" if config.exists() else "an empty one"
-        raise ValueError(f"--out {out} is not empty: choose another folder, "
-                         f"or go on with it: {hint}")
-    if resume:
-        lock(folder)
-    return {"out": out, "resume": resume, "threads": threads or choose_threads()}
-
-
-def together(act):
-    """Let rank 0 act. Every rank gets its result, or raises the error that it met."""
-    result = problem = None
-    if rank() == 0:
-        try:
-            result = act()
-        except Exception as error:      # a full disk is an OSError, or of torch.save a RuntimeError
-            problem = first_line(error)
-
-    result, problem = broadcast_object((result, problem))
-    if problem:
-        raise Agreed(problem)
-    return result
-
-
-def lock(folder):
-    """Hold the folder until this process ends, however it ends.
-
-    Raises ValueError when another does."""
-    if _lock and Path(_lock[0].name) == folder / ".lock":
-        return
-    _lock[:] = [open(folder / ".lock", "a")]
-    try:
-        fcntl.flock(_lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _lock.clear()
-        raise ValueError(f"{folder}: another run is writing there; "
-                         "stop it, or choose another --out") from None
-    except OSError:         # a file system without locks
-        pass
-
-
-def release():
-    """Let another run of this process have the folder."""
-    _lock.clear()
-
-
-def claim(c, folder):
-    """Write config.json: from here on the folder is this run's. Every rank enters.
-
-    It is called only after the input has proved readable."""
-    def write():
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
-        settings = {**asdict(c), "resume": False}
-        write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    together(write)
-
-
-def write_whole(file, text):
-    """Write a file such that there is never half of it."""
-    part = file.with_name("." + file.name)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -193,7 +82,9 @@ def save_checkpoint(folder, progress, tensors, extra=None, keep=2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of dcp: that there is one process only
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
-        together(lambda: finish_part(folder, part, final, progress, extra, keep))
+        mine = {file.name: checksum(file) for file in part.glob(f"__{rank()}_*.distcp")}
+        checksums = {name: crc for of_rank in gather_objects(mine) for name, crc in of_rank.items()}
+        together(lambda: finish_part(folder, part, final, progress, extra, checksums, keep))
 
     # a CheckpointException, which is no Exception, holds the errors of all ranks
     except (Exception, dcp.CheckpointException) as error:
@@ -210,11 +101,17 @@ def make_part(folder, part):
     part.mkdir(parents=True)
 
 
-def finish_part(folder, part, final, progress, extra, keep):
-    """Add what rank 0 adds, then rename; then let the oldest go."""
+def finish_part(folder, part, final, progress, extra, checksums, keep):
+    """Add what rank 0 adds, then rename; then let the oldest go.
+
+    checksums: those of the ranks' parts."""
     torch.save(extra or {}, part / "extra.pt")
-    sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
-    (part / "state.json").write_text(json.dumps({**asdict(progress), "files": sizes}))
+    checksums = {**checksums, **{name: checksum(part / name) for name in (".metadata", "extra.pt")}}
+    files = {name: [(part / name).stat().st_size, crc] for name, crc in checksums.items()}
+
+    state = json.dumps({"progress": asdict(progress), "files": files})
+    whole = {"state": state, "checksum": zlib.crc32(state.encode())}
+    (part / "state.json").write_text(json.dumps(whole))
     for path in (*part.iterdir(), part):
         sync(path)
     os.replace(part, final)
@@ -253,9 +150,10 @@ def load_checkpoint(path, tensors):
     Returns (Progress, extra). Raises ValueError on every rank when a file is missing, cut, or does
     not fit."""
     try:
-        problem = progress = extra = None
+        problem = progress = extra = index = None
         try:
             progress, extra = read_state(path)
+            index = read_index(path)
         except Exception as error:      # foreign or misshapen files raise many types
             problem = first_line(error)
         problem = next(filter(None, gather_objects(problem)), None)
@@ -264,7 +162,7 @@ def load_checkpoint(path, tensors):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+            dcp.load(tensors, storage_reader=IndexReader(path, index))
 
     except (ValueError, dcp.CheckpointException) as error:
         older = [x for x in checkpoints(path.parent) if x != path]
@@ -275,16 +173,86 @@ def load_checkpoint(path, tensors):
 
 
 def read_state(path):
-    """(Progress, extra) of a checkpoint.
+    """(Progress, extra) of a checkpoint. Of its files each rank checks a share.
 
-    Raises an error when a file has not the size it was given."""
-    state = json.loads((path / "state.json").read_text())
-    for name, size in state.pop("files").items():
+    Raises an error when a file is not what was written."""
+    whole = json.loads((path / "state.json").read_text())
+    if zlib.crc32(whole["state"].encode()) != whole["checksum"]:
+        raise ValueError("state.json is not as it was written")
+
+    state = json.loads(whole["state"])
+    for number, (name, (size, crc)) in enumerate(sorted(state["files"].items())):
+        if Path(name).name != name:
+            raise ValueError(f"{name} is no file of a checkpoint")
         found = (path / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes, {size} were written")
+        if number % world() == rank() and checksum(path / name) != crc:
+            raise ValueError(f"{name} is not as it was written: its checksum differs")
+
     extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
-    return Progress(**state), extra
+    return Progress(**state["progress"]), extra
+
+
+def checksum(file, crc=0):
+    """The CRC-32 of a file, going on from that of others."""
+    with open(file, "rb") as opened:
+        while block := opened.read(2 ** 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+# ------------------------------------------------------------------- the index, which is a pickle
+
+METADATA = "torch.distributed.checkpoint.metadata"
+CLASSES = {         # of an index, by module; nothing else is ever looked up
+    METADATA: ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+               "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", "float32", "bfloat16", "float16", "int64"),
+    "torch.serialization": ("_get_layout",),        # by its name
+    "pathlib": ("PosixPath",)}
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a checkpoint.
+
+    Not among its classes is BytesStorageMetadata: what is stored as bytes would be unpickled."""
+
+    def find_class(self, module, name):
+        if name not in CLASSES.get(module, ()):
+            raise ValueError(f".metadata names {module}.{name}, which no checkpoint needs: it is "
+                             "not of this program, and could run code")
+        return super().find_class(module, name)
+
+
+def read_index(path):
+    """The index of a checkpoint, as dcp's Metadata.
+
+    Raises an error when it is something else, or points to a file that is no checkpoint's."""
+    with open(path / ".metadata", "rb") as file:
+        index = IndexUnpickler(file).load()
+
+    tensors, places = index.state_dict_metadata, index.storage_data
+    if not all(isinstance(tensor, TensorStorageMetadata) for tensor in tensors.values()):
+        raise ValueError(".metadata is no index of tensors")
+    for stored in places.values():
+        name = stored.relative_path
+        if not re.fullmatch(r"__\d+_\d+\.distcp", name) or stored.transform_descriptors:
+            raise ValueError(f".metadata points to {name!r}, which is no file of a checkpoint")
+    return index
+
+
+class IndexReader(dcp.FileSystemReader):
+    """dcp's reader, given the index."""
+
+    def __init__(self, path, index):
+        super().__init__(path)
+        self.index = index
+
+    def read_metadata(self, *args, **kwargs):
+        self.index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.index
 
 
 def reason(error):
@@ -295,13 +263,8 @@ def reason(error):
     return first_line(next(iter(failures.values()))[0] if failures else error)
 
 
-def cut_log(file, step):
-    """Cut a log to the lines up to a step.
-
-    With step None it begins anew, and what was there stays to be read beside it."""
-    lines = list(open(file, encoding="utf-8")) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
-    if whole and step is None:
-        os.replace(file, file.with_name(file.name + ".old"))
-    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
-    write_whole(file, "".join(kept))
+def write_whole(file, text):
+    """Write a file such that there is never half of it."""
+    part = file.with_name("." + file.name)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)

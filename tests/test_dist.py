@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
+import folder
 from engine import checkpoint
 from engine.checkpoint import Progress
 import dist
@@ -278,17 +279,17 @@ def test_two_runs_in_one_folder_are_one_line(whole, tmp_path):
 def test_a_restart_goes_on_with_its_own_run_and_leaves_another_alone(tmp_path, monkeypatch):
     """torchrun starts a program again also when it refused a folder that holds another run."""
     first = Config(out=str(tmp_path / "run"), steps=7, threads=2)
-    checkpoint.claim(first, tmp_path / "run")
-    checkpoint.release()
+    folder.claim(first, tmp_path / "run")
+    folder.release()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    same, _ = checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
-    checkpoint.release()
+    same, _ = folder.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
+    folder.release()
     assert same.resume and same.threads == 2
     with pytest.raises(ValueError, match="is not empty"):
-        checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=8))
+        folder.agree_on_run(Config(out=str(tmp_path / "run"), steps=8))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(ValueError, match="is not empty"):
-        checkpoint.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
+        folder.agree_on_run(Config(out=str(tmp_path / "run"), steps=7))
 
 
 @pytest.mark.parametrize("damage, message", [

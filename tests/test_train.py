@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from engine import checkpoint
+import folder
 import data
 import grpo
 import dist
@@ -198,7 +199,7 @@ def test_a_warm_start_that_cannot_be_shared_is_a_warning(tmp_path, capsys):
 
 def test_ranks_with_other_settings_are_named():
     one, two = ({"lr": lr, "steps": 4, "model": "m"} for lr in (1e-3, 0.5))
-    assert checkpoint.differing([one, two, one]) == {"lr": ["0.001", "0.5"]} and not checkpoint.differing([one, one])
+    assert folder.differing([one, two, one]) == {"lr": ["0.001", "0.5"]} and not folder.differing([one, one])
 
 
 def test_help_is_help_also_beside_other_flags(capsys):

@@ -1,0 +1,209 @@
+"""A run's folder: who may write there, and what the run was started from.
+
+    config.json     the run's settings
+    sources.json    fingerprints of the model and the data that it was started from
+    start/          the starting model without its weights: config, tokenizer, chat template
+    .lock           held while a run writes here
+    log.jsonl, samples.jsonl, curve.png (report.py), checkpoints/ (engine/checkpoint.py), model/
+
+With --resume the same problems must come in the same order, and a reference must be the model that
+the run began from. So changed data, and with --beta a changed model, are refused. Without --beta
+the starting weights are not needed any more, and may be gone.
+"""
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dist import Agreed, broadcast_object, gather_objects, together
+from engine.checkpoint import checkpoints, checksum, write_whole
+from engine.machine import choose_threads
+from engine.weights import find_checkpoint, weight_files
+
+
+# ------------------------------------------------------------------------------- who writes there
+
+_lock = []      # the open lock file of this process
+
+
+def agree_on_run(c):
+    """Choose the run's folder and settings. Returns (settings, folder), the same on every rank.
+
+    Rank 0 looks at the folder. Raises ValueError on every rank when it is another run's, or when
+    the ranks were not started with the same settings."""
+    for name, values in differing(gather_objects(asdict(c))).items():
+        raise Agreed(f"--{name.replace('_', '-')} is not the same on all ranks: "
+                     f"{', '.join(map(str, values))}; start all nodes by one command")
+
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarted = any(gather_objects(restarts > 0))       # of any node's torchrun
+    chosen = together(lambda: open_run(c, restarted))
+    return replace(c, **chosen), Path(chosen["out"])
+
+
+def differing(settings):
+    """The settings (a dict a rank) that are not the same on all ranks: {name: values}."""
+    found = {}
+    for name in settings[0]:
+        values = sorted({str(of_rank.get(name)) for of_rank in settings})
+        if len(values) > 1:
+            found[name] = values
+    return found
+
+
+def open_run(c, restarted):
+    """Look at the run's folder, without writing to it. Returns the settings that follow from it.
+
+    restarted: torchrun started the processes again after one of them was lost. A run of these
+    settings then goes on by itself; one of others is left alone. Raises ValueError when the folder
+    is taken."""
+    out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    folder, config = Path(out), Path(out) / "config.json"
+    resume, threads = c.resume, c.threads
+
+    if restarted and not resume and config.exists():
+        stored = json.loads(config.read_text())
+        mine = {**asdict(c), "out": out, "threads": stored.get("threads")}
+        if stored == mine:
+            resume, threads = True, stored["threads"]
+
+    taken = folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir())
+    if taken and not resume:
+        hint = f"python train.py --resume --out {out}" if config.exists() else "an empty one"
+        raise ValueError(f"--out {out} is not empty: choose another folder, "
+                         f"or go on with it: {hint}")
+    if resume:
+        lock(folder)
+    return {"out": out, "resume": resume, "threads": threads or choose_threads()}
+
+
+def lock(folder):
+    """Hold the folder until this process ends, however it ends.
+
+    Raises ValueError when another does."""
+    if _lock and Path(_lock[0].name) == folder / ".lock":
+        return
+    _lock[:] = [open(folder / ".lock", "a")]
+    try:
+        fcntl.flock(_lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _lock.clear()
+        raise ValueError(f"{folder}: another run is writing there; "
+                         "stop it, or choose another --out") from None
+    except OSError:         # a file system without locks
+        pass
+
+
+def release():
+    """Let another run of this process have the folder."""
+    _lock.clear()
+
+
+def claim(c, folder):
+    """Write config.json: from here on the folder is this run's. Every rank enters.
+
+    It is called only after the input has proved readable."""
+    def write():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        settings = {**asdict(c), "resume": False}
+        write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    together(write)
+
+
+# ----------------------------------------------------------------------- what it was started from
+
+def is_under_way(folder):
+    """Whether a run can go on from a checkpoint, and so does not need its starting weights."""
+    def look():
+        return bool(checkpoints(folder / "checkpoints")) and (folder / "start").is_dir()
+    return together(look)
+
+
+def fingerprint_of_problems(problems):
+    """A checksum of problems and answers, in their order."""
+    crc = 0
+    for p in problems:
+        crc = zlib.crc32(json.dumps([p["problem"], p["answer"]]).encode(), crc)
+    return f"{crc:08x}, {len(problems)} problems"
+
+
+def fingerprint_of_model(folder):
+    """A checksum of a checkpoint's shapes and weights."""
+    folder, crc = find_checkpoint(folder), 0
+    for file in (folder / "config.json", *weight_files(folder)):
+        crc = checksum(file, crc)
+    return f"{crc:08x}"
+
+
+def check_data(c, folder, train, held_out):
+    """Raise ValueError when the problems are not those that the run in the folder began with."""
+    file = folder / "sources.json"
+    known = together(lambda: json.loads(file.read_text()) if file.exists() else {})
+    now = {"data": fingerprint_of_problems(train), "eval_data": fingerprint_of_problems(held_out)}
+    for name, source in (("data", c.data), ("eval_data", c.eval_data or c.data)):
+        if name in known and known[name] != now[name]:
+            which = "training" if name == "data" else "held-out"
+            raise Agreed(f"--resume: the {which} problems of {source} have changed since the run "
+                         f"began ({known[name]}; now {now[name]}): put the old ones back, or start "
+                         f"another --out from {folder}/model")
+
+
+def check_model(c, folder, source, needed, say):
+    """Compare the model at `source` with the one that the run in the folder began from.
+
+    Raises ValueError when it is another, or gone, and is needed, as with --beta. Otherwise only
+    says so."""
+    file = folder / "sources.json"
+
+    def look():
+        if not file.exists():
+            return None, None
+        known = json.loads(file.read_text())["model"]
+        try:
+            return known, fingerprint_of_model(source)
+        except (OSError, ValueError):
+            return known, "missing"
+
+    known, now = together(look)
+    if known == now:
+        return
+    what = "is not there any more" if now == "missing" else "has changed since the run began"
+    if needed:
+        raise Agreed(f"--resume: the starting model {source} {what}, and this run needs it: put it "
+                     "back, or start another --out")
+    say(f"the starting model {source} {what}; the run does not need it and goes on from its own "
+        "checkpoint")
+
+
+def remember(folder, model, source, train, held_out):
+    """Write what the run is started from, once. Every rank enters."""
+    def write():
+        if (folder / "sources.json").exists():
+            return
+        part = folder / ".start"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder / "start", ignore_errors=True)
+        model.save_description(part)
+        os.replace(part, folder / "start")
+        sources = {"model": fingerprint_of_model(source), "data": fingerprint_of_problems(train),
+                   "eval_data": fingerprint_of_problems(held_out)}
+        write_whole(folder / "sources.json", json.dumps(sources, indent=2) + "\n")
+    together(write)
+
+
+# ----------------------------------------------------------------------------------------- the log
+
+def cut_log(file, step):
+    """Cut a log to the lines up to a step.
+
+    With step None it begins anew, and what was there stays to be read beside it."""
+    lines = list(open(file, encoding="utf-8")) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
+    if whole and step is None:
+        os.replace(file, file.with_name(file.name + ".old"))
+    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
+    write_whole(file, "".join(kept))

@@ -1,0 +1,220 @@
+"""What a run was started from is remembered, and what lies in its folder can run no code."""
+import json
+import os
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+import train
+from engine import checkpoint
+from engine.checkpoint import Progress
+from model import Transformer
+from test_train import fast, log_of, run_train, start, stored, whole       # fixtures among them
+
+torch.set_num_threads(1)
+TENSORS = {"model.a": torch.arange(600.0).view(20, 30), "exp_avg.a": torch.ones(20, 30)}
+
+
+def saved(folder):
+    checkpoint.save_checkpoint(folder, Progress(step=3), TENSORS, {"buffer": torch.arange(9)})
+    return folder / "step-000003"
+
+
+def load(path):
+    return checkpoint.load_checkpoint(path, {name: torch.zeros_like(t) for name, t in TENSORS.items()})
+
+
+# ---------------------------------------------------------------------------------- the index of a checkpoint is a pickle
+
+class Bomb:
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+
+    def __reduce__(self):
+        return self.call, self.args
+
+
+def sign(path):
+    """Let state.json say of the files what is true now, as whoever made them would."""
+    whole = json.loads((path / "state.json").read_text())
+    state = json.loads(whole["state"])
+    state["files"] = {n: [(path / n).stat().st_size, checkpoint.checksum(path / n)] for n in state["files"]}
+    text = json.dumps(state)
+    (path / "state.json").write_text(json.dumps({"state": text, "checksum": checkpoint.zlib.crc32(text.encode())}))
+
+
+def index_of(path):
+    return pickle.loads((path / ".metadata").read_bytes())      # of our own making, a line above
+
+
+@pytest.mark.parametrize("bomb", [
+    lambda p: Bomb(os.system, f"touch {p}/PWNED"), lambda p: Bomb(eval, f"open('{p}/PWNED', 'w')"),
+    lambda p: Bomb(os.mkdir, f"{p}/PWNED"), lambda p: Bomb(torch.load, f"{p}/extra.pt", None, None),
+    lambda p: Bomb(getattr, "abc", "upper")], ids=["system", "eval", "mkdir", "torch.load", "getattr"])
+@pytest.mark.parametrize("place", ["whole", "planner_data", "storage_meta", "tensor"])
+def test_an_index_that_would_run_something_is_refused_by_name(bomb, place, tmp_path):
+    path = saved(tmp_path)
+    index = index_of(path)
+    if place == "whole":
+        index = bomb(path)
+    elif place == "tensor":
+        index.state_dict_metadata["model.a"] = bomb(path)
+    else:
+        setattr(index, place, bomb(path))
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    sign(path)
+    with pytest.raises(ValueError, match=r"step-000003 cannot be read \(.metadata names .*could run code\)") as stop:
+        load(path)
+    assert "\n" not in str(stop.value) and not (path / "PWNED").exists()
+
+
+def test_what_is_stored_as_bytes_is_refused(tmp_path):
+    """dcp would give it to a torch.load that allows everything."""
+    path = saved(tmp_path)
+    index = index_of(path)
+    index.state_dict_metadata["model.a"] = BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    sign(path)
+    with pytest.raises(ValueError, match="BytesStorageMetadata"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "extra.pt", "__0_0.distcp/../../x"])
+def test_the_index_names_no_file_outside_of_the_checkpoint(name, tmp_path):
+    path = saved(tmp_path)
+    index = index_of(path)
+    for info in index.storage_data.values():
+        info.relative_path = name
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    sign(path)
+    with pytest.raises(ValueError, match="points to"):
+        load(path)
+
+
+@pytest.mark.parametrize("index", [b"", b"\x80\x04", pickle.dumps({}), pickle.dumps([1, 2]), b"\x00" * 50])
+def test_an_index_that_is_none_is_one_line(index, tmp_path):
+    path = saved(tmp_path)
+    (path / ".metadata").write_bytes(index)
+    sign(path)
+    with pytest.raises(ValueError, match="step-000003 cannot be read") as stop:
+        load(path)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_run_of_a_stranger_is_one_line_on_resume(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    step = sorted((out / "checkpoints").glob("step-*"))[-1]
+    (step / ".metadata").write_bytes(pickle.dumps(Bomb(os.system, f"touch {tmp_path}/PWNED")))
+    sign(step)
+    done = run_train("--resume", "--out", out, "--steps", "6", check=False)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and ".metadata names posix.system" in lines[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = saved(tmp_path)
+    rng = random.Random(0)
+    for name in ("__0_0.distcp", ".metadata", "extra.pt", "state.json"):
+        content = (path / name).read_bytes()
+        for _ in range(40):
+            place, bit = rng.randrange(len(content)), rng.randrange(8)
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            (path / name).write_bytes(flipped)
+            with pytest.raises(ValueError, match="cannot be read"):
+                load(path)
+        (path / name).write_bytes(content)
+    assert load(path)[0].step == 3
+
+
+# ------------------------------------------------------------------------------------------ what a run was started from
+
+@pytest.fixture
+def begun(start, tmp_path):
+    """A run of two steps with a reference or without, from copies of the model and the data that a test may spoil."""
+    def make(*options):
+        shutil.copytree(start, tmp_path / "model")
+        shutil.copy(start.parent / "problems.jsonl", tmp_path / "problems.jsonl")
+        train.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), *fast(start), "--data",
+                    str(tmp_path / "problems.jsonl"), "--steps", "2", *options])
+        return tmp_path
+    return make
+
+
+def go_on(folder):
+    train.main(["--resume", "--out", str(folder / "run"), "--steps", "4"])
+    return log_of(folder / "run")
+
+
+def train_further(folder):
+    """Another model of the same shapes, as a later run would leave it there."""
+    model = Transformer.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    model.save_pretrained(folder / "model")
+
+
+def test_a_reference_that_was_replaced_is_refused(begun):
+    folder = begun("--beta", "0.1")
+    train_further(folder)
+    with pytest.raises(SystemExit, match="the starting model .* has changed since the run began, and this run needs it"):
+        go_on(folder)
+    assert log_of(folder / "run")[-1]["step"] == 2
+
+
+def test_a_reference_that_is_gone_is_refused(begun):
+    folder = begun("--beta", "0.1")
+    shutil.rmtree(folder / "model")
+    with pytest.raises(SystemExit, match="the starting model .* is not there any more, and this run needs it"):
+        go_on(folder)
+
+
+@pytest.mark.parametrize("spoil, says", [(train_further, "has changed since"),
+                                         (lambda folder: shutil.rmtree(folder / "model"), "is not there any more"),
+                                         (lambda folder: (folder / "model" / "config.json").write_text("{"), "has changed since")])
+def test_without_a_reference_the_starting_weights_are_not_needed(spoil, says, begun, whole, capsys):
+    """The run goes on and says so, and its numbers are those of a run that nothing happened to."""
+    folder = begun()
+    spoil(folder)
+    lines = go_on(folder)
+    assert says in capsys.readouterr().out
+    assert lines == log_of(whole[0])
+    assert (folder / "run" / "model" / "tokenizer.json").exists()
+
+
+def test_weights_that_lag_are_in_the_checkpoint(begun):
+    folder = begun("--algo", "offpolicy", "--sync-every", "4")
+    before = stored(folder / "run", 2)["behaviour.model.embed_tokens.weight"]
+    shutil.rmtree(folder / "model")
+    assert go_on(folder)[-1]["step"] == 4
+    assert torch.equal(stored(folder / "run", 4)["behaviour.model.embed_tokens.weight"], before)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text + '\n{"problem": "One more?", "answer": "1"}\n',
+    lambda text: text.replace('"answer": "2"', '"answer": "1"', 1),
+    lambda text: "\n".join(reversed(text.splitlines()))], ids=["more", "another answer", "another order"])
+def test_data_that_changed_are_refused(change, begun):
+    folder = begun()
+    file = folder / "problems.jsonl"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(SystemExit, match="problems of .*problems.jsonl have changed since the run began"):
+        go_on(folder)
+    assert log_of(folder / "run")[-1]["step"] == 2
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):
+    folder = begun("--save-every", "2")
+    shutil.rmtree(folder / "run" / "checkpoints")
+    assert [x["step"] for x in go_on(folder)] == [0, 1, 2, 3, 4]
+    shutil.rmtree(folder / "run" / "checkpoints")
+    train_further(folder)
+    with pytest.raises(SystemExit, match="has changed since the run began, and this run needs it"):
+        go_on(folder)
