@@ -188,8 +188,8 @@ class Common:
                                                 # with offpolicy also each batch from the buffer
 
     minibatches: int = setting(1, least=1)      # optimizer steps a pass
-    lr: float = setting(2e-4, above=0)          # for the default small model;
-                                                # 1e-6 is usual for billions of parameters
+    lr: float = setting(0.0, least=0)           # 0: 2e-4 for the built-in model and others as
+                                                # small, 1e-6 above 10 million parameters
 
     warmup_steps: int = setting(5, least=0)     # linear
     weight_decay: float = setting(0.0, least=0)
@@ -235,6 +235,16 @@ class Common:
 
     watchdog: int = setting(300, least=0, on_resume=True)   # seconds in one phase after which a
                                                             # rank names itself; 0: never
+
+    def __post_init__(self):
+        self.lr = self.lr or default_lr(self.model)
+
+
+def default_lr(model):
+    """The learning rate that follows from --model: what moves a small model ruins a large one."""
+    weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")] if model else []
+    is_small = not model or 0 < sum(weights) < 4 * 10 ** 7        # bytes of 10 million parameters
+    return 2e-4 if is_small else 1e-6
 
 
 def objective(algo):

@@ -42,10 +42,13 @@ from model import trainable
 def adamw(model, lr, weight_decay=0.0, parameters=None):
     """AdamW with its state allocated now: what does not fit is found before the first rollout.
 
-    parameters: those of the model to train; all that receive a gradient if not given."""
+    parameters: those of the model to train; all that receive a gradient if not given. Only matrices
+    decay: a norm's weight or a bias has no reason to be near 0."""
     parameters = parameters or trainable(model)
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(      # fused: no temporary of a weight's size
-        parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+        [group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
     for p in parameters:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=dist.local(p).device),

@@ -186,7 +186,7 @@ class Drift:
     weight2: float = 0.0            # sum of w^2
     tokens: float = 0.0
     kl: float = 0.0                 # sum of the KL estimate over tokens
-    lag: float = 0.0                # sum over sequences of their age in optimizer updates
+    lag: float = 0.0                # sum over sequences of their age in rollouts
     largest_weight: float = 0.0
     oldest: float = 0.0             # largest age
 
@@ -211,7 +211,7 @@ class Drift:
 
     @property
     def staleness(self):
-        """Mean age of the sequences in optimizer updates."""
+        """Mean age of the sequences in rollouts."""
         return self.lag / max(self.sequences, 1)
 
 
@@ -346,10 +346,12 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     adaptive_replay: bool = setting(False, needs=[REUSE])   # let ESS (below half) and --kl-limit
                                                             # choose K, up to --replay-ratio
 
-    buffer_groups: int = setting(512, least=1, needs=[REUSE])   # capacity in groups
+    buffer_groups: int = setting(0, least=0, needs=[REUSE])     # capacity in groups;
+                                                                # 0: those of 16 rollouts
+
     buffer_mb: float = setting(0.0, least=0, needs=[REUSE])     # and in megabytes; 0: no bound
-    max_staleness: int = setting(32, least=0, needs=[REUSE])    # optimizer updates after which a
-                                                                # group leaves; 0: never
+    max_staleness: int = setting(16, least=0, needs=[REUSE])    # rollouts after which a group
+                                                                # leaves; 0: never
 
     max_reuse: int = setting(0, least=0, needs=[REUSE])         # draws after which it leaves;
                                                                 # 0: never
@@ -358,12 +360,14 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # sequences at its last replay, else it leaves
 
     priority: float = setting(0.0, least=0, needs=[REUSE])      # alpha: draw by (reward std x
-                                                # exp(-age / 16 updates))^alpha; usual 0.6
+                                                # exp(-age / 8 rollouts))^alpha; usual 0.6
 
     priority_beta: float = setting(0.4, least=0, most=1, needs=[BY_PRIORITY])   # its bias
                                                 # correction at the start, rising to 1 at --steps
 
     def __post_init__(self):
+        super().__post_init__()
+        self.buffer_groups = self.buffer_groups or 16 * self.prompts_per_step
         default = 0.04 if self.trust_region == "second_moment" else 0.2
         self.trust_delta = self.trust_delta or default
 
@@ -378,11 +382,14 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                              f"below the least weight, {least:g}")
 
         if self.replay_ratio > 1:
-            updates_a_pass = self.epochs * self.minibatches
-            oldest = updates_a_pass * (1 + (self.sync_every - 1) * self.replay_ratio)   # on entry
+            oldest = self.sync_every - 1        # on entry
             if 0 < self.max_staleness < oldest:
                 raise ValueError(f"--max-staleness {self.max_staleness}: fresh groups may be "
-                                 f"{oldest} updates old; raise it, or 0")
+                                 f"{oldest} rollouts old; raise it, or 0")
+            if self.buffer_groups < self.prompts_per_step:
+                raise ValueError(f"--buffer-groups {self.buffer_groups}: less than a rollout, of "
+                                 f"which the last ones alone would stay; raise it to "
+                                 f"--prompts-per-step {self.prompts_per_step} at least")
             if self.advantage_scale == "batch":
                 raise ValueError("--advantage-scale batch: its std is that of one rollout, not of "
                                  "a batch from the buffer; use another, or --replay-ratio 1")
@@ -404,7 +411,7 @@ METRICS = grpo.METRICS
 @dataclass
 class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
-    lag: torch.Tensor | None = None             # (B,) age in optimizer updates
+    lag: torch.Tensor | None = None             # (B,) age in rollouts
     prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
     weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
     replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
@@ -525,13 +532,13 @@ def learn(learner, rollout, rewards):
     updates = learner.passes(batch, c.prompts_per_step, config)
     if batch.old_logp is None:          # the update has met mu itself
         batch.old_logp = batch.pi_logp
-    last = measure(learner, batch)
-    drifts = [last]
+    first = last = measure(learner, batch)
+    drifts = [first]
     if c.replay_ratio > 1:
         store(learner, rollout, rewards, batch)
 
     while len(drifts) < int(state.replay_ratio) and not too_far(c, last):
-        state.buffer.evict(learner.progress.updates)
+        state.buffer.evict(learner.progress.step)
         groups, weights = state.buffer.sample(c.prompts_per_step, annealed_beta(learner))
         if not groups:
             break
@@ -548,14 +555,14 @@ def learn(learner, rollout, rewards):
             last = measure(learner, batch, groups)
         drifts.append(last)
 
-    state.buffer.evict(learner.progress.updates)
-    adapt(learner, last)
-    return updates, {**metrics(learner, drifts), "clip": config.clip_low}
+    state.buffer.evict(learner.progress.step)
+    adapt(learner, last, old=last is not first or last.oldest > 0)
+    return updates, {**metrics(learner, drifts, last), "clip": config.clip_low}
 
 
 def fresh_batch(learner, rollout, rewards):
     """The batch of a rollout that was just drawn."""
-    versions = torch.full_like(rollout.lengths, rollout.version)
+    versions = torch.full_like(rollout.lengths, learner.progress.behaviour_step)
     on_policy = rollout.version == learner.progress.updates
     return pass_batch(learner, rollout, rewards, versions, fresh=True, on_policy=on_policy)
 
@@ -583,7 +590,7 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
     batch = learner.batch(rollout, rewards)
     if fresh:
         learner.score_mu(batch, rollout.version)
-    batch.lag = learner.progress.updates - versions.float()
+    batch.lag = learner.progress.step - versions.float()
 
     if not on_policy and (c.correction == "decoupled" or c.trust_region == "second_moment"):
         batch.prox_logp = learner.score(batch)[0]
@@ -601,8 +608,16 @@ def store(learner, rollout, rewards, batch):
     rollout = replace(rollout, logps=batch.old_logp)
     mine = pack(rollout, rewards, learner.model.config.vocab_size, batch.active,
                 np.float16 if batch.drawn_logp is None else np.float32)
+    for group in mine:
+        group.version = learner.progress.behaviour_step
     everyones = [group for part in dist.gather_objects(mine) for group in part]
-    learner.state.buffer.add(everyones, learner.progress.updates)
+    learner.state.buffer.add(everyones, learner.progress.step)
+
+    held = set(map(id, learner.state.buffer.groups))
+    kept = sum(id(group) in held for group in everyones)
+    if kept < len(everyones):
+        learner.say(f"step {learner.progress.step}: the buffer kept {kept} of {len(everyones)} "
+                    "groups of this rollout: raise --buffer-mb")
 
 
 def measure(learner, batch, groups=()):
@@ -635,12 +650,14 @@ def too_far(c, drift):
     return bool(above_limit or few_effective)
 
 
-def adapt(learner, last):
-    """Choose the replay ratio and the clip of the next step by the drift that the last pass met."""
+def adapt(learner, last, old):
+    """Choose the replay ratio and the clip of the next step by the drift that was met last.
+
+    old: by samples that pi did not draw."""
     c, state = learner.config, learner.state
     if c.adaptive_replay and last.tokens > 0:           # some token was trained
         state.replay_ratio = adapt_replay(state.replay_ratio, too_far(c, last), c.replay_ratio)
-    if c.adaptive_clip and last.oldest > 0:             # by samples that pi did not draw
+    if c.adaptive_clip and old:
         state.clip = adapt_clip(state.clip, last.kl_a_token, c.kl_limit,
                                 least=c.clip_low / 4, most=c.clip_low * 2)
 
@@ -651,9 +668,10 @@ def annealed_beta(learner):
     return c.priority_beta + (1 - c.priority_beta) * learner.progress.step / c.steps
 
 
-def metrics(learner, drifts):
-    """All passes of the step together, each as pi was when it met them; and the last one alone."""
-    every, last, buffer = sum(drifts, Drift()), drifts[-1], learner.state.buffer
+def metrics(learner, drifts, last):
+    """All passes of the step together, each as pi was when it met them; and the drift that was met
+    last, which may have ended the reuse."""
+    every, buffer = sum(drifts, Drift()), learner.state.buffer
     return {"ess": every.ess, "kl_pi_mu": every.kl_a_token,
             "ess_last": last.ess, "kl_last": last.kl_a_token,
             "is_weight_max": every.largest_weight,

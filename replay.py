@@ -31,7 +31,7 @@ class Group:
     lengths: np.ndarray         # (G,) int32, of the completions
     finished: np.ndarray        # (G,) bool
     rewards: np.ndarray         # (G,) float32
-    version: int                # optimizer updates that mu had seen
+    version: int                # number of the rollout whose weights drew it
     uses: int = 0               # times drawn from the buffer
     ess: float = 1.0            # share of its sequences that the weights left, when last trained on
 
@@ -114,13 +114,13 @@ class ReplayBuffer:
 
     capacity: groups. capacity_mb: megabytes, 0 for no bound; the oldest leave first. A group also
     leaves when one of three rules says so; 0 switches a rule off. It is more than max_staleness
-    optimizer updates old, it has been drawn max_reuse times, or its effective sample size fell
+    rollouts old, it has been drawn max_reuse times, or its effective sample size fell
     below the share min_ess (which is 1 until it has been replayed). alpha: 0 draws uniformly.
     Above, a group is drawn in proportion to priority^alpha, where priority = std of the rewards x
     exp(-staleness / decay) + 0.001. All draws follow from seed."""
 
     def __init__(self, capacity=512, capacity_mb=0.0, max_staleness=0, max_reuse=0, min_ess=0.0,
-                 alpha=0.0, decay=16.0, seed=0):
+                 alpha=0.0, decay=8.0, seed=0):
         if capacity < 1:
             raise ValueError(f"capacity {capacity}: a replay buffer holds at least one group")
         self.capacity = capacity
@@ -133,7 +133,7 @@ class ReplayBuffer:
         self.seed = seed
 
         self.groups = []
-        self.version = 0        # the trainer's updates, when last heard of
+        self.version = 0        # the trainer's rollouts, when last heard of
         self.draws = 0          # calls of `sample` so far
 
     def __len__(self):
@@ -145,14 +145,14 @@ class ReplayBuffer:
         return sum(g.nbytes for g in self.groups)
 
     def add(self, groups, version):
-        """Store a list of Group; version: the trainer's updates now.
+        """Store a list of Group; version: the trainer's rollouts now.
 
         Groups of equal rewards are refused."""
         self.groups += [g for g in groups if g.rewards.min() != g.rewards.max()]
         self.evict(version)
 
     def evict(self, version):
-        """Let go what the rules above say, at this number of the trainer's updates."""
+        """Let go what the rules above say, at this number of the trainer's rollouts."""
         self.version = version
         self.groups = [g for g in self.groups if not self.is_over(g)][-self.capacity:]
 

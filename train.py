@@ -2,7 +2,7 @@
 
     python train.py                             a small model, on a laptop, nothing to download
     python train.py --algo gtpo                 another objective: grpo, gtpo, offpolicy
-    python train.py --model Qwen/Qwen3-4B --data gsm8k --lr 1e-6 --max-new-tokens 512
+    python train.py --model Qwen/Qwen3-4B --data gsm8k --max-new-tokens 512
                                                 a real model
     torchrun --nproc-per-node 8 train.py --model DIR ...
                                                 the same numbers on any number of devices
@@ -110,6 +110,7 @@ def refresh_behaviour(run):
             for old, new in zip(run.behaviour.model.parameters(), run.learner.model.parameters()):
                 old.copy_(new)
     run.behaviour.version = progress.behaviour_version = progress.updates
+    progress.behaviour_step = progress.step
 
 
 # -------------------------------------------------------------------------------------- evaluation

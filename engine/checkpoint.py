@@ -36,6 +36,7 @@ class Progress:
     step: int = 0                   # rollouts made
     updates: int = 0                # optimizer steps made
     behaviour_version: int = 0      # updates that the weights which draw had seen
+    behaviour_step: int = 0         # the step that they were taken at
     cursor: int = 0                 # problems taken from the stream
     num_tokens: int = 0             # of prompts and completions, over all ranks
     bad_steps: int = 0              # non-finite updates in a row

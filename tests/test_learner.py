@@ -103,8 +103,8 @@ def test_reuse_is_another_run_with_its_own_numbers_in_the_log(start, on_policy, 
     assert not equal(checkpoint(tmp_path / "run")[0], checkpoint(on_policy[0])[0])
     for line, before in zip(lines, [dict.fromkeys(lines[0], 0), *lines]):
         assert line["replay_ratio"] == 3 and .5 < line["ess"] <= 1 and line["kl_pi_mu"] > 1e-6 and line["is_weight_max"] > 1
-        assert all(line[k] > before[k] for k in ("buffer_mb", "buffer_groups", "staleness_max"))     # 4 rollouts, 12 updates
-    assert lines[0]["staleness_max"] == 2 and lines[3]["staleness"] > lines[0]["staleness"]
+        assert all(line[k] > before[k] for k in ("buffer_mb", "buffer_groups"))
+    assert lines[0]["staleness_max"] == 0 and lines[3]["staleness_max"] > 0 and lines[3]["staleness"] > lines[1]["staleness"]
     assert [x["num_samples"] for x in lines] == [x["num_samples"] for x in on_policy[1]]
 
 
@@ -121,6 +121,7 @@ def test_the_kl_limit_ends_reuse_and_the_clip_follows(start, tmp_path, form, pas
     lines = run(start, tmp_path / "run", "--algo offpolicy --replay-ratio 3 --sync-every 2 --kl-limit 1e-6 --adaptive-clip "
                 f"--correction {form}")
     assert [x["replay_ratio"] for x in lines] == passes and all(x["grad_norm"] > 0 for x in lines)
+    assert all(x["kl_last"] > 1e-6 for x in lines)              # also of a pass that was not made: it says why
     assert [x["clip"] for x in lines] == pytest.approx([.2 / 1.1 ** k for k in range(4)])
 
 
@@ -129,8 +130,16 @@ def test_no_group_is_drawn_too_often_or_too_old_also_within_a_step(start, tmp_pa
     monkeypatch.setattr(ReplayBuffer, "sample", lambda self, *a: seen.append(sample(self, *a)) or seen[-1])
     lines = run(start, tmp_path / "reuse", "--algo offpolicy --replay-ratio 4 --max-reuse 1 --prompts-per-step 3")
     assert max(g.uses for groups, _ in seen for g in groups) == 1
-    lines = run(start, tmp_path / "old", "--algo offpolicy --replay-ratio 4 --max-staleness 2")
-    assert max(x["staleness_max"] for x in lines) == 2
+    for updates in ("", "--epochs 2", "--minibatches 2"):       # the age is that of rollouts, however often each is learned from
+        lines = run(start, tmp_path / f"old{updates}", f"--algo offpolicy --replay-ratio 4 --max-staleness 2 {updates}")
+        assert [x["staleness_max"] for x in lines] == [0, 1, 2, 2] and lines[-1]["buffer_groups"] <= 3 * 6
+
+
+def test_a_buffer_that_cannot_hold_a_rollout_is_said(start, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="--buffer-groups 5: less than a rollout"):
+        run(start, tmp_path / "few", "--algo offpolicy --buffer-groups 5")
+    run(start, tmp_path / "small", "--algo offpolicy --buffer-mb 1e-4 --steps 1")
+    assert "of this rollout: raise --buffer-mb" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop, extra", [

@@ -21,7 +21,7 @@ import dist
 import sft
 import train
 import learner
-from config import Config
+from config import Config, parse
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parents[1]
@@ -195,6 +195,30 @@ def test_a_warm_start_that_cannot_be_shared_is_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     sft.share(own, tmp_path / "file" / "warm-start")
     assert "warning: " in capsys.readouterr().err and sorted(x.name for x in tmp_path.iterdir()) == ["file", "own"]
+
+
+def test_the_learning_rate_follows_from_the_model(start):
+    """A pretrained model must not be trained at the rate of the built-in one, nor one of our size at that of a large one."""
+    def lr(*args):
+        return parse(list(args)).lr
+    assert lr() == lr("--model", str(start)) == lr("--algo", "offpolicy") == 2e-4
+    assert lr("--model", "Qwen/Qwen3-4B", "--data", "gsm8k") == 1e-6
+    assert lr("--model", "Qwen/Qwen3-4B", "--data", "gsm8k", "--lr", "3e-6") == 3e-6
+    with pytest.raises(ValueError, match="--lr -1"):
+        lr("--lr", "-1")
+
+
+def test_only_matrices_decay():
+    model = Transformer(ModelConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                    num_key_value_heads=1, qkv_bias=True, tie_word_embeddings=True)).init_weights(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = learner.adamw(model, 0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1.0))
+    assert {p.ndim for p in model.parameters()} == {1, 2}
 
 
 def test_ranks_with_other_settings_are_named():
