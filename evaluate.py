@@ -356,10 +356,10 @@ def table(result):
 
 
 def show(result):
-    """Print the table. One that fails is a warning if --json still receives the numbers."""
+    """Print the table. One that fails is a warning if the numbers are in a file."""
     try:
         print(table(result))
-    except Exception as error:      # such as a terminal that cannot write ±
+    except Exception as error:
         if not result["config"]["json"]:
             raise
         warn(f"warning: the table was not printed ({dist.first_line(error)})")
@@ -369,11 +369,11 @@ def main(argv=None):
     with machine.program(lambda: "interrupted: no result written"):
         config = parse(argv)
         result = evaluate(config)
-        show(result)
         if config.json:
             # "x" never overwrites, also when the file appeared in the meantime
             with open(config.json, "x", encoding="utf-8") as file:
                 file.write(json.dumps(result, indent=1) + "\n")
+        show(result)
 
 
 if __name__ == "__main__":

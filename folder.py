@@ -12,13 +12,14 @@ the starting weights are not needed any more, and may be gone.
 """
 import fcntl
 import json
+import math
 import os
 import shutil
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dist import Agreed, broadcast_object, gather_objects, together
+from dist import Agreed, gather_objects, together
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
 from engine.weights import find_checkpoint, weight_files
@@ -114,6 +115,14 @@ def claim(c, folder):
     together(write)
 
 
+def stopped_line(c):
+    """How to go on after Ctrl-C."""
+    if not (c and c.out and (Path(c.out) / "config.json").exists()):
+        return "stopped before anything was written"
+    launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
+    return f"stopped; go on with: {launcher} --resume --out {c.out}"
+
+
 # ----------------------------------------------------------------------- what it was started from
 
 def is_under_way(folder):
@@ -200,10 +209,18 @@ def remember(folder, model, source, train, held_out):
 def cut_log(file, step):
     """Cut a log to the lines up to a step.
 
-    With step None it begins anew, and what was there stays to be read beside it."""
-    lines = list(open(file, encoding="utf-8")) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]        # a crash may cut the last line
-    if whole and step is None:
+    With step None it begins anew, and what was there stays to be read beside it. What is no line
+    of a log (the last one when a crash cut it, a blank one of an editor) goes."""
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    if any(lines) and step is None:
         os.replace(file, file.with_name(file.name + ".old"))
-    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
+    kept = [line + "\n" for line in lines if step is not None and step_of(line) <= step]
     write_whole(file, "".join(kept))
+
+
+def step_of(line):
+    """The step of a log's line; infinity where that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -12,6 +12,7 @@ is imported only when something is drawn.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -75,12 +76,13 @@ def write_samples(folder, step, problems, groups, rewards):
     """Append some completions of a step to samples.jsonl, to be read by a person.
 
     groups holds the texts of each problem's completions, rewards a number for each of them."""
-    with open(Path(folder) / "samples.jsonl", "a", encoding="utf-8") as file:
-        for problem, texts, scores in zip(problems, groups, rewards):
-            for text, score in zip(texts[:SAMPLES], scores):
-                sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
-                          "completion": text, "reward": float(score)}
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    lines = ""
+    for problem, texts, scores in zip(problems, groups, rewards):
+        for text, score in zip(texts[:SAMPLES], scores):
+            sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
+                      "completion": text, "reward": float(score)}
+            lines += json.dumps(sample, ensure_ascii=False) + "\n"
+    append(Path(folder) / "samples.jsonl", lines)
 
 
 def write_line(folder, line):
@@ -91,8 +93,21 @@ def write_line(folder, line):
     for key, value in line.items():
         missing = isinstance(value, float) and not math.isfinite(value)
         finite[key] = None if missing else value            # NaN is not JSON
-    with open(Path(folder) / "log.jsonl", "a") as file:
-        file.write(json.dumps(finite) + "\n")
+    append(Path(folder) / "log.jsonl", json.dumps(finite) + "\n")
+
+
+def append(file, lines):
+    """Append lines to a log, whole or not at all.
+
+    Where that fails, as on a full disk, the lines are lost and the run goes on with a warning."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "ab") as opened:
+            opened.write(lines.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        tqdm.write(f"warning: {file} lacks some lines ({dist.first_line(error)})", file=sys.stderr)
+        if file.exists():
+            os.truncate(file, size)
 
 
 def warnings_of(line, config):
@@ -144,6 +159,7 @@ def new_figure(panels, width, height):
     """Returns a figure in inches and its row of axes.
 
     The figure is not one of pyplot's, so it needs no display and is freed like any other object."""
+    os.environ["MPLBACKEND"] = "agg"        # a notebook's choice, which need not be installed here
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, panels, squeeze=False)
@@ -184,7 +200,8 @@ def mean_se(values):
 
 def read_lines(file):
     """Returns the lines of a jsonl file as objects."""
-    return [json.loads(line) for line in Path(file).read_text().split("\n") if line]
+    lines = Path(file).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def read_log(path):

@@ -15,7 +15,6 @@ code.
 
 All randomness is a function of (seed, step, prompt, sample): no generator state is saved or shared.
 """
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from config import objective, parse, parse_levels
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
 from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
-                    remember)
+                    remember, stopped_line)
 from learner import Learner, adamw
 from model import ModelConfig, Transformer
 from rollout import Sampler, check_request, draw_groups
@@ -328,19 +327,14 @@ def train(c, folder, device):
     """Set up, make all steps, write the model. Returns False when an interrupt came before."""
     run = start(c, folder, device)
     restore(run)
+    if run.learner.progress.step >= c.steps:
+        run.learner.say(f"--steps {c.steps}: the run has made {run.learner.progress.step} steps, "
+                        "so none is left to make")
     with machine.Interrupt() as interrupt:
         done = loop(run, interrupt)
     if done:
         finish(run)
     return done
-
-
-def stopped_line(c):
-    """How to go on after Ctrl-C."""
-    if not (c and c.out and (Path(c.out) / "config.json").exists()):
-        return "stopped before anything was written"
-    launcher = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
-    return f"stopped; go on with: {launcher} --resume --out {c.out}"
 
 
 def main(argv=None):

@@ -101,10 +101,13 @@ def program(stopped=lambda: "interrupted: nothing was written"):
 
     stopped() gives the line that says after Ctrl-C how to go on. Every rank leaves the process
     group at the end."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Shown(sys.stdout), Shown(sys.stderr)
     try:
         yield
 
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)        # this one is being answered
         if os.environ.get("RANK", "0") == "0":
             print(stopped(), file=sys.stderr)
         sys.exit(130)
@@ -122,17 +125,56 @@ def program(stopped=lambda: "interrupted: nothing was written"):
 
     finally:
         dist.close()
+        sys.stdout, sys.stderr = before
+
+
+class Shown:
+    """A stream for what is shown, which never ends what is computed.
+
+    Letters that the terminal does not have are written as escapes. When nobody takes the text any
+    more (`| tee` after Ctrl-C, a full disk, a closed terminal), it is dropped from then on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            self.drop()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.drop()
+
+    def drop(self):
+        """Send the rest nowhere, also what Python flushes when it ends."""
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):       # closed, or no file at all
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class Interrupt:
     """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. A second Ctrl-C stops at once.
 
-    SIGTERM is what schedulers and torchrun send, sometimes twice."""
+    SIGTERM is what schedulers and torchrun send, sometimes twice; SIGHUP is a closed terminal,
+    unless nohup has it ignored."""
 
     def __enter__(self):
         self.asked = 0
         self.before = signal.signal(signal.SIGINT, self.on_signal)
         signal.signal(signal.SIGTERM, self.on_signal)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self.on_signal)
         return self
 
     def on_signal(self, number, _):
