@@ -1,13 +1,19 @@
 """Families of models: what a config.json says, or one line about why it cannot be computed here.
 
-A checkpoint's config.json names its family (model_type), its sizes and a few switches. `read_config`
-turns it into the fields of model.ModelConfig, and `new_config` writes one. What is not said has the
-default of transformers. What is said twice (rope_theta beside rope_parameters.rope_theta) is read as
-transformers reads it, because another value would be another model, without any sign of it.
+A checkpoint's config.json names its family (model_type), its sizes and a few switches.
+`read_config` turns it into the fields of model.ModelConfig, and `new_config` writes one. What is
+not said has the default of transformers. What is said twice (rope_theta beside another
+rope_parameters.rope_theta, a tied head beside another one) is read as transformers reads it,
+because anything else would be another model, without any sign of it.
 
-The file may come from a stranger: every value has its type and its bounds, so that nothing is built
-of a size that no model has. model.py is the caller, and prompts.py reads stop ids as config.json's.
+The folder may come from a stranger. Every value has its type and its bounds, and the headers of the
+weight files are compared with it before anything of that size is built. model.py is the caller;
+prompts.py reads stop ids as they are read here. Needs engine/weights.py, which opens the files.
 """
+import torch
+
+from engine.weights import is_implied, stored_tensors
+
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads")         # without a default here
 DEFAULTS = {
@@ -18,6 +24,7 @@ DEFAULTS = {
 LARGEST = 2 ** 24       # of a size; the product of two still counts bytes without an overflow
 MOST_LAYERS = 10_000
 LONGEST = 2 ** 40       # of max_position_embeddings, which takes no memory
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -148,6 +155,61 @@ def new_config(config):
         "rope_scaling": config["rope_scaling"],
         "rope_parameters": {**rope, "rope_theta": config["rope_theta"]},
     }
+
+
+# ------------------------------------------------------------------ what the weight files hold
+
+def has_other_head(folder):
+    """Returns whether a checkpoint holds an lm_head that is not its embedding.
+
+    Then config.json's tie_word_embeddings is wrong, and transformers does not tie the two."""
+    found = {name: stored for _, name, stored in stored_tensors(folder) if name in (HEAD, EMBEDDING)}
+    if len(found) < 2 or found[HEAD].get_shape() != found[EMBEDDING].get_shape():
+        return False
+    rows = found[HEAD].get_shape()[0]
+    parts = (slice(start, start + 4096) for start in range(0, rows, 4096))
+    return not all(torch.equal(found[HEAD][part], found[EMBEDDING][part]) for part in parts)
+
+
+def check_depth(folder, layers):
+    """Raise ValueError for a checkpoint of fewer layers than config.json says, before it is built.
+
+    A number of layers without bounds would be as many modules."""
+    names = {name for _, name, _ in stored_tensors(folder)}
+    for layer in range(layers):
+        first = f"model.layers.{layer}.input_layernorm.weight"
+        if first not in names:
+            raise ValueError(f"{folder}: config.json says {layers} layers, {first} is missing")
+
+
+def check_shapes(folder, parameters, model_type):
+    """Compare what a checkpoint holds with the parameters, {name: tensor}, before any has memory.
+
+    Raises ValueError for a tensor that is missing, unexpected, doubled, or of another shape or
+    kind."""
+    missing = set(parameters)
+    seen = set()
+    for file, name, stored in stored_tensors(folder):
+        if is_implied(name, parameters):
+            continue
+        if name not in parameters:
+            raise ValueError(f"{file}: unexpected tensor {name} for a {model_type} model")
+        if name in seen:
+            raise ValueError(f"{file}: {name} is in another file as well")
+
+        shape = tuple(stored.get_shape())
+        expected = tuple(parameters[name].shape)
+        if shape != expected:
+            raise ValueError(f"{file}: {name} has shape {shape}, config.json says {expected}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: {name} holds {stored.get_dtype()}, not floating-point "
+                             "numbers of 16 bits or more: quantized weights are not read")
+        seen.add(name)
+
+    missing -= seen
+    if missing:
+        count, first = len(missing), min(missing)
+        raise ValueError(f"{folder}: {count} tensors are missing, the first is {first}")
 
 
 # --------------------------------------------------------------------------- one value of the file

@@ -32,10 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.decode import SwiGLU
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
-from engine.weights import (check_depth, check_shapes, find_checkpoint, has_other_head,
-                            read_companions, read_json, read_weights, whole, write_json,
-                            write_shards)
-from families import new_config, read_config
+from engine.weights import (find_checkpoint, read_companions, read_json, read_weights, whole,
+                            write_json, write_shards)
+from families import check_depth, check_shapes, has_other_head, new_config, read_config
 
 
 @dataclass

@@ -32,7 +32,7 @@ import report
 import reward
 import sft
 import tasks
-from config import objective, parse, parse_levels
+from config import objective, parse, parse_levels, parse_template_kwargs
 from engine.checkpoint import (Progress, agree_on_run, checkpoints, claim, cut_log, load_checkpoint,
                                release, save_checkpoint, tensors_of)
 from learner import Learner, adamw
@@ -299,7 +299,8 @@ def start(c, folder, device):
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
     model = Transformer.from_pretrained(source, place.home, shard=place)
     model.activation_checkpointing = c.activation_checkpointing
-    tokenizer = prompts.load_tokenizer(source)
+    tokenizer = prompts.load_tokenizer(source, parse_template_kwargs(c.chat_template_kwargs))
+    prompts.report_template(tokenizer, c.template, say)
 
     # the problems as token ids; a request that cannot be served is found now
     train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)

@@ -5,10 +5,9 @@
     COMPANION_FILES                 tokenizer and generation settings, carried along as they are
 
 Only safetensors is read, because a pickle could run code. Whatever is missing, cut short or
-malformed raises an error of one line that names the file. What the headers of the weight files say
-is compared with config.json before anything is built. A parameter may be sharded over ranks
+malformed raises an error of one line that names the file. A parameter may be sharded over ranks
 (FSDP2): each rank reads its own rows, and the parameter is gathered to be written. model.py is the
-caller; families.py knows what config.json means.
+caller; families.py knows what config.json means, and compares it with what the files hold.
 """
 import json
 from pathlib import Path
@@ -24,7 +23,6 @@ COMPANION_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -96,7 +94,7 @@ def weight_files(folder):
         weight_map = read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(x, str) and x == Path(x).name for x in names):
-            raise ValueError(f"{index}: weight_map must give a file of this folder for each tensor")
+            raise ValueError(f"{index}: weight_map must name a file of this folder a tensor")
         names = sorted(set(names))
 
     files = [folder / name for name in names]
@@ -118,72 +116,19 @@ def open_shard(file):
                          "download or copy it again") from None
 
 
-def has_other_head(folder):
-    """Returns whether a checkpoint holds an lm_head that is not its embedding.
-
-    Then config.json's tie_word_embeddings is wrong, and transformers does not tie the two."""
-    found = {name: stored for _, name, stored in stored_tensors(folder) if name in (HEAD, EMBEDDING)}
-    if len(found) < 2 or found[HEAD].get_shape() != found[EMBEDDING].get_shape():
-        return False
-    rows = found[HEAD].get_shape()[0]
-    parts = (slice(start, start + 4096) for start in range(0, rows, 4096))
-    return not all(torch.equal(found[HEAD][part], found[EMBEDDING][part]) for part in parts)
-
-
-def check_depth(folder, layers):
-    """Raise ValueError for a checkpoint of fewer layers than config.json says, before it is built.
-
-    A number of layers without bounds would be as many modules."""
-    names = {name for _, name, _ in stored_tensors(folder)}
-    for layer in range(layers):
-        first = f"model.layers.{layer}.input_layernorm.weight"
-        if first not in names:
-            raise ValueError(f"{folder}: config.json says {layers} layers, {first} is missing")
-
-
-def check_shapes(folder, parameters, model_type):
-    """Compare what a checkpoint holds with the parameters, {name: tensor}, before any has memory.
-
-    Raises ValueError for a tensor that is missing, unexpected, doubled, or of another shape or
-    kind."""
-    missing = set(parameters)
-    seen = set()
-    for file, name, stored in stored_tensors(folder):
-        if is_implied(name, parameters):
-            continue
-        if name not in parameters:
-            raise ValueError(f"{file}: unexpected tensor {name} for a {model_type} model")
-        if name in seen:
-            raise ValueError(f"{file}: {name} is in another file as well")
-
-        shape = tuple(stored.get_shape())
-        expected = tuple(parameters[name].shape)
-        if shape != expected:
-            raise ValueError(f"{file}: {name} has shape {shape}, config.json says {expected}")
-        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file}: {name} holds {stored.get_dtype()}, not floating-point "
-                             "numbers of 16 bits or more: quantized weights are not read")
-        seen.add(name)
-
-    missing -= seen
-    if missing:
-        count, first = len(missing), min(missing)
-        raise ValueError(f"{folder}: {count} tensors are missing, the first is {first}")
-
-
 def is_implied(name, parameters):
     """Returns whether a stored tensor is not read.
 
     RoPE's frequencies are computed by the model, and a tied head is the embedding."""
-    return (name == HEAD and name not in parameters) or name.endswith("rotary_emb.inv_freq")
+    return (name == "lm_head.weight" and name not in parameters) or name.endswith("rotary_emb.inv_freq")
 
 
 @torch.no_grad()
 def read_weights(folder, parameters):
     """Copy every stored tensor of a checkpoint folder into the parameter of its name.
 
-    parameters: {name: parameter}, which `check_shapes` has passed; of a sharded one, only this
-    rank's rows are read."""
+    parameters: {name: parameter}, which families.check_shapes has passed; of a sharded one, only
+    this rank's rows are read."""
     for _, name, stored in stored_tensors(folder):
         if not is_implied(name, parameters):
             part, rows = own_rows(parameters[name])
