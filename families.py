@@ -163,12 +163,15 @@ def has_other_head(folder):
     """Returns whether a checkpoint holds an lm_head that is not its embedding.
 
     Then config.json's tie_word_embeddings is wrong, and transformers does not tie the two."""
-    found = {name: stored for _, name, stored in stored_tensors(folder) if name in (HEAD, EMBEDDING)}
-    if len(found) < 2 or found[HEAD].get_shape() != found[EMBEDDING].get_shape():
+    found = {name: stored for _, name, stored in stored_tensors(folder)}
+    head, embedding = found.get(HEAD), found.get(EMBEDDING)
+    if head is None or embedding is None:
         return False
-    rows = found[HEAD].get_shape()[0]
-    parts = (slice(start, start + 4096) for start in range(0, rows, 4096))
-    return not all(torch.equal(found[HEAD][part], found[EMBEDDING][part]) for part in parts)
+    if head.get_shape() != embedding.get_shape():
+        return True         # which check_shapes then refuses
+
+    parts = (slice(row, row + 4096) for row in range(0, head.get_shape()[0], 4096))
+    return not all(torch.equal(head[part], embedding[part]) for part in parts)
 
 
 def check_depth(folder, layers):

@@ -291,6 +291,18 @@ def end_id(tokenizer, template):
     return named[0]
 
 
+def name_end(model, end):
+    """Make generation_config.json, as the model is written, name the id that ends its completions.
+
+    A base model that was trained on chat turns is taken for an instruct model by this."""
+    file = "generation_config.json"
+    generation = json.loads(model.files.get(file, b"{}"))
+    named = token_ids(generation.get("eos_token_id", model.config.eos_token_id), file)
+    if end not in named:
+        generation["eos_token_id"] = [*named, end]
+        model.files[file] = (json.dumps(generation, indent=2) + "\n").encode()
+
+
 def stop_ids(model, tokenizer):
     """Returns every id that ends a completion, sorted.
 

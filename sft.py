@@ -254,6 +254,7 @@ def warm_start(config, progress=True):
         mixed = corpus(problems, tokenizer, config, config.terse_share)
         last_loss = train(model, mixed, second, progress)
 
+    prompts.name_end(model, prompts.end_id(tokenizer, config.template))
     first_rank = dist.rank() == 0
     model.save_pretrained(config.out, write=first_rank)
     if first_rank:

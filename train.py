@@ -326,6 +326,7 @@ def start(c, folder, device):
     room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),
             "graph": {"on": True, "off": False}.get(c.graph)}
     sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
+    prompts.name_end(model, prompts.end_id(tokenizer, c.template))      # for what is written
     if getattr(c, "sync_every", 1) > 1:
         behaviour = Sampler(frozen(), sampler.eos_ids.tolist(), **room)
 

@@ -120,7 +120,8 @@ def is_implied(name, parameters):
     """Returns whether a stored tensor is not read.
 
     RoPE's frequencies are computed by the model, and a tied head is the embedding."""
-    return (name == "lm_head.weight" and name not in parameters) or name.endswith("rotary_emb.inv_freq")
+    tied_head = name == "lm_head.weight" and name not in parameters
+    return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
 @torch.no_grad()

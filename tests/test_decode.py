@@ -621,7 +621,8 @@ def test_a_model_that_was_broken_leaves_nothing_behind():
     good = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] = math.nan
-    sampler.generate(PROMPTS, 3, 20)
+    with pytest.raises(ValueError, match="no finite log-probability"):
+        sampler.generate(PROMPTS, 3, 20)
     with torch.no_grad():
         weight.copy_(good)
     assert sampler.kept is None and sampler.generate(PROMPTS, 3, 20).logps.isfinite().all()
