@@ -22,6 +22,7 @@ Left out: few-shot prompts and conversations of several turns. Needs transformer
 both imported where they are used.
 """
 import json
+import re
 from pathlib import Path
 
 import chat
@@ -73,7 +74,8 @@ def report_template(tokenizer, template, report):
     if options and not chosen:
         raise ValueError("--chat-template-kwargs needs a chat template: give --template chat, "
                          "or a checkpoint that has one")
-    unread = [name for name in options if name not in tokenizer.get_chat_template()]
+    words = set(re.findall(r"\w+", tokenizer.get_chat_template())) if options else ()
+    unread = [name for name in options if name not in words]
     if unread:
         raise ValueError(f"--chat-template-kwargs: this chat template does not read {unread[0]}")
 
