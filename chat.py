@@ -43,8 +43,8 @@ def render(template, conversations, variables):
 
     if done.returncode == -signal.SIGXCPU:
         raise ValueError(f"it takes more than {seconds} seconds")
-    if done.returncode < 0:                 # of another signal: the stack has overflowed
-        raise ValueError("it nests too deep")
+    if done.returncode < 0:                 # the stack has overflowed, or the system needs memory
+        raise ValueError(f"it nests too deep, or takes too much (signal {-done.returncode})")
     if done.returncode > 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise ValueError(lines[-1][:200] if lines else f"exit code {done.returncode}")
@@ -60,8 +60,8 @@ def main():
     """Read a job from stdin and write its texts, or what went wrong, to stdout."""
     job = json.load(sys.stdin)
     room = MEMORY_BYTES + 20 * len(json.dumps(job["conversations"]))
-    resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 1))
+    lower(resource.RLIMIT_AS, room)
+    lower(resource.RLIMIT_CPU, job["seconds"])
 
     try:
         texts = answer_of(job)
@@ -73,6 +73,13 @@ def main():
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         sys.stdout.write(json.dumps({"error": reason}))
+
+
+def lower(kind, value):
+    """Lower a limit of this process, unless the system has set a lower one."""
+    hard = resource.getrlimit(kind)[1]
+    if hard == resource.RLIM_INFINITY or value < hard:
+        resource.setrlimit(kind, (value, hard))
 
 
 def answer_of(job):

@@ -26,7 +26,7 @@ import re
 from pathlib import Path
 
 import chat
-from engine.weights import find_checkpoint, read_json
+from engine.weights import download, read_json
 from families import token_ids
 
 EOS = "<|endoftext|>"
@@ -79,16 +79,18 @@ def report_template(tokenizer, template, report):
     if unread:
         raise ValueError(f"--chat-template-kwargs: this chat template does not read {unread[0]}")
 
+    ends = ["no token"]
+    if chosen or template == "auto":
+        ends = tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) or ends
     if template != "auto":
-        line = template
-    elif not getattr(tokenizer, "chat_template", None):
-        line = "plain (the tokenizer has no chat template)"
-    else:
-        ends = tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) or ["no token"]
+        line = f"{template} ({ends[0]} ends a turn)" if chosen else template
+    elif chosen:
         line = f"chat ({ends[0]} ends a turn, and is a stop token of this checkpoint)"
-        if not chosen:
-            line = (f"plain (a base model: {ends[0]} ends a turn of its chat template, and is no "
-                    "stop token of this checkpoint); --template chat uses the chat template")
+    elif getattr(tokenizer, "chat_template", None):
+        line = (f"plain (a base model: {ends[0]} ends a turn of its chat template, and is no "
+                "stop token of this checkpoint); --template chat uses the chat template")
+    else:
+        line = "plain (the tokenizer has no chat template)"
     report(f"template: {line}{' with ' + json.dumps(options) if options else ''}")
 
 
@@ -229,12 +231,12 @@ def load_tokenizer(folder, options=None):
         reason = lines[0][:200] if lines else type(error).__name__
         raise ValueError(f"{folder}: cannot read its tokenizer ({reason})") from None
 
-    files = []
-    for name in ("config.json", "generation_config.json"):
-        file = find_checkpoint(folder) / name
+    names = ["config.json", "generation_config.json"]
+    place = Path(folder) if Path(folder).is_dir() else download(str(folder), names)
+    tokenizer.file_stops = []
+    for file in (place / name for name in names):
         if file.exists():
-            files += token_ids(read_json(file).get("eos_token_id"), file)
-    tokenizer.file_stops = files
+            tokenizer.file_stops += token_ids(read_json(file).get("eos_token_id"), file)
     tokenizer.chat_options = dict(options or {})
     return tokenizer
 
@@ -342,6 +344,6 @@ def decode(tokenizer, completions, stops):
     padding = getattr(tokenizer, "pad_token_id", None)
     kept = []
     for ids in completions:
-        end = next((at for at, i in enumerate(ids) if i in stops), len(ids))
+        end = min((ids.index(i) for i in stops if i in ids), default=len(ids))
         kept.append([i for i in ids[:end] if i != padding])
     return tokenizer.batch_decode(kept, skip_special_tokens=False)

@@ -89,7 +89,7 @@ def draw_groups(sampler, tokenizer, problems, group_size, max_new_tokens, temper
         return empty_rollout(sampler.model.device, sampler.version), []
     prompts = [problem["prompt"] for problem in problems]
     rollout = sampler.generate(prompts, group_size, max_new_tokens, temperature, seeds, **options)
-    texts = decode(tokenizer, rollout.completions(), set(sampler.eos_ids.tolist()))
+    texts = decode(tokenizer, rollout.completions(), sampler.eos_ids.tolist())
     groups = [texts[start:start + group_size] for start in range(0, len(texts), group_size)]
     return rollout, groups
 

@@ -239,13 +239,13 @@ def warm_start(config, progress=True):
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
         tokenizer = prompts.load_tokenizer(config.model, options)
+        say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+        prompts.report_template(tokenizer, config.template, say)
     else:
         model, tokenizer = build(problems, config)
         model = place(model.to(device))
         if options:
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
-    if progress and dist.rank() == 0:
-        prompts.report_template(tokenizer, config.template, tqdm.write)
 
     last_loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:

@@ -165,7 +165,8 @@ def test_a_base_model_gets_plain_text_and_is_told_so(saved):
     tokenizer = prompts.load_tokenizer(saved)
     assert not prompts.uses_chat(tokenizer, "auto")
     assert said(tokenizer).startswith("template: plain (a base model: <|im_end|> ends a turn")
-    assert said(tokenizer, "chat") == "template: chat"
+    assert said(tokenizer, "chat") == "template: chat (<|im_end|> ends a turn)"
+    assert said(tokenizer, "plain") == "template: plain"
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -313,7 +314,7 @@ def test_thinking_is_switched_off(saved):
     text, = off.batch_decode(prompts.encode_prompts(problem, off, "chat"))
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert prompts.prompt_text("How many?", on, "chat").endswith("<|im_start|>assistant\n")
-    assert said(off, "chat") == 'template: chat with {"enable_thinking": false}'
+    assert said(off, "chat") == 'template: chat (<|im_end|> ends a turn) with {"enable_thinking": false}'
 
 
 def test_template_kwargs_that_do_nothing_are_refused(saved):
@@ -353,7 +354,7 @@ def test_thinking_stays_off_in_training_on_resume_and_in_evaluation(saved, tmp_p
                               cwd=os.path.dirname(chat.__file__))
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
-    said = 'template: chat with {"enable_thinking": false}'
+    said = 'template: chat (<|im_end|> ends a turn) with {"enable_thinking": false}'
     assert said in program("train", *shared, "--model", str(saved), "--template", "chat", "--out", run,
                            "--chat-template-kwargs", '{"enable_thinking": false}', "--steps", "1",
                            "--prompts-per-step", "2", "--eval-problems", "2", "--save-every", "1")
