@@ -167,16 +167,15 @@ class Sampler:
             # refill lets the finished go and the waiting in, whose prompts go through the model
             # once and have a seat in the cache while any completion of theirs runs; advance draws a
             # token for every row that is running
+            checked = False
             while batch.refill():
+                checked = checked or check_finite(batch.slots)      # once: a look waits
                 batch.advance()
 
         self.kept = batch.memory_to_keep()
         self.graph = batch.graph        # a device that refused once is not asked again
-        rollout = side_by_side(prompts, group_size, batch.slots.outcome(), self.version)
-        if not rollout.logps.isfinite().all():      # seen once, at the end: a look waits
-            raise ValueError("a drawn token has no finite log-probability: the model's weights or "
-                             "its logits are NaN or infinite")
-        return rollout
+        check_finite(batch.slots)
+        return side_by_side(prompts, group_size, batch.slots.outcome(), self.version)
 
     def batch_of(self, request):
         """Returns the ContinuousBatch of a request; its cache takes the kept memory over."""
@@ -184,6 +183,15 @@ class Sampler:
         kept, self.kept = self.kept, None       # memory that does not fit is given up right here
         return ContinuousBatch(self.weights, request, room, parameter_count(self.model),
                                self.graph, kept)
+
+
+def check_finite(slots):
+    """Returns True, or raises ValueError if a drawn token has no finite log-probability."""
+    _, logps, _, _ = slots.outcome()
+    if not logps.isfinite().all():
+        raise ValueError("a drawn token has no finite log-probability: the model's weights or its "
+                         "logits are NaN or infinite")
+    return True
 
 
 def side_by_side(prompts, group_size, outcome, version):
