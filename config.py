@@ -30,6 +30,12 @@ DEVICES = ("", "cpu", "cuda", "npu")
 DTYPES = ("", "float32", "bfloat16")
 TEMPLATES = ("auto", "chat", "plain", "reasoning")
 
+# What a chat template is always given, and --chat-template-kwargs may not change.
+TEMPLATE_OWN = ("messages", "conversation", "add_generation_prompt", "continue_final_message",
+                "tools", "documents", "tokenize", "chat_template", "padding", "truncation",
+                "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+                "tokenizer_kwargs", "sanitize_control_tokens")
+
 
 # ---------------------------------------------------------------------------------------- a setting
 
@@ -78,6 +84,28 @@ def parse_levels(text):
     if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
         raise ValueError(f"--levels {text}: give fewest-most steps, such as 4-6")
     return int(low), int(high)
+
+
+def parse_template_kwargs(text):
+    """Turn '{"enable_thinking": false}' into a dict, what the chat template may read; "" is none.
+
+    Raises ValueError, one line, for what is no JSON object of names and scalars."""
+    given = f"--chat-template-kwargs {text}"
+    try:
+        kwargs = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{given}: not valid JSON ({error}); "
+                         """give such as '{"enable_thinking": false}'""") from None
+
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"{given}: must be a JSON object, {{NAME: VALUE}}")
+    for name, value in kwargs.items():
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not (number or value is None or isinstance(value, str)):
+            raise ValueError(f"{given}: {name} must be true, false, null, a number or a text")
+        if not name.isidentifier() or name in TEMPLATE_OWN:
+            raise ValueError(f"{given}: {name} is no setting of a chat template")
+    return kwargs
 
 
 # -------------------------------------------------------------------- a dataclass as a command line
@@ -173,11 +201,14 @@ class Common:
                                                         # and counted in truncated_frac
 
     max_prompt_tokens: int = setting(512, least=1)      # problems with longer prompts are dropped
-    temperature: float = setting(1.0, above=0)          # of rollouts, and of what is trained
+    temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)    # of rollouts and training
     rows_at_once: int = setting(1024, least=1)          # completions drawn together, at most;
                                                         # memory may allow fewer
 
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    chat_template_kwargs: str = ""      # what the chat template shall read, a JSON object:
+                                        # {"enable_thinking": false} switches Qwen3's thinking off
+
     # rewards (reward.py): 1 for a verified answer, plus
     reward: str = ""                    # NAME=WEIGHT,...: more functions of reward.REWARDS
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
@@ -364,6 +395,7 @@ def check(c):
     """Return the config. Raises ValueError, one line, for settings that cannot work."""
     check_settings(c)
     parse_levels(c.levels)
+    parse_template_kwargs(c.chat_template_kwargs)
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step "
                          f"{c.prompts_per_step} (groups stay whole)")

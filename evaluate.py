@@ -38,7 +38,7 @@ import dist
 import prompts
 import reward
 from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
-                    refuse_torchrun, setting)
+                    parse_template_kwargs, refuse_torchrun, setting)
 from model import Transformer
 from report import standard_error
 from rollout import Sampler, draw_groups
@@ -55,7 +55,9 @@ class EvalConfig:
     data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), or a .jsonl
     json: str = ""                      # receives the result; empty: only the table on stdout
     samples: int = setting(8, least=1)              # K completions a problem, and a greedy one
-    temperature: float = setting(1.0, above=0)      # of the samples; greedy is always there
+    temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)    # of the samples;
+                                                    # greedy is always there
+
     top_p: float = setting(1.0, above=0, most=1)    # of the samples; below 1: nucleus sampling
     top_k: int = setting(0, least=0)                # of the samples; 0: the whole vocabulary
     max_new_tokens: int = setting(256, least=1)     # a longer completion is cut and counted
@@ -64,6 +66,9 @@ class EvalConfig:
                                                     # 0: all (of a built-in task 1000)
 
     template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON;
+                                                    # empty: what a run's model was trained with
+
     levels: str = "4-6"                             # fewest-most steps of a built-in task
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
@@ -185,6 +190,7 @@ def check(config):
     Raises ValueError, in one line, otherwise."""
     check_settings(config)
     parse_levels(config.levels)
+    parse_template_kwargs(config.chat_template_kwargs)
     if not config.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
     refuse_torchrun("evaluate.py")
@@ -217,7 +223,10 @@ def start(config):
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
 
     model = Transformer.from_pretrained(config.model, device, getattr(torch, config.dtype))
-    tokenizer = prompts.load_tokenizer(config.model)
+    prompts.follow_run(config)
+    options = parse_template_kwargs(config.chat_template_kwargs)
+    tokenizer = prompts.load_tokenizer(config.model, options)
+    prompts.report_template(tokenizer, config.template, warn)
     kept = prompts.tokenize_prompts(
         problems, tokenizer, config.template, config.max_prompt_tokens, warn)
 

@@ -16,7 +16,8 @@ Tokens are packed: no padding goes through the model, and completions of one pro
 sampler runs the same weights through engine/decode.py. Left out are dropout, sliding windows and
 mixtures of experts.
 
-Needs engine/: kernels (the formulas), logps, weights (files), decode (an MLP's form to sample).
+Needs engine/: kernels (the formulas), logps, weights (files), decode (an MLP's form to sample);
+and families.py (config.json).
 """
 import math
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from engine.decode import SwiGLU
 from engine.kernels import Sequences, attention, inverse_frequencies, rms_norm, rope_tables, rotate
 from engine.logps import chunked_logps, embed
-from engine.weights import (find_checkpoint, new_config, read_companions, read_config, read_json,
-                            read_weights, whole, write_json, write_shards)
+from engine.weights import (find_checkpoint, read_companions, read_json, read_weights, whole,
+                            write_json, write_shards)
+from families import check_depth, check_shapes, has_other_head, new_config, read_config
 
 
 @dataclass
@@ -284,17 +286,25 @@ class Transformer(nn.Module):
         rows of every tensor, and no rank ever holds the whole. weights=False leaves them to be
         filled by the caller. Raises ValueError or FileNotFoundError, one line, for what is missing,
         extra, misshapen or unsupported."""
-        folder = find_checkpoint(path_or_id)
+        folder = find_checkpoint(path_or_id, ModelConfig.from_dict)
         config = ModelConfig.from_dict(read_json(folder / "config.json"))
+        if weights and config.tie_word_embeddings and has_other_head(folder):
+            config = ModelConfig.from_dict({**config.raw, "tie_word_embeddings": False})
+
+        # what the files say is compared before anything of that size is built
+        if weights:
+            check_depth(folder, config.num_hidden_layers)
         with torch.device("meta"):
             model = cls(config).to(dtype)
+        if weights:
+            check_shapes(folder, dict(model.named_parameters()), config.model_type)
         if shard:
             shard(model)
         model.to_empty(device=device)
         model.tie()
 
         if weights:
-            read_weights(folder, dict(model.named_parameters()), config.model_type)
+            read_weights(folder, dict(model.named_parameters()))
         model.files = read_companions(folder)
         return model
 

@@ -1,4 +1,4 @@
-"""Prompts and tokenizers: from a problem to token ids, and which ids end a completion.
+"""Prompts and tokenizers: from a problem to token ids, and from a completion's ids to its text.
 
 A template turns the question into the text that a completion continues (--template). Instruct
 models have a chat template of their own, a small program in their tokenizer that marks whose turn
@@ -9,16 +9,25 @@ it is; base models get plain text.
     plain       the question and a newline
     reasoning   REASONING_PROMPT as system message, or above the question where there is no chat
 
+A model is taken for an instruct model if the token that ends a turn in its chat template also ends
+its completions: by the tokenizer's eos, config.json or generation_config.json. `report_template`
+says what was chosen, and why.
+
 A tokenizer turns text into token ids. A checkpoint's own is read through transformers, and no code
-of the checkpoint is run. For a new small model `train_tokenizer` makes one by byte-pair encoding
-(Sennrich et al., arXiv 1508.07909). Training works on ids alone: what was drawn is decoded to be
-graded, but never tokenized again.
+of the checkpoint is run but the chat template, which chat.py keeps within bounds. For a new small
+model `train_tokenizer` makes one by byte-pair encoding (Sennrich et al., arXiv 1508.07909).
+Training works on ids alone: what was drawn is decoded to be graded, but never tokenized again.
 
 Left out: few-shot prompts and conversations of several turns. Needs transformers and tokenizers,
 both imported where they are used.
 """
 import json
+import re
 from pathlib import Path
+
+import chat
+from engine.weights import download, read_json
+from families import token_ids
 
 EOS = "<|endoftext|>"
 BOXED_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -48,43 +57,106 @@ def uses_chat(tokenizer, template):
 def speaks_chat(tokenizer):
     """Tell whether this is the tokenizer of an instruct model.
 
-    Base checkpoints carry a chat template too, but their eos does not end its turns."""
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    turns = render(tokenizer, messages)
-    return tokenizer.eos_token is not None and tokenizer.eos_token in turns
+    Base checkpoints carry a chat template too, but none of their stop tokens ends its turns. A
+    fine-tuned one may name the end of its turns in generation_config.json only."""
+    eos = tokenizer.eos_token
+    if eos is not None and eos in sample_turns(tokenizer)[0]:
+        return True
+    return any(i in stops_of_files(tokenizer) for i in turn_ends(tokenizer))
+
+
+def report_template(tokenizer, template, report):
+    """Say which template is in use, and for "auto" why: report is a function that takes the line.
+
+    Raises ValueError for --chat-template-kwargs that would do nothing."""
+    chosen = uses_chat(tokenizer, template)
+    options = chat_options(tokenizer)
+    if options and not chosen:
+        raise ValueError("--chat-template-kwargs needs a chat template: give --template chat, "
+                         "or a checkpoint that has one")
+    words = set(re.findall(r"\w+", tokenizer.get_chat_template())) if options else ()
+    unread = [name for name in options if name not in words]
+    if unread:
+        raise ValueError(f"--chat-template-kwargs: this chat template does not read {unread[0]}")
+
+    ends = ["no token"]
+    if chosen or template == "auto":
+        ends = tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) or ends
+    if template != "auto":
+        line = f"{template} ({ends[0]} ends a turn)" if chosen else template
+    elif chosen:
+        line = f"chat ({ends[0]} ends a turn, and is a stop token of this checkpoint)"
+    elif getattr(tokenizer, "chat_template", None):
+        line = (f"plain (a base model: {ends[0]} ends a turn of its chat template, and is no "
+                "stop token of this checkpoint); --template chat uses the chat template")
+    else:
+        line = "plain (the tokenizer has no chat template)"
+    report(f"template: {line}{' with ' + json.dumps(options) if options else ''}")
+
+
+def follow_run(config):
+    """Take over template and chat_template_kwargs of the run that wrote a model, if a run did.
+
+    config: the settings of evaluate.py, of which those that were given stay. A run's model lies in
+    its folder, beside the run's config.json."""
+    file = Path(config.model).parent / "config.json"
+    settings = read_json(file) if file.exists() else {}
+    if "algo" not in settings:      # of a model, or of something else
+        return
+    if config.template == "auto":
+        config.template = settings.get("template", "auto")
+    if not config.chat_template_kwargs and config.template != "plain":
+        config.chat_template_kwargs = settings.get("chat_template_kwargs", "")
 
 
 def prompt_text(question, tokenizer, template="auto"):
     """Returns the text that a completion continues; the file's docstring lists the templates."""
+    return prompt_texts([question], tokenizer, template)[0]
+
+
+def prompt_texts(questions, tokenizer, template):
+    """Returns the text that a completion continues, for each question."""
     system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
     if uses_chat(tokenizer, template):
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-        return render(tokenizer, messages, add_generation_prompt=True)
+        conversations = []
+        for question in questions:
+            conversations.append([{"role": "system", "content": system},
+                                  {"role": "user", "content": question}])
+        return render(tokenizer, conversations, add_generation_prompt=True)
     if template == "reasoning":
-        return f"{system}\n\n{question}\n"
-    return question + "\n"
+        return [f"{system}\n\n{question}\n" for question in questions]
+    return [question + "\n" for question in questions]
 
 
-def render(tokenizer, messages, **options):
-    """Returns a conversation as text. Raises ValueError when the chat template refuses it."""
+def render(tokenizer, conversations, add_generation_prompt=False):
+    """Returns conversations as texts. Raises ValueError when the chat template refuses one."""
+    # Llama's template would put today's date in: a fixed one keeps runs repeatable
+    options = {"date_string": "26 Jul 2024", "add_generation_prompt": add_generation_prompt,
+               **chat_options(tokenizer)}
     try:
-        # Llama's template would put today's date in: a fixed one keeps runs repeatable
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, date_string="26 Jul 2024", **options)
+        from transformers import PreTrainedTokenizerBase
+        own = getattr(tokenizer.apply_chat_template, "__func__", None)
+        if own is not PreTrainedTokenizerBase.apply_chat_template:      # no Jinja: Mistral's
+            return [tokenizer.apply_chat_template(messages, tokenize=False, **options)
+                    for messages in conversations]
+        variables = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
+        return chat.render(tokenizer.get_chat_template(), conversations, variables)
     except Exception as error:      # a template is a program: some refuse a system message
         message = f"the chat template refuses this prompt ({error}): use --template plain"
         raise ValueError(message) from None
+
+
+def chat_options(tokenizer):
+    """Returns what --chat-template-kwargs gave to this tokenizer's chat template."""
+    return getattr(tokenizer, "chat_options", {})
 
 
 def encode_prompts(problems, tokenizer, template):
     """Returns the token ids of each problem's prompt.
 
     A chat template writes its own bos; other text gets the tokenizer's, if it has one."""
-    chat = uses_chat(tokenizer, template)
-    if template == "auto":          # decided once, not for every problem
-        template = "chat" if chat else "plain"
-    texts = [prompt_text(p["problem"], tokenizer, template) for p in problems]
-    return tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    texts = prompt_texts([p["problem"] for p in problems], tokenizer, template)
+    return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
 
 
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
@@ -141,10 +213,12 @@ def save_tokenizer(tokenizer, folder):
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, options=None):
     """Returns the tokenizer of a checkpoint folder or hub id, without running any code of it.
 
-    Raises ValueError, in one line, when there is none."""
+    options: what every use of its chat template is given (--chat-template-kwargs). The tokenizer
+    also knows the stop ids of the checkpoint's other files, see stops_of_files. Raises ValueError,
+    in one line, when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -152,33 +226,124 @@ def load_tokenizer(folder):
         # without its files transformers gives an empty tokenizer, not an error
         if not tokenizer("1 + 1")["input_ids"]:
             raise ValueError("it has no vocabulary: are the tokenizer files missing?")
-        return tokenizer
     except Exception as error:      # transformers raises many types; all mean the same to the user
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         raise ValueError(f"{folder}: cannot read its tokenizer ({reason})") from None
 
+    names = ["config.json", "generation_config.json"]
+    place = Path(folder) if Path(folder).is_dir() else download(str(folder), names)
+    tokenizer.file_stops = []
+    for file in (place / name for name in names):
+        if file.exists():
+            tokenizer.file_stops += token_ids(read_json(file).get("eos_token_id"), file)
+    tokenizer.chat_options = dict(options or {})
+    return tokenizer
+
+
+# ------------------------------------------------------------------------- how a completion ends
+
+ANSWER = "The answer is 4711."      # of `sample_turns`; no template writes it by itself
+
+
+def sample_turns(tokenizer):
+    """Returns two short conversations as text: one that ends with ANSWER, and one that goes on."""
+    asked = {"role": "user", "content": "How many?"}
+    answered = {"role": "assistant", "content": ANSWER}
+    template = getattr(tokenizer, "chat_template", None)
+    key = json.dumps([template, chat_options(tokenizer)])
+    if getattr(tokenizer, "sampled_turns", (None, None))[0] != key:     # a process each time
+        texts = render(tokenizer, [[asked, answered], [asked, answered, asked]])
+        tokenizer.sampled_turns = key, texts
+    return tokenizer.sampled_turns[1]
+
+
+def turn_ends(tokenizer):
+    """Returns the ids by which the chat template ends an answer, the last turn's first.
+
+    There is none without a chat template, or where plain text ends a turn."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    special = set(tokenizer.get_added_vocab().values())
+    found = []
+    for text in sample_turns(tokenizer):
+        behind = text.rpartition(ANSWER)[2].lstrip() if ANSWER in text else ""
+        ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+        if ids and ids[0] in special and ids[0] not in found:
+            found.append(ids[0])
+    return found
+
+
+def stops_of_files(tokenizer):
+    """Returns the ids that config.json and generation_config.json beside a tokenizer name."""
+    return getattr(tokenizer, "file_stops", [])
+
+
+def end_id(tokenizer, template):
+    """Returns the id that a worked solution ends with, for sft.py to teach.
+
+    It is the end of a turn where the chat template is in use. Raises ValueError where no id is
+    known."""
+    ends = turn_ends(tokenizer) if uses_chat(tokenizer, template) else []
+    eos = tokenizer.eos_token_id
+    if ends:
+        return eos if eos in ends else ends[0]
+    named = [i for i in (eos, *stops_of_files(tokenizer)) if i is not None]
+    if not named:
+        raise ValueError("no stop token: the tokenizer has no eos_token (tokenizer_config.json), "
+                         "and neither config.json nor generation_config.json names an id")
+    return named[0]
+
+
+def name_end(model, end):
+    """Make generation_config.json, as the model is written, name the id that ends its completions.
+
+    A base model that was trained on chat turns is taken for an instruct model by this."""
+    file = "generation_config.json"
+    generation = json.loads(model.files.get(file, b"{}"))
+    named = token_ids(generation.get("eos_token_id", model.config.eos_token_id), file)
+    if end not in named:
+        generation["eos_token_id"] = [*named, end]
+        model.files[file] = (json.dumps(generation, indent=2) + "\n").encode()
+
 
 def stop_ids(model, tokenizer):
     """Returns every id that ends a completion, sorted.
 
-    config.json, generation_config.json and the tokenizer may each name some; all of them count.
-    Raises ValueError when none of them names an id of the vocabulary."""
+    config.json, generation_config.json and the tokenizer may each name some, and the chat template
+    ends its turns with one; all of them count. Raises ValueError when none of them names an id of
+    the vocabulary."""
     try:
         generation = json.loads(model.files.get("generation_config.json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"generation_config.json is not valid JSON: {error}") from None
     if not isinstance(generation, dict):
         generation = {}
 
-    of_model = model.config.eos_token_id
-    named = []
-    for value in (of_model, generation.get("eos_token_id"), tokenizer.eos_token_id):
-        named += value if isinstance(value, list) else [value]
+    named = token_ids(model.config.eos_token_id, "config.json")
+    named = named + token_ids(generation.get("eos_token_id"), "generation_config.json")
+    named = named + token_ids(tokenizer.eos_token_id, "the tokenizer")
+    try:
+        named = named + turn_ends(tokenizer)
+    except ValueError:      # a template that refuses: who uses it has been told
+        pass
 
     size = model.config.vocab_size
-    ids = {i for i in named if isinstance(i, int) and 0 <= i < size}
+    ids = {i for i in named if 0 <= i < size}
     if not ids:
         raise ValueError("no stop token: neither config.json, generation_config.json nor the "
                          "tokenizer names an eos id")
     return sorted(ids)
+
+
+def decode(tokenizer, completions, stops):
+    """Returns the texts of completions (lists of ids), each up to its first stop id.
+
+    stops: the ids that end a completion. They and padding are taken away, and what stands behind
+    the first one, which nobody asked for. All other special tokens stay: <answer> may be one."""
+    padding = getattr(tokenizer, "pad_token_id", None)
+    kept = []
+    for ids in completions:
+        end = min((ids.index(i) for i in stops if i in ids), default=len(ids))
+        kept.append([i for i in ids[:end] if i != padding])
+    return tokenizer.batch_decode(kept, skip_special_tokens=False)

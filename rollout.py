@@ -21,10 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.batching import ContinuousBatch, Request, parameter_count, room_for
+from engine.batching import (ContinuousBatch, Request, check_request, parameter_count,
+                             room_for)
 from engine.decode import InferenceModel
 from engine.machine import give_memory_back
 from engine.sampling import draw, row_uniforms
+from prompts import decode
 
 
 @dataclass
@@ -87,7 +89,7 @@ def draw_groups(sampler, tokenizer, problems, group_size, max_new_tokens, temper
         return empty_rollout(sampler.model.device, sampler.version), []
     prompts = [problem["prompt"] for problem in problems]
     rollout = sampler.generate(prompts, group_size, max_new_tokens, temperature, seeds, **options)
-    texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
+    texts = decode(tokenizer, rollout.completions(), sampler.eos_ids.tolist())
     groups = [texts[start:start + group_size] for start in range(0, len(texts), group_size)]
     return rollout, groups
 
@@ -144,8 +146,8 @@ class Sampler:
         max_new_tokens, an integer, or one for each completion (list, tuple, array, CPU tensor).
         seed: a non-negative integer, or one seed a prompt (an integer or a tuple), which makes a
         prompt's completions the same in any batch. Raises ValueError for no prompts, an empty one,
-        a token outside the vocabulary, no room in the context, or keys and values of one row
-        beyond the budget."""
+        a token outside the vocabulary, no room in the context, keys and values of one row beyond
+        the budget, or a model that gives no finite numbers."""
         if self.weights is None:
             with self.loaded():
                 return self.generate(prompts, group_size, max_new_tokens, temperature, seed,
@@ -165,11 +167,14 @@ class Sampler:
             # refill lets the finished go and the waiting in, whose prompts go through the model
             # once and have a seat in the cache while any completion of theirs runs; advance draws a
             # token for every row that is running
+            checked = False
             while batch.refill():
+                checked = checked or check_finite(batch.slots)      # once: a look waits
                 batch.advance()
 
         self.kept = batch.memory_to_keep()
         self.graph = batch.graph        # a device that refused once is not asked again
+        check_finite(batch.slots)
         return side_by_side(prompts, group_size, batch.slots.outcome(), self.version)
 
     def batch_of(self, request):
@@ -178,6 +183,15 @@ class Sampler:
         kept, self.kept = self.kept, None       # memory that does not fit is given up right here
         return ContinuousBatch(self.weights, request, room, parameter_count(self.model),
                                self.graph, kept)
+
+
+def check_finite(slots):
+    """Returns True, or raises ValueError if a drawn token has no finite log-probability."""
+    _, logps, _, _ = slots.outcome()
+    if not logps.isfinite().all():
+        raise ValueError("a drawn token has no finite log-probability: the model's weights or its "
+                         "logits are NaN or infinite")
+    return True
 
 
 def side_by_side(prompts, group_size, outcome, version):
@@ -230,24 +244,3 @@ def per_prompt(seed, prompts):
         raise ValueError("seed must be one non-negative integer, or one seed for each of "
                          f"{len(prompts)} prompts")
     return seeds
-
-
-def check_request(prompts, group_size, max_new_tokens, temperature, config):
-    """Raises ValueError, one line, for a request that cannot be served."""
-    if not prompts:
-        raise ValueError("generate needs at least one prompt")
-    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < float("inf"):
-        raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at "
-                         f"least 1, temperature {temperature} a number from 0")
-
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: give at least one token (bos, or the "
-                             "template's first)")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {i} has a token outside the vocabulary of "
-                             f"{config.vocab_size}")
-        if len(prompt) + max_new_tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it leaves "
-                f"the context of {config.max_position_embeddings}; lower --max-new-tokens")

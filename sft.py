@@ -31,7 +31,8 @@ from tqdm import tqdm
 import data
 import dist
 import prompts
-from config import DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting
+from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
+                    parse_template_kwargs, setting)
 from dist import together
 from engine.checkpoint import Progress
 from grpo import Batch
@@ -75,6 +76,7 @@ class SFTConfig:
     weight_decay: float = setting(0.01, least=0)    # of AdamW
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics
     template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
+    chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON
     seed: int = setting(0, least=0)
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
@@ -96,13 +98,16 @@ def completion_text(problem, terse):
 
 
 def corpus(problems, tokenizer, config, terse_share=0.0):
-    """Turn problems into [(prompt ids, completion ids with eos)], a share of them terse."""
+    """Turn problems into [(prompt ids, completion ids with their end)], a share of them terse.
+
+    Raises ValueError where no id ends a completion, or every solution is too long."""
     rng = random.Random(f"terse/{config.seed}")
     questions = prompts.encode_prompts(problems, tokenizer, config.template)
     texts = [completion_text(p, rng.random() < terse_share) for p in problems]
     completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    pairs = [(q, c + [tokenizer.eos_token_id]) for q, c in zip(questions, completions)]
+    end = prompts.end_id(tokenizer, config.template)
+    pairs = [(q, c + [end]) for q, c in zip(questions, completions)]
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= config.max_length]
     if len(kept) < len(pairs) and dist.rank() == 0:
         tqdm.write(f"sft: dropped {len(pairs) - len(kept)} of {len(pairs)} solutions "
@@ -228,15 +233,20 @@ def warm_start(config, progress=True):
 
     Returns (model, tokenizer)."""
     device = torch.device(config.device or "cpu")
+    options = parse_template_kwargs(config.chat_template_kwargs)
     place = dist.Sharding(device, torch.float32)
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
                                   config.problems)
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
-        tokenizer = prompts.load_tokenizer(config.model)
+        tokenizer = prompts.load_tokenizer(config.model, options)
+        say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+        prompts.report_template(tokenizer, config.template, say)
     else:
         model, tokenizer = build(problems, config)
         model = place(model.to(device))
+        if options:
+            raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
     last_loss = train(model, corpus(problems, tokenizer, config), config, progress)
     if config.terse_steps:
@@ -245,6 +255,7 @@ def warm_start(config, progress=True):
         mixed = corpus(problems, tokenizer, config, config.terse_share)
         last_loss = train(model, mixed, second, progress)
 
+    prompts.name_end(model, prompts.end_id(tokenizer, config.template))
     first_rank = dist.rank() == 0
     model.save_pretrained(config.out, write=first_rank)
     if first_rank:
@@ -308,6 +319,7 @@ def parse(argv=None):
     config = SFTConfig(**command_line(SFTConfig, __doc__, argv))
     check_settings(config)
     parse_levels(config.levels)
+    parse_template_kwargs(config.chat_template_kwargs)
     if config.hidden_size % (2 * config.heads):
         raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of "
                          f"2 x --heads {config.heads}")

@@ -30,7 +30,7 @@ import report
 import reward
 import sft
 import tasks
-from config import objective, parse, parse_levels
+from config import objective, parse, parse_levels, parse_template_kwargs
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
 from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
@@ -268,7 +268,8 @@ def start(c, folder, device):
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
     model = Transformer.from_pretrained(begins_at, place.home, shard=place, weights=not goes_on)
     model.activation_checkpointing = c.activation_checkpointing
-    tokenizer = prompts.load_tokenizer(begins_at)
+    tokenizer = prompts.load_tokenizer(begins_at, parse_template_kwargs(c.chat_template_kwargs))
+    prompts.report_template(tokenizer, c.template, say)
 
     # the problems as token ids; a request that cannot be served is found now
     train = prompts.tokenize_prompts(train, tokenizer, c.template, c.max_prompt_tokens, say)
@@ -297,6 +298,7 @@ def start(c, folder, device):
     room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),
             "graph": {"on": True, "off": False}.get(c.graph)}
     sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
+    prompts.name_end(model, prompts.end_id(tokenizer, c.template))      # for what is written
     if getattr(c, "sync_every", 1) > 1:
         learner.behaviour = frozen(weights=not goes_on)
         behaviour = Sampler(learner.behaviour, sampler.eos_ids.tolist(), **room)

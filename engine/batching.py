@@ -57,6 +57,29 @@ class Request:
     top_p: float = 1.0              # 1: all ids
 
 
+def check_request(prompts, group_size, max_new_tokens, temperature, config):
+    """Raises ValueError, one line, for a request that cannot be served."""
+    if not prompts:
+        raise ValueError("generate needs at least one prompt")
+    if group_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"group_size {group_size} and max_new_tokens {max_new_tokens} must be at "
+                         "least 1")
+    if temperature != 0 and not 1e-4 <= temperature <= 1e4:     # logits / 1e-40 are not finite
+        raise ValueError(f"temperature {temperature} must be 0, or a number from 0.0001 to 10000")
+
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty: give at least one token (bos, or the "
+                             "template's first)")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of "
+                             f"{config.vocab_size}")
+        if len(prompt) + max_new_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it leaves "
+                f"the context of {config.max_position_embeddings}; lower --max-new-tokens")
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 @dataclass

@@ -6,6 +6,7 @@ wait for each other.
 """
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -17,6 +18,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")    # waiting threads soon sleep 
 import torch
 
 import dist
+
+# Linux' control groups, version 2 and 1: where they are, their limit, what is used, and what of it
+# can be dropped at once
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+     "total_inactive_file"))
 
 
 def peak_memory_mb(device):
@@ -43,14 +51,47 @@ def free_bytes(device):
     except (OSError, StopIteration):        # macOS
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
-    try:        # a container may have less
-        used, limit = (open(f"/sys/fs/cgroup/memory.{name}").read().strip()
-                       for name in ("current", "max"))
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int(used)))
-    except OSError:
-        pass
+    free = min([free, *group_bytes()])      # a container, or a job of a scheduler, may have less
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def group_bytes():
+    """Returns what each control group around this process leaves it, a list of bytes.
+
+    A container or a scheduler's job is such a group, and groups are nested. Files that were read
+    and not used since (inactive_file) do not count as used, because they give way."""
+    paths = [""]
+    for line in text_of("/proc/self/cgroup").splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers == "" or "memory" in controllers.split(","):
+            parts = path.strip("/").split("/")
+            paths += ["".join("/" + part for part in parts[:n]) for n in range(1, len(parts) + 1)]
+
+    left = []
+    for root, limit_file, used_file, dropped in CGROUPS:
+        for path in dict.fromkeys(paths):
+            folder = f"{root}{path}/"
+            limit = text_of(folder + limit_file).strip()
+            if limit.isdecimal():       # version 2 says "max" where there is none
+                used = number_in(folder + used_file)
+                used -= min(used, number_in(folder + "memory.stat", dropped))
+                left.append(max(0, int(limit) - used))
+    return left
+
+
+def number_in(file, name=""):
+    """Returns the number in a file of the system, the one behind a name if one is given, or 0."""
+    found = re.search(rf"^{name}\s*(\d+)$", text_of(file), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def text_of(file):
+    """Returns the text of a file of the system, or none where it cannot be read."""
+    try:
+        with open(file) as opened:
+            return opened.read()
+    except (OSError, ValueError):
+        return ""
 
 
 def give_memory_back():

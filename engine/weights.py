@@ -7,7 +7,7 @@
 Only safetensors is read, because a pickle could run code. Whatever is missing, cut short or
 malformed raises an error of one line that names the file. A parameter may be sharded over ranks
 (FSDP2): each rank reads its own rows, and the parameter is gathered to be written. model.py is the
-only caller.
+caller; families.py knows what config.json means, and compares it with what the files hold.
 """
 import json
 from pathlib import Path
@@ -21,118 +21,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 COMPANION_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-SUPPORTED = ("qwen2", "qwen3", "llama")
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 SHARD_BYTES = 5 * 10 ** 9  # a larger checkpoint is written as several files
-
-
-# ----------------------------------------------------------------------------------- config.json
-
-def read_config(raw):
-    """Returns the fields of model.ModelConfig, {name: value}, that a config.json (a dict) says.
-
-    Raises ValueError with one line for anything that model.py does not compute."""
-    check_required(raw)
-    rope = rope_settings(raw)
-    check_supported(raw, rope)
-
-    kind = raw["model_type"]
-    heads = raw["num_attention_heads"]
-    attention_bias = bool(raw.get("attention_bias", False))
-    return {
-        "model_type": kind,
-        **{name: raw[name] for name in REQUIRED},
-        "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": rope if rope["rope_type"] == "llama3" else None,
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "max_position_embeddings": raw.get("max_position_embeddings", 2048),
-        "initializer_range": raw.get("initializer_range", 0.02),
-        "qkv_bias": kind == "qwen2" or attention_bias,
-        "o_bias": kind != "qwen2" and attention_bias,
-        "mlp_bias": kind == "llama" and bool(raw.get("mlp_bias", False)),
-        "qk_norm": kind == "qwen3",
-        "eos_token_id": raw.get("eos_token_id"),
-    }
-
-
-def check_required(raw):
-    """Raise ValueError if a config.json is of another family, or lacks a size without a default."""
-    kind = raw.get("model_type")
-    if kind not in SUPPORTED:
-        supported = ", ".join(SUPPORTED)
-        raise ValueError(f"model_type {kind!r} is not supported; supported: {supported}")
-
-    missing = [name for name in REQUIRED if name not in raw]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-
-
-def rope_settings(raw):
-    """Returns the settings of RoPE in a config.json, always with rope_type and rope_theta.
-
-    Older files have rope_theta and rope_scaling, newer ones have rope_parameters."""
-    scaling = raw.get("rope_scaling") or {}
-    parameters = raw.get("rope_parameters") or {}
-    rope = {"rope_theta": 10000.0, **scaling, **parameters}
-    rope["rope_theta"] = raw.get("rope_theta", rope["rope_theta"])
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    return rope
-
-
-def check_supported(raw, rope):
-    """Raise ValueError if a config.json asks for something that this file does not compute."""
-    rope_type = rope["rope_type"]
-    activation = raw.get("hidden_act", "silu")
-    layer_types = raw.get("layer_types") or ()
-    sliding = raw.get("use_sliding_window") or any(t != "full_attention" for t in layer_types)
-
-    refused = {
-        f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-        f"hidden_act {activation!r}": activation != "silu",
-        "sliding-window attention": sliding,
-        "partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    if rope_type == "llama3":
-        for name in ("factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"):
-            refused[f"llama3 rope without {name}"] = name not in rope
-
-    for feature, found in refused.items():
-        if found:
-            raise ValueError(f"{raw['model_type']} with {feature} is not supported")
-
-
-def new_config(config):
-    """Returns a config.json, as a dict, that any recent version of transformers reads.
-
-    config holds the fields of model.ModelConfig, {name: value}."""
-    same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-            "rope_theta", "tie_word_embeddings", "max_position_embeddings",
-            "initializer_range", "eos_token_id", "mlp_bias")
-    rope = config["rope_scaling"] or {"rope_type": "default"}
-    return {
-        **{name: config[name] for name in same},
-        "architectures": [f"{config['model_type'].capitalize()}ForCausalLM"],
-        "hidden_act": "silu",
-        "attention_bias": config["qkv_bias"] and config["model_type"] != "qwen2",
-        "use_sliding_window": False,
-        "rope_scaling": config["rope_scaling"],
-        "rope_parameters": {**rope, "rope_theta": config["rope_theta"]},
-    }
 
 
 # --------------------------------------------------------------------------------------- reading
 
-def find_checkpoint(path_or_id):
+def find_checkpoint(path_or_id, check=None):
     """Returns the folder of a checkpoint: a local folder as it is, or a hub id once downloaded.
 
-    huggingface_hub downloads safetensors only, no pickle. Raises FileNotFoundError for a path that
-    is no folder, and for an id that the hub does not give."""
+    check is a function of its config.json, a dict, which is fetched first: what it refuses is not
+    downloaded. Of the rest only the files that are read here are. Raises FileNotFoundError for a
+    path that is no folder, and for an id that the hub does not give."""
     path = Path(path_or_id)
     name = str(path_or_id)
     if path.is_dir():
@@ -141,10 +41,17 @@ def find_checkpoint(path_or_id):
         raise FileNotFoundError(f"{name} is neither a checkpoint folder nor a hub id "
                                 "such as Qwen/Qwen3-4B")
 
+    if check:
+        check(read_json(download(name, ["config.json"]) / "config.json"))
+    return download(name, ["config.json", *WEIGHT_FILES, *COMPANION_FILES])
+
+
+def download(name, patterns):
+    """Returns the folder of a hub id, in which the files of these patterns are now."""
     try:
         from huggingface_hub import snapshot_download
-        patterns = ["*.json", "*.safetensors", *COMPANION_FILES]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # no folders: they hold the same weights in other forms
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:   # offline, no such repository, no permission: many types
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
@@ -162,7 +69,7 @@ def read_json(file):
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: "
                                 "is the folder a Hugging Face checkpoint?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:       # RecursionError: nested too deep
         raise ValueError(f"{file} is not valid JSON: {error}") from None
 
     if not isinstance(content, dict):
@@ -179,11 +86,16 @@ def read_companions(folder):
 def weight_files(folder):
     """Returns the safetensors files of a checkpoint folder, one or many.
 
-    Raises FileNotFoundError for one that does not exist."""
+    Where there is both, the one counts, as for transformers. Raises FileNotFoundError for a file
+    that does not exist, and ValueError for an index that names no files of the folder."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if index.exists() and not (folder / names[0]).exists():
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(x, str) and x == Path(x).name for x in names):
+            raise ValueError(f"{index}: weight_map must name a file of this folder a tensor")
+        names = sorted(set(names))
 
     files = [folder / name for name in names]
     for file in files:
@@ -204,34 +116,25 @@ def open_shard(file):
                          "download or copy it again") from None
 
 
+def is_implied(name, parameters):
+    """Returns whether a stored tensor is not read.
+
+    RoPE's frequencies are computed by the model, and a tied head is the embedding."""
+    tied_head = name == "lm_head.weight" and name not in parameters
+    return tied_head or name.endswith("rotary_emb.inv_freq")
+
+
 @torch.no_grad()
-def read_weights(folder, parameters, model_type):
+def read_weights(folder, parameters):
     """Copy every stored tensor of a checkpoint folder into the parameter of its name.
 
-    parameters: {name: parameter}; of a sharded one, only this rank's rows are read. Raises
-    ValueError for a tensor that is missing, unexpected or of another shape."""
-    missing = set(parameters)
-    for file, name, stored in stored_tensors(folder):
-        # RoPE's frequencies are computed by the model, and a tied head is the embedding
-        tied_head = name == "lm_head.weight" and name not in parameters
-        if tied_head or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name not in parameters:
-            raise ValueError(f"{file}: unexpected tensor {name} for a {model_type} model")
-
-        shape = tuple(stored.get_shape())
-        expected = tuple(parameters[name].shape)
-        if shape != expected:
-            raise ValueError(f"{file}: {name} has shape {shape}, config.json says {expected}")
-
-        part, rows = own_rows(parameters[name])
-        if part.numel():
-            part.copy_(stored[rows])
-        missing.discard(name)
-
-    if missing:
-        count, first = len(missing), min(missing)
-        raise ValueError(f"{folder}: {count} tensors are missing, the first is {first}")
+    parameters: {name: parameter}, which families.check_shapes has passed; of a sharded one, only
+    this rank's rows are read."""
+    for _, name, stored in stored_tensors(folder):
+        if not is_implied(name, parameters):
+            part, rows = own_rows(parameters[name])
+            if part.numel():
+                part.copy_(stored[rows])
 
 
 def stored_tensors(folder):

@@ -557,6 +557,45 @@ def test_free_bytes_are_this_process_s_share_of_what_is_available(monkeypatch):
     assert free_bytes(torch.device("cpu")) == 750 * 1024
 
 
+GROUP_FILES = {
+    "2": ("/sys/fs/cgroup{}/memory.max", "/sys/fs/cgroup{}/memory.current", "/sys/fs/cgroup{}/memory.stat", "inactive_file"),
+    "1": ("/sys/fs/cgroup/memory{}/memory.limit_in_bytes", "/sys/fs/cgroup/memory{}/memory.usage_in_bytes",
+          "/sys/fs/cgroup/memory{}/memory.stat", "total_inactive_file")}
+
+
+@pytest.mark.parametrize("version", GROUP_FILES)
+@pytest.mark.parametrize("membership, groups, expected", [
+    ("", {"": (1000, 400, 0)}, 600),
+    ("", {"": (1000, 990, 700)}, 710),                  # files that were read give way
+    ("", {"": (1000, 400, 900)}, 1000),                 # two looks, and a file was read in between
+    ("", {"": (1000, 1200, 0)}, 0),
+    ("", {"": (None, 400, 0)}, 3000 * 1024),
+    ("/a/b", {"": (None, 0, 0), "/a": (1000, 100, 0), "/a/b": (None, 5, 0)}, 900),
+    ("/a/b", {"": (2000, 100, 0), "/a": (1500, 100, 0), "/a/b": (1200, 100, 50)}, 1150),
+    ("/a/b", {"/a/b": (2 ** 63 - 4096, 100, 0)}, 3000 * 1024),
+    ("/elsewhere", {"": (1000, 0, 0)}, 1000),           # the path is the host's, the root the container's
+    ("/", {}, 3000 * 1024),
+])
+def test_the_least_of_all_control_groups_counts(monkeypatch, version, membership, groups, expected):
+    limit_file, used_file, stat_file, dropped = GROUP_FILES[version]
+    line = f"0::{membership}" if version == "2" else f"5:cpu,cpuacct:/x\n4:memory:{membership}"
+    files = {"/proc/meminfo": "MemAvailable:   3000 kB\n", "/proc/self/cgroup": line + "\n"}
+    for path, (limit, used, inactive) in groups.items():
+        files[limit_file.format(path)] = f"{'max' if limit is None else limit}\n"
+        files[used_file.format(path)] = f"{used}\n"
+        files[stat_file.format(path)] = f"anon 77\n{dropped} {inactive}\n{dropped}_more 9\nactive_file 800\n"
+
+    def fake(name, *args, real=open, **more):
+        if str(name).startswith(("/proc/", "/sys/")):
+            if str(name) in files:
+                return io.StringIO(files[str(name)])
+            raise FileNotFoundError(name)
+        return real(name, *args, **more)
+    monkeypatch.setattr(builtins, "open", fake)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_bytes(torch.device("cpu")) == expected
+
+
 def test_blocks_by_hand():
     """At most eight of equal size, of at least 16 slots, and no more slots than that takes; one of few rows and on accelerators."""
     cpu = torch.device("cpu")
@@ -621,7 +660,8 @@ def test_a_model_that_was_broken_leaves_nothing_behind():
     good = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] = math.nan
-    sampler.generate(PROMPTS, 3, 20)
+    with pytest.raises(ValueError, match="no finite log-probability"):
+        sampler.generate(PROMPTS, 3, 20)
     with torch.no_grad():
         weight.copy_(good)
     assert sampler.kept is None and sampler.generate(PROMPTS, 3, 20).logps.isfinite().all()

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import config
 from engine import batching
 from engine.batching import ContinuousBatch
 from engine.decode import InferenceModel, SwiGLU
 from model import ModelConfig, Transformer
+from prompts import decode
 from rollout import Sampler, draw_groups, empty_rollout, generate_slowly
 from test_sampling import chi_square
 
@@ -398,10 +400,10 @@ def test_threads_are_given_back_after_an_error(monkeypatch, two_threads):
 # ------------------------------------------------------------------------------------ texts
 
 class Letters:
-    """A tokenizer: id 0 is "a"; ids from 40 on are special."""
+    """A tokenizer: id 0 is "a"; ids from 40 on have no text."""
 
     def batch_decode(self, rows, skip_special_tokens):
-        assert skip_special_tokens
+        assert not skip_special_tokens      # <answer> may be special
         return ["".join(chr(97 + token) for token in row if token < 40) for row in rows]
 
 
@@ -412,7 +414,7 @@ def test_completions_are_drawn_once_and_decoded_by_problem():
     seeds = [(7, i) for i in range(5)]
     rollout, groups = draw_groups(sampler, Letters(), problems, 3, 8, 0.7, seeds, top_k=4)
     assert_same(rollout, sampler.generate(PROMPTS, 3, 8, 0.7, seeds, top_k=4))
-    texts = Letters().batch_decode(rollout.completions(), True)
+    texts = decode(Letters(), rollout.completions(), STOPS)
     assert [len(group) for group in groups] == [3] * 5 and sum(groups, []) == texts
 
 
@@ -513,3 +515,34 @@ def test_bad_request_is_one_clear_line(request_, words):
     with pytest.raises(ValueError) as caught:
         Sampler(MODEL, STOPS).generate(**{**good, **request_})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- broken models
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight",
+                                  "model.layers.0.mlp.down_proj.weight"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_are_not_finite_are_one_line(name, value, temperature):
+    """Else every drawn token is 0, every reward the same, and a run ends well that learned nothing."""
+    model = Transformer(MODEL.config)
+    model.load_state_dict(MODEL.state_dict())
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[0:200] = value
+    with pytest.raises(ValueError, match="weights or its logits are NaN or infinite") as caught:
+        Sampler(model, STOPS).generate(PROMPTS, 3, 8, temperature)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-5, 1e5, 1e40, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_leaves_no_finite_logits_is_one_line(temperature):
+    with pytest.raises(ValueError, match="temperature .* must be 0, or a number from 0.0001 to 10000"):
+        Sampler(MODEL, STOPS).generate(PROMPTS, 3, 8, temperature)
+    with pytest.raises(ValueError, match="--temperature"):
+        config.parse(["--temperature", str(temperature)])
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e4])
+def test_the_bounds_of_the_temperature_are_those_of_the_settings(temperature):
+    assert Sampler(MODEL, STOPS).generate(PROMPTS, 3, 8, temperature).logps.isfinite().all()
+    assert config.parse(["--temperature", str(temperature)]).temperature == temperature
