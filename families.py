@@ -101,7 +101,7 @@ def rope_settings(raw):
     if "partial_rotary_factor" in raw:
         rope.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    number(rope, "rope_theta", 10000.0, above=0, most=1e30)
+    number(rope, "rope_theta", None, above=0, most=1e30)
     return rope
 
 
@@ -229,10 +229,10 @@ def size(raw, name, most=LARGEST):
 def number(raw, name, default, least=0, above=None, most=None):
     """Returns a number, or its default where the file has null or nothing.
 
-    Raises ValueError for what is no number or not within its bounds; NaN is within none."""
-    value = raw.get(name, default)
-    if value is None and default is not None and above is None:
-        return default
+    Raises ValueError for what is no number or not within its bounds, as NaN never is."""
+    value = raw.get(name)
+    if value is None:
+        value = default
     inside = type(value) in (int, float) and least <= value <= most
     if not inside or (above is not None and not value > above):
         bound = f"above {above}" if above is not None else f"from {least}"

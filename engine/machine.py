@@ -62,10 +62,13 @@ def group_bytes():
     and not used since (inactive_file) do not count as used, because they give way."""
     paths = [""]
     for line in text_of("/proc/self/cgroup").splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, _, membership = line.partition(":")      # "4:memory:/a/b", or in version 2 "0::/a/b"
+        controllers, _, path = membership.partition(":")
         if controllers == "" or "memory" in controllers.split(","):
-            parts = path.strip("/").split("/")
-            paths += ["".join("/" + part for part in parts[:n]) for n in range(1, len(parts) + 1)]
+            inner = ""
+            for part in path.strip("/").split("/"):
+                inner += "/" + part
+                paths.append(inner)
 
     left = []
     for root, limit_file, used_file, dropped in CGROUPS:
