@@ -229,6 +229,12 @@ class Common:
                                                         # counted once; memory, not mathematics
 
     activation_checkpointing: bool = False      # less memory, a third more time
+    # LoRA (lora.py)
+    lora_rank: int = setting(0, least=0)        # of the change of each linear layer; 0: all weights
+                                                # are trained. --lr is then 10 x as large by default
+
+    lora_alpha: float = setting(32.0, above=0, needs=[(lambda c: c.lora_rank, "--lora-rank")])
+                                                # the change counts alpha / rank
     # evaluation and output
     eval_every: int = setting(10, least=1)      # steps; also before the first and after the last
     eval_problems: int = setting(200, least=1)  # held-out problems
@@ -268,14 +274,16 @@ class Common:
                                                             # rank names itself; 0: never
 
     def __post_init__(self):
-        self.lr = self.lr or default_lr(self.model)
+        self.lr = self.lr or default_lr(self.model, self.lora_rank > 0)
 
 
-def default_lr(model):
+def default_lr(model, lora=False):
     """The learning rate that follows from --model: what moves a small model ruins a large one."""
     weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")] if model else []
     is_small = not model or 0 < sum(weights) < 4 * 10 ** 7        # bytes of 10 million parameters
-    return 2e-4 if is_small else 1e-6
+    if is_small:
+        return 2e-3 if lora else 2e-4
+    return 1e-5 if lora else 1e-6
 
 
 def objective(algo):

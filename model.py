@@ -278,14 +278,14 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, shard=None,
-                        weights=True):
+                        weights=True, adapt=None):
         """Read a checkpoint folder in HF layout, or a hub id where the hub can be reached.
 
         Weights are built on the meta device and filled one by one, so at most one tensor exists
         twice. shard (a dist.Sharding) is called on the empty model: each rank then reads only its
         rows of every tensor, and no rank ever holds the whole. weights=False leaves them to be
-        filled by the caller. Raises ValueError or FileNotFoundError, one line, for what is missing,
-        extra, misshapen or unsupported."""
+        filled by the caller; adapt adds parameters to the empty model. Raises ValueError or
+        FileNotFoundError, one line, for what is missing, extra, misshapen or unsupported."""
         folder = find_checkpoint(path_or_id, ModelConfig.from_dict)
         config = ModelConfig.from_dict(read_json(folder / "config.json"))
         if weights and config.tie_word_embeddings and has_other_head(folder):
@@ -298,33 +298,38 @@ class Transformer(nn.Module):
             model = cls(config).to(dtype)
         if weights:
             check_shapes(folder, dict(model.named_parameters()), config.model_type)
+        stored = {name for name, _ in model.named_parameters()}
+        if adapt:
+            adapt(model)
         if shard:
             shard(model)
         model.to_empty(device=device)
         model.tie()
 
         if weights:
-            read_weights(folder, dict(model.named_parameters()))
+            read_weights(folder, {n: p for n, p in model.named_parameters() if n in stored})
         model.files = read_companions(folder)
         return model
 
-    def save_pretrained(self, path, dtype=None, write=True):
+    def save_pretrained(self, path, dtype=None, write=True, tensors=None):
         """Write a folder that transformers, vLLM and from_pretrained read.
 
         It holds config, weights, tokenizer and generation config; files above SHARD_BYTES are
         split. dtype is that of the written weights, by default what the model computes in. Of a
         model that is sharded over ranks every rank must call this, all but one with write=False:
-        tensors are gathered one by one."""
+        tensors are gathered one by one. tensors: what to write instead of the parameters, by name
+        (lora.merged)."""
+        tensors = tensors or dict(self.named_parameters())
         if not write:
-            for p in self.parameters():
-                whole(p)
+            for tensor in tensors.values():
+                whole(tensor)
             return
 
         path, dtype = Path(path), dtype or self.dtype
         self.save_description(path, dtype)
         for old in path.glob("model*.safetensors*"):
             old.unlink()
-        write_shards(path, dict(self.named_parameters()), dtype)
+        write_shards(path, tensors, dtype)
 
     def save_description(self, path, dtype=None):
         """Write all of a checkpoint folder but the weights."""

@@ -36,7 +36,8 @@ from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_chec
 from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
                     remember, stopped_line)
 from learner import Learner, adamw
-from model import ModelConfig, Transformer
+from model import ModelConfig, trainable
+from policies import load_policies, needs_source, save_model
 from rollout import Sampler, check_request, draw_groups
 
 BEGIN = time.perf_counter()
@@ -104,9 +105,10 @@ def refresh_behaviour(run):
     progress, c = run.learner.progress, run.learner.config
     if (progress.step - 1) % getattr(c, "sync_every", 1) > 0:
         return
-    if run.behaviour is not run.sampler:
+    if run.learner.behaviour is not None:
         with torch.no_grad():
-            for old, new in zip(run.behaviour.model.parameters(), run.learner.model.parameters()):
+            mine = trainable(run.learner.model)
+            for old, new in zip(run.learner.behaviour.parameters(), mine, strict=True):
                 old.copy_(new)
     run.behaviour.version = progress.behaviour_version = progress.updates
     progress.behaviour_step = progress.step
@@ -193,7 +195,8 @@ def finish(run):
     first = progress.first
     last = run.latest or evaluate_run(run)      # a resumed run without a step left has none
     dist.phase("writing the model")
-    run.learner.model.save_pretrained(run.folder / "model", write=dist.rank() == 0)
+    c = run.learner.config
+    save_model(c, run.learner.model, run.folder, c.model or run.folder / "warm_start")
 
     if dist.rank() == 0:
         minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
@@ -205,8 +208,7 @@ def finish(run):
 # ------------------------------------------------------------------------------------- checkpoints
 
 def tensors(run):
-    lagging = run.behaviour.model if run.behaviour is not run.sampler else None
-    return tensors_of(run.learner.model, run.learner.optimizer, lagging)
+    return tensors_of(run.learner.model, run.learner.optimizer, run.learner.behaviour)
 
 
 def save(run):
@@ -260,14 +262,10 @@ def start(c, folder, device):
     goes_on = is_under_way(folder)          # then a checkpoint brings the weights
     source = c.model or sft.default_start(c, folder, device)
     begins_at = folder / "start" if goes_on else source
-    with_reference = getattr(c, "beta", 0) > 0
-    check_model(c, folder, source, needed=with_reference or not goes_on, say=say)
+    check_model(c, folder, source, needed=needs_source(c) or not goes_on, say=say)
 
-    # pi, and where its weights lie
-    dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
-    model = Transformer.from_pretrained(begins_at, place.home, shard=place, weights=not goes_on)
-    model.activation_checkpointing = c.activation_checkpointing
+    policies = load_policies(c, device, source, begins_at)
+    model = policies.pi
     tokenizer = prompts.load_tokenizer(begins_at, parse_template_kwargs(c.chat_template_kwargs))
     prompts.report_template(tokenizer, c.template, say)
 
@@ -281,27 +279,20 @@ def start(c, folder, device):
     claim(c, folder)
     remember(folder, model, source, train, held_out)
 
-    # the learner: pi_ref with --beta, and what the objective carries from step to step
-    def frozen(weights=True):
-        at = source if weights else begins_at
-        return Transformer.from_pretrained(at, place.home, dtype, place,
-                                           weights).requires_grad_(False)
-
     module = objective(c.algo)
     learner = Learner(
         config=c, objective=module, model=model, progress=Progress(), say=say,
-        reference=frozen() if with_reference else None,
+        reference=policies.reference, behaviour=policies.behaviour,
         optimizer=adamw(model, c.lr, c.weight_decay),
         state=module.State(c) if hasattr(module, "State") else None)
 
-    # the samplers: with --sync-every above 1 a second copy of the weights draws, which lags behind
+    # the samplers: with --sync-every above 1 older weights draw
     room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),
             "graph": {"on": True, "off": False}.get(c.graph)}
     sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
     prompts.name_end(model, prompts.end_id(tokenizer, c.template))      # for what is written
-    if getattr(c, "sync_every", 1) > 1:
-        learner.behaviour = frozen(weights=not goes_on)
-        behaviour = Sampler(learner.behaviour, sampler.eos_ids.tolist(), **room)
+    if policies.behaviour is not None:
+        behaviour = policies.sampler_of_mu(sampler.eos_ids.tolist(), **room)
 
     return Run(learner=learner, sampler=sampler, behaviour=behaviour,
                stream=data.Stream(train, c.seed), held_out=held_out, rewards=functions,

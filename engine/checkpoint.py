@@ -53,10 +53,11 @@ def checkpoints(folder):
 
 
 def tensors_of(model, optimizer, lagging=None):
-    """The (possibly sharded) tensors of a checkpoint, {name: tensor}: weights and Adam's state.
+    """The (possibly sharded) tensors of a checkpoint, {name: tensor}: what is trained, and Adam's
+    state.
 
-    lagging: another copy of the weights, which draws completions."""
-    found = {f"model.{name}": p for name, p in model.named_parameters()}
+    lagging: an older copy of that, which draws completions."""
+    found = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     if lagging is not None:
         found |= {f"behaviour.{name}": p for name, p in lagging.named_parameters()}
     for name, p in model.named_parameters():

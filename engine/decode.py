@@ -55,6 +55,20 @@ def weight_of(linear):
     return linear.weight
 
 
+def stacked_adapters(projections):
+    """Returns A, B and the scale of low-rank changes that stay beside the weights, or None.
+
+    Of several projections A are below each other and B in a block diagonal, so that they are one
+    product too; see lora.py."""
+    parts = [p.adapter() for p in projections if hasattr(p, "adapter")]
+    if not parts or None in parts:
+        return None
+    A = torch.cat([part[0] for part in parts])
+    B = torch.block_diag(*[part[1] for part in parts])
+    _, _, scale = parts[0]
+    return A, B, scale
+
+
 class Linear:
     """Several projections of one input as one product, y = x W^T + b, and a step after it.
 
@@ -70,6 +84,7 @@ class Linear:
 
     def __init__(self, projections, rows, lent=False):
         weights = [weight_of(p) for p in projections]
+        self.adapter = stacked_adapters(projections)
         self.blocked = None
         self.bias = None
         if projections[0].bias is not None:
@@ -80,7 +95,7 @@ class Linear:
             return
 
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        large = self.weight.numel() >= SMALL
+        large = self.weight.numel() >= SMALL and self.adapter is None
         if self.weight.device.type == "cpu" and large and has_onednn(self.weight.dtype):
             whole = self.weight.contiguous()
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(whole, max(rows, 64))
@@ -98,6 +113,9 @@ class Linear:
                 x, other, self.blocked, self.bias, then)
 
         y = F.linear(x, self.weight, self.bias)
+        if self.adapter is not None:
+            A, B, scale = self.adapter
+            y += F.linear(F.linear(x, A), B) * scale
         if then == "silu":
             return F.silu(y, inplace=True)
         if then == "add":

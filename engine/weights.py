@@ -162,7 +162,7 @@ def own_rows(parameter):
 
 def whole(parameter):
     """Returns a parameter with all its rows, gathered from the ranks that share it."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 # --------------------------------------------------------------------------------------- writing
