@@ -338,15 +338,17 @@ def test_a_run_with_lora_resumes_bit_for_bit_and_leaves_its_files(way, start, tm
         assert torch.equal(p.detach(), base[name]) != adapted_one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_ranks_give_the_numbers_of_one(dtype, start, tmp_path):
-    """The frozen weights are sharded in the dtype of computation; only adapters are reduced."""
+    """The frozen weights are sharded in the dtype of computation; only adapters are reduced. In bfloat16 draws may differ."""
     options = ["--model", start, *fast(start), *LORA, *WAYS["offpolicy"], "--dtype", dtype]
     run_train(*options, "--out", tmp_path / "one")
     run_train(*options, "--out", tmp_path / "two", nproc=2)
-    tolerance = {"rel": 1e-4, "abs": 1e-5} if dtype == "float32" else {"rel": 0.2, "abs": 0.05}
-    lines = log_of(tmp_path / "one")
-    for one, two in zip(lines[:3], log_of(tmp_path / "two"), strict=False):
-        assert {k: one[k] for k in one if k != "ratio_max_dev"} == pytest.approx({k: two[k] for k in one if k != "ratio_max_dev"}, **tolerance)
+    keys = ("loss", "grad_norm", "entropy", "ess", "eval_pass@1", "staleness") if dtype == "float32" else ("entropy", "staleness")
+    tolerance = {"rel": 1e-4, "abs": 1e-5} if dtype == "float32" else {"rel": 0.1}
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for key in keys:
+            assert one.get(key) == pytest.approx(two.get(key), **tolerance), key
     run_train("--resume", "--out", tmp_path / "two", "--steps", "5", nproc=2)
     assert log_of(tmp_path / "two")[-1]["step"] == 5
