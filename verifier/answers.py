@@ -131,10 +131,15 @@ def _entries(s):
 
 # The name left of "=" is no part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
 _LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))"
-           r"(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
-_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}"
+           r"(?:_(?:\{[\\\w+, -]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
+_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})*|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}(?::[A-Z]{{2}})+"
                    rf"|(?!not)[A-Za-z]{{3,12}}|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")                # a+d+e+f = 2k for a gold 2k
+# what a gold answer asks for beside names: \frac{NO}{BO}, \sin A, AB^2, x_1+x_2, but not x+y
+_QUANTITY = re.compile(
+    r"\\?(?:sin|cos|tan|cot|sec|csc|log|ln|max|min|lim|gcd|lcm|det)(?![a-z])[^=]+"
+    r"|(?=.*(?:[A-Z]{2}|[_(]))(?:[-+*/:|{}]|\\(?:frac|overline|triangle|vec)|\^(?:[0-9]|\{[0-9]\})"
+    r"|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?'*\([^()]*\)|[A-Za-z]_(?:\{[^{}]*\}|\w)|[A-Z])+")
 _MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 
 
@@ -171,12 +176,12 @@ def _union(s):
         s = _unnamed(sides, signs, 0) or s
 
     whole, *removed = _parts(s.replace("-⦃", "∖⦃"), "∖")
-    remaining = _punctured(whole, _items(removed[0])) if removed else None
+    remaining = _punctured(whole, sum(map(_items, removed), [])) if removed else None
     return remaining or _parts(s, "∪")
 
 
 def _punctured(whole, points):
-    """Return the parts of an interval without some points, or None where it is no interval."""
+    """Return the parts of an interval without points inside it, or None for anything else."""
     sides, signs = _split(_items(whole)[0], _RELATIONS)
     interval = (_unnamed(sides, signs, 0) or "") if signs else whole
     brackets, ends = _entries(interval)
@@ -185,7 +190,7 @@ def _punctured(whole, points):
         return None
 
     # cut at the points from left to right
-    cuts = sorted((v.floats[0].real, point) for v, point in zip(values, points))
+    cuts = sorted({complex(v.floats[0]).real: point for v, point in zip(values, points)}.items())
     opener, closer = brackets
     low, high = ends
     starts = [opener + low] + ["(" + point for _, point in cuts]
@@ -248,8 +253,10 @@ def _same_relation(given, gold, depth):
     gold_plain = _unnamed(gold_sides, gold_signs, depth) if gold_signs else gold
     if given_signs == ["="] and not gold_signs and given_plain is None:
         asked, said = given_sides
-        if _ASKED.fullmatch(asked):
+        if _ASKED.fullmatch(asked) or _QUANTITY.fullmatch(asked):
             given_plain = said                                          # x + y = 5 for a gold 5
+    elif gold_signs[:1] == ["="] and gold_plain is None and _QUANTITY.fullmatch(gold_sides[0]):
+        gold_plain = _unnamed(["x", *gold_sides[1:]], gold_signs, depth)
     if given_plain and gold_plain:
         named = [sides[0] for sides in (given_sides, gold_sides) if len(sides) > 1]
         letters = {name for name in named if len(name) == 1 and name.isalpha()}
@@ -368,27 +375,39 @@ def _same_entries(given, gold, depth):
     return all(_same(x, y, depth) for x, y in zip(given_entries, gold_entries))
 
 
+_COUNTED = re.compile(r"([^A-Za-z]*[0-9]) ?([A-Za-z][A-Za-z ]+)")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])\s*(?:([ap])\.?m\.?)?", re.I)
 
 
 def _same_ratio(given, gold):
-    """Return whether two clock times are the same time, or two other ratios the same quotient."""
+    """Return whether two clock times are the same time, or two ratios equal up to a factor.
+
+    A ratio of two terms, and only of two, is also their quotient.
+    """
     clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
     if all(clocks):
         given_time, gold_time = map(_time, clocks)
         return given_time == gold_time
-    return _same_value(_quotient(given), _quotient(gold))
+
+    given_terms, gold_terms = (_parts(_inside(s, "(") or s, ":") for s in (given, gold))
+    if len(given_terms) < 3 and len(gold_terms) < 3:
+        return _same_value(*("/".join(f"({x})" for x in terms) for terms in (given_terms, gold_terms)))
+    if len(given_terms) != len(gold_terms) or len(gold_terms) > MAX_ITEMS:
+        return False
+
+    # every term times the other ratio's first term that is not 0
+    pairs = list(zip(given_terms, gold_terms))
+    first = next((pair for pair in pairs if not _same_value(pair[1], "0")), ("0", "0"))
+    if any(_same_value(x, "0") for x in first):
+        return False
+    given_first, gold_first = first
+    return all(_same_value(f"({x})*({gold_first})", f"({y})*({given_first})") for x, y in pairs)
 
 
 def _time(clock):
     """Return (hour of the day, minute as text) of a match of _CLOCK."""
     hour, minute, half = clock.groups()
     return int(hour) % 12 + 12 * (half in "pP") if half else int(hour), minute
-
-
-def _quotient(s):
-    """Return the ratio a:b as the expression (a)/(b), and anything else as it is."""
-    return "/".join(f"({part})" for part in _parts(s, ":")) if ":" in s else s
 
 
 def _same_value(given, gold):
@@ -412,7 +431,13 @@ def _below_one(v):
 
 
 def _same_words(given, gold):
-    """Return whether two texts are the same words, without case, spaces, quotes and full stops."""
+    """Return whether two texts are the same words, without case, spaces, quotes and full stops.
+
+    A number before the same words may be written in two ways, as in 5 lakh and 5.0 lakh.
+    """
+    counted = _COUNTED.fullmatch(given), _COUNTED.fullmatch(gold)
+    if all(counted) and counted[0][2] == counted[1][2]:
+        return _same_value(counted[0][1], counted[1][1])
     given, gold = (re.sub(r"[\s\"']|\.(?![0-9])", "", s).lower() for s in (given, gold))
     return given == gold and re.search("[a-z]{2}", given) is not None
 
@@ -452,6 +477,11 @@ _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _CENTS = re.compile(r"\bcents?\b")
 _ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
+_LETTER_UNIT = re.compile(                                            # 5 m, 5\,m/s^2, but not 5m
+    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)\b(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)\b)?"
+    r"(?:\^\{?-?[0-9]\}?)?(?=[ .$]*(?:$|[,;)\]}]))")
+_CHOICE = re.compile(r"\(?([A-J])[).:]([\w\\(\[.|$-].*)")
+_HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
 _PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
@@ -525,6 +555,23 @@ def _letters(s):
     return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
 
 
+def _same_choice(given, gold):
+    r"""Return whether the letters, or values, agree where one side has both: \textbf{(C)}\ 12.
+
+    Words behind a letter count as its value only beside a letter alone, and not if they hedge.
+    """
+    given, gold = clean(given), clean(gold)
+    both = [_CHOICE.fullmatch(s) for s in (given, gold)]
+    both = [match if match and not _HEDGED.search(match[2]) else None for match in both]
+    if all(both):
+        return both[0][1] == both[1][1] and _same(both[0][2], both[1][2])
+    if not any(both):
+        return False
+    letter, meant = (both[0] or both[1]).groups()
+    other = gold if both[0] else given
+    return other.strip("()") == letter or _same(meant, other)
+
+
 def equal(given: str, gold: str) -> bool:
     """Return whether two answers are equal by the rules in reward.py.
 
@@ -550,9 +597,12 @@ def equal(given: str, gold: str) -> bool:
         return False
 
     try:
+        if _LETTER_UNIT.search(given) and not _letters(clean(gold)):
+            given = _LETTER_UNIT.sub("", given)
         for gold_reading in _readings(gold):
             if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
                 return True
-        return _same_angle(given, gold) or _same_renamed(given, gold)
+        return (_same_angle(given, gold) or _same_renamed(given, gold)
+                or _same_choice(given, gold))
     except (ArithmeticError, RecursionError):           # a number too large to compare as a float
         return False
