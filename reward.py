@@ -74,9 +74,9 @@ _SAID = re.compile(
     r"(?:[ \t]+(?:to|for)\b[^.\n:=]{0,60}?)?"
     r"[ \t]*(?:\bis\b(?!n['’]t)|[:=]|(?P<denied>\bisn['’]t\b|\bcan(?:not|['’]t| not| never) be\b|≠))"
     r"|^[ \t#*]*answer\**[ \t]*(?:[:=]|(?=\$|\\\())"
-    r"|(?:(?<=[.!?] )|\*\*)\**answer\**[ \t]*:", re.I | re.M)
+    r"|(?:(?<=[.!?}$)] )|\*\*)\**answer\**[ \t]*:", re.I | re.M)
 _HEADING = re.compile(
-    r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t*_\r]*$)", re.I | re.M)
+    r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
 _OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
 _GAP = re.compile(r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n)*")
 _SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
@@ -90,14 +90,16 @@ _VALUE = re.compile(
     r"|[A-Z][a-z]+(?: [A-Z][a-z]+){0,3}\W*$|(?:yes|no|true|false|none)\W*$)")
 
 # a negation, and what may stand between it and the mark that it denies, or behind a denied mark
-_NEGATIVES = ("not", "'t", "’t", "never", "nor", "≠", "!=", "\\ne", "thing but", "rather", "instead")
-_REJECTIONS = ("not", "'t", "’t", "never", "wrong", "ncorrect", "false", "mistake", "No", "no")
-_NEGATION = (r"(?:\b(?:not|never|cannot|can['’]t|nor|anything but|rather than|instead of)\b"
-             r"|n['’]t\b|≠|(?<=\s)!=|\\neq?\b|\\not\b)"
-             r"(?:[ \t$*`:({\[=~]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b"
-             r"|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value|result"
-             r"|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply"
-             r"|just|actually|really|only|possibly|necessarily)\b)*")
+_DENIALS = set("""Not never Never nor Nor hardly no longer anything rather instead unlikely impossible
+    fails fail different far false False wrong Wrong incorrect untrue""".split())
+_NEGATION = (
+    r"(?:\b(?:not|never|cannot|can['’]t|nor|hardly|no longer|no means|no way|anything but|rather than"
+    r"|instead of|unlikely|impossible|fails?|different from|far from|false|wrong|incorrect|untrue)\b"
+    r"|n['’]t\b|≠|(?<=\s)!=|\\neq?\b|\\not\b)"
+    r"(?:[ \t$*`:({\[=~]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
+    r"|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value|result"
+    r"|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply|just"
+    r"|actually|really|only|even|quite|possibly|necessarily)\b)*")
 _DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
 _DENIES = re.compile(_NEGATION + r"(?=[-0-9$\\]|[A-Z]\b)")
 _DENIED_BEHIND = re.compile(
@@ -272,7 +274,9 @@ def _disagrees(announced, content, other):
     if "?" in content or not ("final" in announced.lower() or announced.rstrip(" *").endswith(":")):
         return False
     numbers = _NUMBER.findall(content)
-    return bool(numbers) and not any(equal(number, other.content) for number in numbers)
+    if not 0 < len(numbers) < 6 or len(other.content) > 60:
+        return False
+    return not any(equal(number, other.content) for number in numbers)
 
 
 # --------------------------------------------------------------------------------------- extraction
@@ -282,20 +286,20 @@ def _bare(content):
     if "`" in content:
         content = re.sub(r"```(?:[a-z]{1,12}\n)?|`", "", content)
     if "**" in content:
-        content = re.sub(r"(?<![\w)])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*", r"\1", content)
+        content = re.sub(r"(?<![\w)])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*|(?<=[\w)}$%])\*\*(?=[\s,.])",
+                         r"\1", content)
     return content.strip(" \t\n*")
 
 
 def _is_denied(text, mark):
     r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
-    begin = max(0, mark.start - 80)
+    begin = max(0, mark.start - 50)
     before = text[begin:mark.start]
-    if any(map(before.__contains__, _NEGATIVES)):
+    if ("not" in before or "'t" in before or "\\ne" in before or "!=" in before
+            or not before.isascii() or not _DENIALS.isdisjoint(before.split())):
         if _DENIED_BEFORE.search(text, begin, mark.start):
             return True
-    behind = text[mark.end:mark.end + 60]
-    return (len(behind) > 5 and any(map(behind.__contains__, _REJECTIONS))
-            and _DENIED_BEHIND.match(behind) is not None)
+    return mark.end + 3 < len(text) and _DENIED_BEHIND.match(text, mark.end, mark.end + 60) is not None
 
 
 def _is_joined(text, mark, following):
@@ -318,6 +322,8 @@ def _last_group(text, marks, denied):
             length += len(group[-1].content)
             if len(group) == MAX_ITEMS:
                 break
+        if len(group) == 1 and not _is_denied(text, group[0]):
+            return Mark(group[0].start, group[0].end, _bare(group[0].content))
         if not any([_is_denied(text, mark) for mark in group]):
             return Mark(group[-1].start, group[0].end, _joined(group))
         denied += group
@@ -386,7 +392,7 @@ def _find(text):
     if found is None:
         return (None if denied else _conclusion(text)), denied
     later = [mark for mark in denied if mark.start > found.start]
-    if later and any(equal(_bare(mark.content), found.content) for mark in later):
+    if later and any(equal(_bare(mark.content), found.content) for mark in later[-10:]):
         return None, later
     return found, later
 

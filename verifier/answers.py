@@ -555,6 +555,18 @@ def _letters(s):
     return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
 
 
+def _same_without_letter(given, gold):
+    r"""Return whether two answers are equal once a unit of one letter is dropped: 5 m is 5.
+
+    It is no variable where the other side has none, and in the gold answer where \text says so.
+    """
+    if not _letters(clean(gold)):
+        return _LETTER_UNIT.search(given) is not None and equal(_LETTER_UNIT.sub("", given), gold)
+    if not re.search(r"\\(?:text|mathrm)", given) or _letters(clean(given)):
+        return False
+    return _LETTER_UNIT.search(gold) is not None and equal(given, _LETTER_UNIT.sub("", gold))
+
+
 def _same_choice(given, gold):
     r"""Return whether the letters, or values, agree where one side has both: \textbf{(C)}\ 12.
 
@@ -597,12 +609,10 @@ def equal(given: str, gold: str) -> bool:
         return False
 
     try:
-        if _LETTER_UNIT.search(given) and not _letters(clean(gold)):
-            given = _LETTER_UNIT.sub("", given)
         for gold_reading in _readings(gold):
             if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
                 return True
         return (_same_angle(given, gold) or _same_renamed(given, gold)
-                or _same_choice(given, gold))
+                or _same_without_letter(given, gold) or _same_choice(given, gold))
     except (ArithmeticError, RecursionError):           # a number too large to compare as a float
         return False

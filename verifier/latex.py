@@ -40,7 +40,7 @@ _TEXT_BOX = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
 _STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\})")
 _MATRIX = re.compile(                                       # with the brackets around it alone
-    r"([(\[]\s*)?\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\(?:begin|end)\b).)*)"
+    r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\(?:begin|end)\b).)*)"
     r"\\end\{\2\}(?(1)\s*(?:\\right)?\s*[)\]])", re.S)
 
 # A unit stands behind a value and at the end of an answer or of one of its entries.
@@ -68,7 +68,7 @@ def _matrix(match):
 def _is_unit(phrase):
     """Return whether all words of `phrase` are known to leave a number's value as it is."""
     kinds = []
-    for word in re.split(r"[\s/~-]+", re.sub(r"\^ ?\{?-?[0-9]\}?", "", phrase.strip(" .,~/"))):
+    for word in re.split(r"[\s/~*-]+", re.sub(r"\^ ?\{?-?[0-9]\}?", "", phrase.strip(" .,~/"))):
         forms = [word]
         if len(word) > 1:
             forms = [word.strip(".'").lower()]
@@ -174,7 +174,7 @@ def clean(s):
     if "ℤ" in s or "ℕ" in s:
         s = re.sub(r"[,;(]? ?(?:where )?\b[a-z] ?∈ ?[ℤℕ][^,;]*$", "", s)              # k π, k ∈ ℤ
     s = s.strip(' "').rstrip(" .,;:")
-    if re.search("[a-z]{2}", s):
+    if re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}", s):
         s = _words(s)
     if " " in s:
         s = _spaces(s)
