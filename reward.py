@@ -46,369 +46,129 @@ verifier/ alone. train.py, evaluate.py and data.py need it.
 
 import math
 import re
-from collections import namedtuple
 
-from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
+from extraction import answer_and_number_before, extract_answer
+from verifier import answers
+from verifier.answers import MAX_ANSWER, NAME, replaced
+from verifier.expression import same_value, value
+from verifier.latex import clean
 
-TAIL = 20_000        # characters of a completion that are searched, from its end
-MAX_PLACES = 50      # places of the word "answer", from the end, where a statement is looked for
+# ----------------------------------------------------------------------------------------- equality
 
-# -------------------------------------------------------------------------------------------- marks
-
-Mark = namedtuple("Mark", "start end content")      # of one answer in a text
-
-# the marks of a thought, in the spellings of the field; a slash or "end" closes it
-_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>|\[(/?)THINK\]"
-                      r"|<\|(begin|end)_of_thought\|>", re.I)
-_END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>user", "</s>")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(\{)|([^\s{}$.,\\]+))")
-_BRACE = re.compile(r"\\.|[{}]", re.S)
-_TAG = re.compile(r"<(/?)answer>", re.I)
-_HASHES = re.compile(r"####(?![ \t]*(?:[A-Za-z]{2}|[A-Za-z][ \t]+[A-Za-z]|[A-Za-z0-9]+[.)][ \t]))"
-                     r"([^\n#<]+(?:<(?!/)[^\n#<]*)*)")
-
-# "the final answer to the question is", "Answer:" at the start of a line or of a sentence, and "A:"
-# (but no options A to D); "### Final Answer" as a line of its own
-_SAID = re.compile(
-    r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer\**"
-    r"(?:[ \t]+(?:to|for)\b[^.\n:=]{0,60}?)?"
-    r"[ \t]*(?:\bis\b(?!n['’]t)|[:=]|(?P<denied>\bisn['’]t\b|\bcan(?:not|['’]t| not| never) be\b|≠))"
-    r"|^[ \t#*]*answer\**[ \t]*(?:[:=]|(?=\$|\\\())"
-    r"|(?:(?<=[.!?}$)] )|\*\*)\**answer\**[ \t]*:", re.I | re.M)
-_HEADING = re.compile(
-    r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
-_OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
-_GAP = re.compile(r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n)*")
-_SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
-_CLAUSE = re.compile(
-    r"(?:The|the) (?:[A-Za-z ]|\$[^$0-9]{1,40}\$)+ (?:is|are|equals) (?=[-$\\0-9(])")
-
-# what begins with a value: 7, $x$, (D), -x, Friday, yes
-_VALUE = re.compile(
-    r"(?:[(\[{\s*]*(?:therefore|thus|simply|option|choice)\b)?[-+±(\[{|\s*\"]*"
-    r"(?:[$\\0-9√π∞∅]|\.[0-9]|[AI](?![A-Za-z'])(?!\s[a-z])|[B-HJ-Z](?![A-Za-z'])|[a-z](?=\W*$|[-+*/^=_(])"
-    r"|[A-Z][a-z]+(?: [A-Z][a-z]+){0,3}\W*$|(?:yes|no|true|false|none)\W*$)")
-
-# a negation, and what may stand between it and the mark that it denies, or behind a denied mark
-_DENIALS = set("""Not never Never nor Nor hardly no longer anything rather instead unlikely impossible
-    fails fail different far false False wrong Wrong incorrect untrue""".split())
-_NEGATION = (
-    r"(?:\b(?:not|never|cannot|can['’]t|nor|hardly|no longer|no means|no way|anything but|rather than"
-    r"|instead of|unlikely|impossible|fails?|different from|far from|false|wrong|incorrect|untrue)\b"
-    r"|n['’]t\b|≠|(?<=\s)!=|\\neq?\b|\\not\b)"
-    r"(?:[ \t$*`:({\[=~]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
-    r"|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value|result"
-    r"|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply|just"
-    r"|actually|really|only|even|quite|possibly|necessarily)\b)*")
-_DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
-_DENIES = re.compile(_NEGATION + r"(?=[-0-9$\\]|[A-Z]\b)")
-_DENIED_BEHIND = re.compile(
-    r"(?:[\s$*`)\]}.,]|\\[\])])*(?:(?:(?:but|and|no|so|wait)[\s,]+)?(?:that|this|it|which)\s*)?"
-    r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+"
-    r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?"
-    r"(?:answer|solution|result|right|correct|true|valid|it)\b"
-    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)|\?\s*no\b)", re.I)
-
-# what may stand between two marks of one answer, and what makes a sentence no worked conclusion
-_CONNECTOR = re.compile(
-    r"(?:\\(?:text|quad)|\b(?:and|or)\b|\b[A-Za-z]\s*=|[\s$,;.*{}()\[\]\\])*", re.I)
-_HEDGE = re.compile(
-    r"\b(?:not|or|either|neither|maybe|perhaps|if|never|wrong|about)\b|n't|[?<>]|\\[a-z]", re.I)
-_SCALED = re.compile(
-    r"[0-9] ?(?:[A-Za-z]\b|%|per ?cent|hundred|thousand|[mb]illion|dozen)", re.I)
-_NUMBER = re.compile(
-    r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|\.[0-9]+"
-    r"|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+_DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
+_LETTER = re.compile("[A-Za-z°]")
+_ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
+_LETTER_UNIT = re.compile(                                           # 5 m, 5\,m/s^2, but not 5m
+    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)\b"
+    r"(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)\b)?(?:\^\{?-?[0-9]\}?)?(?=[ .$]*(?:$|[,;)\]}]))")
+_CHOICE = re.compile(r"\(?([A-J])[).:]([\w\\(\[.|$-].*)")
+_HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
+_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
-def _tail(completion):
-    """Return what is read: the last TAIL characters, of what follows a thought."""
-    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
-
-
-def _ended(completion):
-    """Return what stands before the first end-of-text token."""
-    # a look for one character is ten times as fast as a look for a word, here and below
-    if "|" in completion and "<|" in completion or "/" in completion and "</s>" in completion:
-        ends = [i for i in map(completion.find, _END) if i >= 0]
-        completion = completion[:min(ends, default=len(completion))]
-    return completion
-
-
-def _after_thought(text):
-    """Return what follows the last thought: all of a text without one, nothing of an open one."""
-    if "<" not in text and "[" not in text:
-        return text
-    if not ("hink" in text or "hought" in text
-            or "K" in text and "HINK" in text or "G" in text and "HOUGHT" in text):
-        return text
-
-    last = None
-    for last in _THOUGHT.finditer(text):
-        pass
-    if last is None:
-        return text
-    closes = last[1] or last[2] or (last[3] or "").lower() == "end"
-    return text[last.end():] if closes else ""
-
-
-def _closing_braces(text, start):
-    """Return {index of an opening brace: index of its closing brace} from `start` on.
-
-    Escaped braces are skipped.
-    """
-    closing = {}
-    opened = []
-
-    for match in _BRACE.finditer(text, start):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif match[0] == "}" and opened:
-            closing[opened.pop()] = match.start()
-    return closing
-
-
-def _boxes(text):
-    r"""Yield the Mark of each \boxed and \fbox; of a box inside a box only the outer one."""
-    start = min(i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0)
-    closing = _closing_braces(text, start)
-    end = 0
-
-    for match in _BOX.finditer(text, start):
-        opening, unbraced = match.groups()
-        if match.start() < end:
-            continue                                        # inside the box before
-        if not opening:
-            yield Mark(match.start(), match.end(), unbraced)
-        elif match.start(1) in closing:
-            end = closing[match.start(1)] + 1
-            yield Mark(match.start(), end, text[match.end():end - 1])
-
-
-def _tags(text):
-    """Yield the Mark of each <answer>...</answer>; of a tag inside a tag only the inner one."""
-    opening = None
-    for match in _TAG.finditer(text):
-        if not match[1]:
-            opening = match
-        elif opening:
-            yield Mark(opening.start(), match.end(), text[opening.end():match.start()])
-            opening = None
-
-
-def _hashes(text):
-    """Yield the Mark of each line of hashes."""
-    for match in _HASHES.finditer(text):
-        yield Mark(match.start(), match.end(), match[1])
-
-
-def _places(text, word, start):
-    """Return the indices of the last MAX_PLACES places of a word in text[start:], the last first."""
-    places = []
-    place = text.rfind(word, start)
-    while place >= 0 and len(places) < MAX_PLACES:
-        places.append(place)
-        place = text.rfind(word, start, place)
-    return places
-
-
-def _announcements(text, start):
-    """Return [(start, end, kind)] of each "the final answer is", "Answer:" and "A:" from `start` on.
-
-    The kind is "denied" for "isn't" and the like, "heading" for a line of its own, else None.
-    Only the text around the last MAX_PLACES places of the word "answer" is read.
-    """
-    found = []
-    for place in _places(text, "A:", start) if ":" in text else ():
-        line = text.rfind("\n", start, place) + 1 or start
-        if not text[line:place].strip(" \t") and not _OPTIONS.match(text, place):
-            found.append((line, place + 2, None))
-    places = _places(text, "nswer", start)
-    if "R" in text:
-        places += _places(text, "NSWER", start)
-
-    for place in sorted(places)[-MAX_PLACES:]:
-        window = max(start, place - 25), place + 80
-        said = _SAID.search(text, *window) or _HEADING.search(text, *window)
-        if said:
-            found.append((*said.span(), said.lastgroup))
-            start = said.end()
-    return sorted(found, key=lambda span: span[0]) if len(found) > 1 else found
-
-
-def _statements(text, start=0, other=None):
-    """Yield the Mark of each statement from `start` on.
-
-    Behind a mark of another kind, `other`, a statement has to say a value. A sentence that does not
-    begin with one ("Final answer: She has 7 apples.") counts there if it has other numbers alone.
-    """
-    for begin, end, kind in _announcements(text, start)[-MAX_PLACES:]:
-        after = _GAP.match(text, end).end()
-        sentence = _SENTENCE.match(text, after, after + 2 * MAX_ANSWER)
-        if not sentence:
-            continue
-
-        # Final answer: The area of $ABC$ is 12; a denied answer begins behind its negation
-        at, stop = sentence.span(2 if sentence[1] is None else 1)
-        if not text[at:at + 1].isdigit():
-            clause = _CLAUSE.match(text, at, stop)
-            if clause and not _HEDGE.search(clause[0]):
-                at = clause.end()
-            negation = _DENIES.match(text, at, stop)
-            if negation:
-                at = negation.end()
-                kind = "denied"
-        if kind == "denied":
-            begin = at
-
-        content = text[at:stop]
-        if other or kind == "heading":
-            is_value = "?" not in content and _VALUE.match(content)
-            if not is_value and not (other and _disagrees(text[begin:end], content, other)):
-                continue
-        yield Mark(begin, sentence.end(), content)
-
-
-def _disagrees(announced, content, other):
-    """Return whether a sentence that is announced as the answer has other numbers alone."""
-    if "?" in content or not ("final" in announced.lower() or announced.rstrip(" *").endswith(":")):
+def _same_angle(given, gold):
+    r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
+    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
+    given, gold = clean(given), clean(gold)
+    if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
         return False
-    numbers = _NUMBER.findall(content)
-    if not 0 < len(numbers) < 6 or len(other.content) > 60:
+
+    if given_in_degrees:
+        given = f"({given})*π/180"
+    else:
+        gold = f"({gold})*π/180"
+    return same_value(value(given), value(gold))
+
+
+def _same_renamed(given, gold):
+    r"""Return whether two answers are equal once a letter that may have any name is renamed.
+
+    This is the argument of a function, as in f(x) = x and f(z) = z, or an integer, as in k \pi.
+    """
+    texts = clean(given), clean(gold)
+    functions = [_ARGUMENT.match(text) for text in texts]
+    if not all(functions):
+        hints = ("integer", "π", r"\mathbb")
+        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
+            return False
+        texts = [_without_name(text) for text in texts]
+
+    # exactly one letter of each side is not on the other
+    given_letters, gold_letters = map(_letters, texts)
+    renamed, names = given_letters - gold_letters, gold_letters - given_letters
+    if len(renamed) != 1 or len(names) != 1:
         return False
-    return not any(equal(number, other.content) for number in numbers)
+    [letter], [name] = renamed, names
+
+    if all(functions):
+        may_differ = [match[1] for match in functions] == [letter, name]
+    else:
+        may_differ = bool({letter, name} & _PARAMETERS)
+    given, gold = texts
+    return may_differ and answers.equal(replaced(given, letter, name), gold)
 
 
-# --------------------------------------------------------------------------------------- extraction
-
-def _bare(content):
-    """Return the content of a mark without ticks, fences and bold type."""
-    if "`" in content:
-        content = re.sub(r"```(?:[a-z]{1,12}\n)?|`", "", content)
-    if "**" in content:
-        content = re.sub(r"(?<![\w)])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*|(?<=[\w)}$%])\*\*(?=[\s,.])",
-                         r"\1", content)
-    return content.strip(" \t\n*")
+def _without_name(s):
+    """Return the right side of `name = right side`, and anything else as it is."""
+    left, _, right = s.partition("=")
+    return right if NAME.fullmatch(left) else s
 
 
-def _is_denied(text, mark):
-    r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
-    begin = max(0, mark.start - 50)
-    before = text[begin:mark.start]
-    if ("not" in before or "'t" in before or "\\ne" in before or "!=" in before
-            or not before.isascii() or not _DENIALS.isdisjoint(before.split())):
-        if _DENIED_BEFORE.search(text, begin, mark.start):
-            return True
-    return mark.end + 3 < len(text) and _DENIED_BEHIND.match(text, mark.end, mark.end + 60) is not None
+def _letters(s):
+    r"""Return the set of letters of `s` that are not part of a \command."""
+    return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
 
 
-def _is_joined(text, mark, following):
-    """Return whether two marks are parts of one answer, with nothing but a connector between."""
-    return (mark.end <= following.start <= mark.end + 40
-            and _CONNECTOR.fullmatch(text, mark.end, following.start) is not None)
+def _same_without_letter(given, gold):
+    r"""Return whether two answers are equal once a unit of one letter is dropped: 5 m is 5.
 
-
-def _last_group(text, marks, denied):
-    """Return the last of `marks`, joined with those directly before it, as one Mark, or None.
-
-    Groups that the text denies are passed over, MAX_PLACES marks at most, and added to `denied`.
+    It is no variable where the other side has none, and in the gold answer where \text says so.
     """
-    marks = [mark for mark in marks if mark.content.strip(" \t\n*`$.{}")]
-    while marks and len(denied) < MAX_PLACES:
-        group = [marks.pop()]
-        length = len(group[0].content)
-        while marks and length <= MAX_ANSWER and _is_joined(text, marks[-1], group[-1]):
-            group.append(marks.pop())
-            length += len(group[-1].content)
-            if len(group) == MAX_ITEMS:
-                break
-        if len(group) == 1 and not _is_denied(text, group[0]):
-            return Mark(group[0].start, group[0].end, _bare(group[0].content))
-        if not any([_is_denied(text, mark) for mark in group]):
-            return Mark(group[-1].start, group[0].end, _joined(group))
-        denied += group
-    return None
+    if not _letters(clean(gold)):
+        return _LETTER_UNIT.search(given) is not None and answers.equal(_LETTER_UNIT.sub("", given), gold)
+    if not re.search(r"\\(?:text|mathrm)", given) or _letters(clean(given)):
+        return False
+    return _LETTER_UNIT.search(gold) is not None and answers.equal(given, _LETTER_UNIT.sub("", gold))
 
 
-def _joined(group):
-    """Return the different contents of a group of marks, from its last to its first, as a list."""
-    contents = [_bare(group[0].content)]
-    if len(group) == 1:
-        return contents[0]
-    for mark in group[1:]:
-        content = _bare(mark.content)
-        if not any(equal(content, other) for other in contents):
-            contents.append(content)
-    return ", ".join(reversed(contents))
+def _same_choice(given, gold):
+    r"""Return whether the letters, or values, agree where one side has both: \textbf{(C)}\ 12.
 
-
-def _conclusion(text):
-    """Return the one number of a complete last sentence as a Mark if the text has computed it."""
-    text = text.rstrip()
-    begin = max(text.rfind("\n"), *(text.rfind(end, 0, -1) for end in (". ", "! ", "? "))) + 1
-    sentence = text[begin:begin + MAX_ANSWER]
-    before, equals, after = sentence.rpartition("=")
-    numbers = list(_NUMBER.finditer(after))
-    if len(numbers) != 1 or not text.endswith(".") or _SCALED.search(after):
-        return None
-
-    [number] = numbers
-    answer = number[0].lstrip("$")
-    if _HEDGE.search(before) or _HEDGE.search(after[:number.end() + 25]):
-        return None
-
-    # it is the right side of an equation here, or a result before this sentence
-    result = r"(?:=|\bis)\s*\$?" + re.escape(answer) + r"(?![0-9]|[.,][0-9])"
-    computed = equals or re.search(result, text[:begin])
-    return Mark(begin, len(text), answer) if computed else None
-
-
-def _find(text):
-    """Return the Mark of the final answer or None, and the marks behind it that the text denies."""
-    kinds = []
-    if "\\" in text and ("\\boxed" in text or "\\fbox" in text):
-        kinds.append(_boxes(text))
-    if ">" in text and ("nswer>" in text or "R" in text and "NSWER>" in text):
-        kinds.append(_tags(text))
-    if "#" in text and "####" in text:
-        kinds.append(_hashes(text))
-
-    # of the kinds that occur, the mark that starts last is the answer
-    found = None
-    denied = []
-    for marks in kinds:
-        mark = _last_group(text, marks, denied)
-        if mark and (found is None or mark.start > found.start):
-            found = mark
-
-    # statements may stand behind it, or in a tag
-    start = 0
-    rest = "A:"
-    if found:
-        start = found.start if text[found.start] == "<" else found.end
-        rest = text[start:]
-    if "nswer" in rest or "NSWER" in rest or "A:" in rest:
-        found = _last_group(text, _statements(text, start, found), denied) or found
-    if found is None:
-        return (None if denied else _conclusion(text)), denied
-    later = [mark for mark in denied if mark.start > found.start]
-    if later and any(equal(_bare(mark.content), found.content) for mark in later[-10:]):
-        return None, later
-    return found, later
-
-
-def extract_answer(completion: str, lenient: bool = False) -> str | None:
-    """Return the final answer of `completion` by the rules in this file's docstring.
-
-    Args: completion, the model's text; lenient, whether to fall back to the last number in it.
-    Returns: the answer as written (several adjacent ones joined by ", "), or None. Never raises.
+    Words behind a letter count as its value only beside a letter alone, and not if they hedge.
     """
-    text = _tail(completion) if isinstance(completion, str) else ""
-    found, denied = _find(text)
-    if found:
-        return found.content
-    numbers = _NUMBER.findall(text) if lenient and not denied else []
-    return numbers[-1] if numbers else None
+    given, gold = clean(given), clean(gold)
+    both = [_CHOICE.fullmatch(s) for s in (given, gold)]
+    both = [match if match and not _HEDGED.search(match[2]) else None for match in both]
+    if all(both):
+        return both[0][1] == both[1][1] and answers.equal(both[0][2], both[1][2])
+    if not any(both):
+        return False
+
+    letter, meant = (both[0] or both[1]).groups()
+    other = gold if both[0] else given
+    return other.strip("()") == letter or answers.equal(meant, other)
+
+
+_CONVENTIONS = (_same_angle, _same_renamed, _same_without_letter, _same_choice)
+
+
+def equal(given: str, gold: str) -> bool:
+    """Return whether two answers are equal by the rules in this file's docstring.
+
+    Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
+    An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
+    """
+    if answers.equal(given, gold):
+        return True
+    if not (isinstance(given, str) and isinstance(gold, str)) or given.isdigit() and gold.isdigit():
+        return False
+    if max(len(given), len(gold)) > MAX_ANSWER or not _LETTER.search(given + gold):
+        return False                                                # no convention is about digits
+
+    try:
+        return any(same(given, gold) for same in _CONVENTIONS)
+    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
+        return False
 
 
 def verify(completion: str, answer: str, lenient: bool = False) -> bool:
@@ -455,15 +215,8 @@ def consistency_reward(completion: str) -> float:
 
     That number may stand in the thought.
     """
-    text = _tail(completion)
-    found, _ = _find(text)
-    if not found:
-        return 0.0
-
-    whole = _ended(completion).rstrip()
-    mark = len(whole) - len(text) + found.start
-    numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
-    return float(bool(numbers) and equal(numbers[-1], found.content))
+    answer, number = answer_and_number_before(completion)
+    return float(number is not None and equal(number, answer))
 
 
 # ------------------------------------------------------------------------------- rewards of a batch

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import extraction
 import reward
 from measure import verifier as bench_reward
 from reward import (REWARDS, consistency, consistency_reward, correct, equal, extract_answer, form,
@@ -386,7 +387,7 @@ def test_nothing_in_a_completion_is_executed(tmp_path):
             equal(code, code)
     assert not path.exists()
 
-    modules = (reward, answers, latex, expression)
+    modules = (reward, extraction, answers, latex, expression)
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     forbidden = r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]"
     assert not re.search(forbidden, source.replace("re.compile", ""))
@@ -411,13 +412,13 @@ def test_no_more_is_read_than_the_caps_allow(monkeypatch):
     count(answers, "clean", "clean", lambda args, _: len(args[0]))
     count(answers, "value", "value", lambda args, result: len(args[0]) if result else 0)
     count(answers, "_same_items", "items", longest_list)
-    count(reward, "_announcements", "marks", lambda args, result: len(result))
+    count(extraction, "_announcements", "marks", lambda args, result: len(result))
     for completion, gold, _ in bench_reward.hostile():
         verify(completion, gold)
     assert 0 < seen["clean"] <= answers.MAX_ANSWER
     assert 0 < seen["value"] <= expression.MAX_TEXT
     assert 0 < seen["items"] <= answers.MAX_ITEMS
-    assert len(reward._tail("x" * MEGABYTE)) == reward.TAIL
+    assert len(extraction._tail("x" * MEGABYTE)) == extraction.TAIL
 
 
 def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer():

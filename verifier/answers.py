@@ -115,7 +115,7 @@ def _as_tuple(items):
     for item in items:
         sides, signs = _split(item, _RELATIONS)
         name, *named = sides
-        if signs != ["="] or not _NAME.fullmatch(name):
+        if signs != ["="] or not NAME.fullmatch(name):
             return None
         values += named
     return f"({','.join(values)})"
@@ -132,7 +132,7 @@ def _entries(s):
 # The name left of "=" is no part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
 _LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))"
            r"(?:_(?:\{[\\\w+, -]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
-_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})*|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}(?::[A-Z]{{2}})+"
+NAME = re.compile(rf"{_LETTER}(?::{_LETTER})*|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}(?::[A-Z]{{2}})+"
                    rf"|(?!not)[A-Za-z]{{3,12}}|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")                # a+d+e+f = 2k for a gold 2k
 # what a gold answer asks for beside names: \frac{NO}{BO}, \sin A, AB^2, x_1+x_2, but not x+y
@@ -146,7 +146,7 @@ _MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 def _interval(sides, signs):
     """Return the interval that an inequality in one name describes, as text, or None."""
     if len(sides) == 2:
-        negative = [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]
+        negative = [s[:1] == "-" and bool(NAME.fullmatch(s[1:])) for s in sides]
         if any(negative):                                                  # -x > -1 is x < 1
             sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]
             signs = [_MIRROR.get(signs[0], signs[0])]
@@ -162,11 +162,11 @@ def _interval(sides, signs):
     closer = "]" if signs[-1] == "≤" else ")"
     if len(sides) == 3:
         low, name, high = sides
-        return f"{opener}{low},{high}{closer}" if _NAME.fullmatch(name) else None
+        return f"{opener}{low},{high}{closer}" if NAME.fullmatch(name) else None
     left, right = sides
-    if _NAME.fullmatch(left):
+    if NAME.fullmatch(left):
         return f"(-∞,{right}{closer}"
-    return f"{opener}{left},∞)" if _NAME.fullmatch(right) else None
+    return f"{opener}{left},∞)" if NAME.fullmatch(right) else None
 
 
 def _union(s):
@@ -215,13 +215,13 @@ def _unnamed(sides, signs, depth):
     """
     if signs == ["≠"]:
         name, point = sides
-        return f"(-∞,{point})∪({point},∞)" if _NAME.fullmatch(name) else None
+        return f"(-∞,{point})∪({point},∞)" if NAME.fullmatch(name) else None
     if not set(signs) <= set("=≈∈"):
         return _interval(sides, signs)
 
     # the sides that are no names must all be equal; each has the sign on its left
     signed = zip(sides, ["="] + signs)
-    rest = [(side, sign) for side, sign in signed if not _NAME.fullmatch(side)]
+    rest = [(side, sign) for side, sign in signed if not NAME.fullmatch(side)]
     if not rest:
         return sides[-1]
     first, _ = rest[0]
@@ -272,7 +272,7 @@ def _same_equation(given_left, given_right, gold_left, gold_right):
     Not so where the gold equation is solved for a name: 2x + 1 = 11 does not answer x = 5.
     """
     solution = value(gold_right)
-    if solution and not solution.names and _NAME.fullmatch(gold_left):
+    if solution and not solution.names and NAME.fullmatch(gold_left):
         return False
 
     u = value(f"({given_left})-({given_right})")
@@ -298,14 +298,14 @@ def _solves(given, left, right):
         return False
 
     # at given + 0, 1 and 2 a linear left - right that `given` solves is 0, r and 2r
-    at = [value(_replaced(equation, name, f"({given}+{k})")) for k in range(3)]
+    at = [value(replaced(equation, name, f"({given}+{k})")) for k in range(3)]
     if any(v is None or None in v.floats for v in at):
         return False
     zero, once, twice = (v.floats for v in at)
     return all(abs(x) < 1e-9 < abs(y) and near(2 * y, z) for x, y, z in zip(zero, once, twice))
 
 
-def _replaced(s, name, other):
+def replaced(s, name, other):
     r"""Return `s` with `name`, a letter or \command, replaced; letters inside \commands stay."""
     return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: other if m[0] == name else m[0], s)
 
@@ -391,7 +391,8 @@ def _same_ratio(given, gold):
 
     given_terms, gold_terms = (_parts(_inside(s, "(") or s, ":") for s in (given, gold))
     if len(given_terms) < 3 and len(gold_terms) < 3:
-        return _same_value(*("/".join(f"({x})" for x in terms) for terms in (given_terms, gold_terms)))
+        quotients = ["/".join(f"({x})" for x in terms) for terms in (given_terms, gold_terms)]
+        return _same_value(*quotients)
     if len(given_terms) != len(gold_terms) or len(gold_terms) > MAX_ITEMS:
         return False
 
@@ -474,15 +475,7 @@ def _same(given, gold, depth=0):
 
 _PLAIN = re.compile(r"(?:\\?\$)?([+-]?)([0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)?(?:\.([0-9]*))?\$?")
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
-_DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _CENTS = re.compile(r"\bcents?\b")
-_ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
-_LETTER_UNIT = re.compile(                                            # 5 m, 5\,m/s^2, but not 5m
-    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)\b(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)\b)?"
-    r"(?:\^\{?-?[0-9]\}?)?(?=[ .$]*(?:$|[,;)\]}]))")
-_CHOICE = re.compile(r"\(?([A-J])[).:]([\w\\(\[.|$-].*)")
-_HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
-_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
 def _plain(s):
@@ -502,90 +495,8 @@ def _readings(s):
     return {clean(s), clean(_GROUPED.sub(lambda match: match[0].replace(",", ""), s))}
 
 
-def _same_angle(given, gold):
-    r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
-    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
-    given, gold = clean(given), clean(gold)
-    if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
-        return False
-
-    if given_in_degrees:
-        given = f"({given})*π/180"
-    else:
-        gold = f"({gold})*π/180"
-    return same_value(value(given), value(gold))
-
-
-def _same_renamed(given, gold):
-    r"""Return whether two answers are equal once a letter that may have any name is renamed.
-
-    This is the argument of a function, as in f(x) = x and f(z) = z, or an integer, as in k \pi.
-    """
-    texts = clean(given), clean(gold)
-    functions = [_ARGUMENT.match(text) for text in texts]
-    if not all(functions):
-        hints = ("integer", "π", r"\mathbb")
-        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
-            return False
-        texts = [_without_name(text) for text in texts]
-
-    # exactly one letter of each side is not on the other
-    given_letters, gold_letters = map(_letters, texts)
-    renamed, names = given_letters - gold_letters, gold_letters - given_letters
-    if len(renamed) != 1 or len(names) != 1:
-        return False
-    [letter], [name] = renamed, names
-
-    if all(functions):
-        may_differ = [match[1] for match in functions] == [letter, name]
-    else:
-        may_differ = bool({letter, name} & _PARAMETERS)
-    given, gold = texts
-    return may_differ and _same(_replaced(given, letter, name), gold)
-
-
-def _without_name(s):
-    """Return the right side of `name = right side`, and anything else as it is."""
-    left, _, right = s.partition("=")
-    return right if _NAME.fullmatch(left) else s
-
-
-def _letters(s):
-    r"""Return the set of letters of `s` that are not part of a \command."""
-    return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
-
-
-def _same_without_letter(given, gold):
-    r"""Return whether two answers are equal once a unit of one letter is dropped: 5 m is 5.
-
-    It is no variable where the other side has none, and in the gold answer where \text says so.
-    """
-    if not _letters(clean(gold)):
-        return _LETTER_UNIT.search(given) is not None and equal(_LETTER_UNIT.sub("", given), gold)
-    if not re.search(r"\\(?:text|mathrm)", given) or _letters(clean(given)):
-        return False
-    return _LETTER_UNIT.search(gold) is not None and equal(given, _LETTER_UNIT.sub("", gold))
-
-
-def _same_choice(given, gold):
-    r"""Return whether the letters, or values, agree where one side has both: \textbf{(C)}\ 12.
-
-    Words behind a letter count as its value only beside a letter alone, and not if they hedge.
-    """
-    given, gold = clean(given), clean(gold)
-    both = [_CHOICE.fullmatch(s) for s in (given, gold)]
-    both = [match if match and not _HEDGED.search(match[2]) else None for match in both]
-    if all(both):
-        return both[0][1] == both[1][1] and _same(both[0][2], both[1][2])
-    if not any(both):
-        return False
-    letter, meant = (both[0] or both[1]).groups()
-    other = gold if both[0] else given
-    return other.strip("()") == letter or _same(meant, other)
-
-
 def equal(given: str, gold: str) -> bool:
-    """Return whether two answers are equal by the rules in reward.py.
+    """Return whether two answers are equal by their forms; reward.py adds some conventions.
 
     Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
     An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
@@ -612,7 +523,6 @@ def equal(given: str, gold: str) -> bool:
         for gold_reading in _readings(gold):
             if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
                 return True
-        return (_same_angle(given, gold) or _same_renamed(given, gold)
-                or _same_without_letter(given, gold) or _same_choice(given, gold))
-    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
-        return False
+    except (ArithmeticError, RecursionError):
+        pass                                            # a number too large to compare as a float
+    return False
