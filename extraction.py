@@ -75,8 +75,9 @@ _VALUE = re.compile(
     r"|(?:yes|no|true|false|none)\W*$)")
 
 # a negation, and the words that may stand between it and the mark that it denies
-_DENIALS = set("""Not never Never nor Nor hardly no longer anything rather instead unlikely impossible
-    fails different far false wrong incorrect untrue""".split())
+_DENIALS = set("""
+    Not never Never nor Nor hardly no longer anything rather instead unlikely impossible fails
+    different far false wrong incorrect untrue""".split())
 _NEGATION = (
     r"(?:\b(?:(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)|anything but|far from"
     r"|rather than|instead of|different from|fails to)\b(?! is\b)"

@@ -125,10 +125,12 @@ def _same_without_letter(given, gold):
     It is no variable where the other side has none, and in the gold answer where \text says so.
     """
     if not _letters(clean(gold)):
-        return _LETTER_UNIT.search(given) is not None and answers.equal(_LETTER_UNIT.sub("", given), gold)
-    if not re.search(r"\\(?:text|mathrm)", given) or _letters(clean(given)):
+        given, dropped = _LETTER_UNIT.subn("", given)
+    elif re.search(r"\\(?:text|mathrm)", given) and not _letters(clean(given)):
+        gold, dropped = _LETTER_UNIT.subn("", gold)
+    else:
         return False
-    return _LETTER_UNIT.search(gold) is not None and answers.equal(given, _LETTER_UNIT.sub("", gold))
+    return dropped > 0 and answers.equal(given, gold)
 
 
 def _same_choice(given, gold):

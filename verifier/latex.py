@@ -40,12 +40,13 @@ _TEXT_BOX = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
 _STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\})")
 _MATRIX = re.compile(                                       # with the brackets around it alone
-    r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\(?:begin|end)\b).)*)"
-    r"\\end\{\2\}(?(1)\s*(?:\\right)?\s*[)\]])", re.S)
+    r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?"
+    r"((?:(?!\\(?:begin|end)\b).)*)\\end\{\2\}(?(1)\s*(?:\\right)?\s*[)\]])", re.S)
+_QUANTIFIED = (                                             # behind "for all"
+    r"(?:\([^()]*\)|\\[A-Za-z]+|\b(?:(?:positive|negative|real|natural) |numbers?\b|"
+    r"integers?\b|reals?\b|values? of\b|[A-Za-z]\b)|[^A-Za-z,;])*")
 
 # A unit stands behind a value and at the end of an answer or of one of its entries.
-_QUANTIFIED = (r"(?:\([^()]*\)|\\[A-Za-z]+|\b(?:(?:positive|negative|real|natural) |numbers?\b|"
-               r"integers?\b|reals?\b|values? of\b|[A-Za-z]\b)|[^A-Za-z,;])*")
 _EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
 _END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
 _TEXT_UNIT = re.compile(                                                 # cm, m/s, m s^{-1}
@@ -55,8 +56,8 @@ _WORD_UNIT = re.compile(_WORDS + _EXPONENT + _END)
 
 _UNITS = {}          # {word: its kind}, of units.txt
 for _line in Path(__file__).with_name("units.txt").read_text(encoding="utf-8").splitlines():
-    _kind, _, _kinds_words = _line.partition(": ")
-    _UNITS |= dict.fromkeys(_kinds_words.split(), _kind)
+    _kind, _, _words_of_kind = _line.partition(": ")
+    _UNITS |= dict.fromkeys(_words_of_kind.split(), _kind)
 
 
 def _matrix(match):
@@ -68,7 +69,7 @@ def _matrix(match):
 def _is_unit(phrase):
     """Return whether all words of `phrase` are known to leave a number's value as it is."""
     kinds = []
-    for word in re.split(r"[\s/~*-]+", re.sub(r"\^ ?\{?-?[0-9]\}?", "", phrase.strip(" .,~/"))):
+    for word in re.split(r"[\s/~*]+", re.sub(r"\^ ?\{?-?[0-9]\}?", "", phrase.strip(" .,~/"))):
         forms = [word]
         if len(word) > 1:
             forms = [word.strip(".'").lower()]
