@@ -184,6 +184,14 @@ def verify(completion: str, answer: str, lenient: bool = False) -> bool:
     return given is not None and equal(given, answer)
 
 
+def verifies_itself(answer: str) -> bool:
+    """Return whether a gold answer, in a box, is right: else no completion can be.
+
+    Not so are answers that clean to nothing ("$"), and those that end their box ("{1}, {2").
+    """
+    return answer.isdigit() or verify(f"\\boxed{{{answer}}}", answer)
+
+
 # ------------------------------------------------------------------------ rewards of one completion
 
 def right(problem, completion) -> bool:
