@@ -62,14 +62,16 @@ _SAID = re.compile(
 _HEADING = re.compile(
     r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
 _OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
-_GAP = re.compile(r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n)*")
+_GAP = re.compile(
+    r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n|(?<=\n)>"
+    r"|(?:therefore|thus|hence|then|simply|indeed|clearly|option|choice)\b,?)*", re.I)
 _SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
 _CLAUSE = re.compile(
     r"(?:The|the) (?:[A-Za-z ]|\$[^$0-9]{1,40}\$)+ (?:is|are|equals) (?=[-$\\0-9(])")
 
 # what a value begins with: 7, $x$, (D), option D, -x, Friday, yes
 _VALUE = re.compile(
-    r"(?:[(\[{\s*]*(?:therefore|thus|simply|option|choice)\b)?[-+±(\[{|\s*\"]*"
+    r"[-+±(\[{|\s*\"'“]*"
     r"(?:[$\\0-9√π∞∅]|\.[0-9]|[AI](?![A-Za-z'])(?!\s[a-z])|[B-HJ-Z](?![A-Za-z'])"
     r"|[a-z](?=\W*$|[-+*/^=_(])|[A-Z][a-z]+(?: [A-Z][a-z]+){0,3}\W*$"
     r"|(?:yes|no|true|false|none)\W*$)")
@@ -77,18 +79,19 @@ _VALUE = re.compile(
 # a negation, and the words that may stand between it and the mark that it denies
 _DENIALS = set("""
     Not never Never nor Nor hardly no longer anything rather instead unlikely impossible fails
-    different far false wrong incorrect untrue""".split())
+    different far false wrong incorrect untrue mistake doubt deny""".split())
 _NEGATION = (
-    r"(?:\b(?:(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)|anything but|far from"
-    r"|rather than|instead of|different from|fails to)\b(?! is\b)"
-    r"|(?:unlikely|impossible|false|wrong|incorrect|untrue) (?:that|to|answer|value|result)\b)"
-    r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\neq?\b|\\not\b)"
+    r"(?:\b(?:(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)|doubt|deny|far from"
+    r"|anything but|rather than|instead of|different from|fails to)\b(?! is\b)|(?:unlikely|false"
+    r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
+    r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
     r"(?:[ \t$*`:({\[=~]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
     r"|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value"
     r"|result|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain"
-    r"|simply|just|actually|really|only|even|quite|possibly|necessarily)\b)*")
+    r"|simply|just|actually|really|exactly|always|only|even|quite|possibly|necessarily)\b)*")
 _DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
-_DENIES = re.compile(_NEGATION + r"(?=[-0-9$\\]|[A-Z]\b)", re.I)
+_DENIES = re.compile(
+    r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)
 
 # "is not the answer", "? No", "That is wrong", behind a mark
 _DENIED_BEHIND = re.compile(
@@ -96,7 +99,7 @@ _DENIED_BEHIND = re.compile(
     r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+"
     r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?"
     r"(?:answer|solution|result|right|correct|true|valid|it)\b"
-    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)|\?\s*no\b)", re.I)
+    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)(?!\s+(?:that|to)\b)|\?\s*no\b)", re.I)
 
 # what may stand between two marks of one answer, and what makes a sentence no worked conclusion
 _CONNECTOR = re.compile(
@@ -192,7 +195,10 @@ def _tags(text):
 def _hashes(text):
     """Yield the Mark of each line of hashes."""
     for match in _HASHES.finditer(text):
-        yield Mark(match.start(), match.end(), match[1])
+        content = match[1]
+        if content.count("}") > content.count("{"):
+            content = content[:content.rindex("}")]         # \boxed{#### 5}
+        yield Mark(match.start(), match.end(), content)
 
 
 def _places(text, word, start):
@@ -249,6 +255,8 @@ def _statements(text, start=0, other=None):
             negation = _DENIES.match(text, at, stop)
             if negation:
                 at = negation.end()
+                but = text.find(" but ", at, stop)          # not 5 but 7: it denies 5
+                stop = but if but >= 0 else stop
                 kind = "denied"
         if kind == "denied":
             begin = at
@@ -280,7 +288,8 @@ def _bare(content):
     if "**" in content:
         bold = r"(?<![\w)])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*|(?<=[\w)}$%])\*\*(?=[\s,.])"
         content = re.sub(bold, r"\1", content)
-    return content.strip(" \t\n*")
+    content = content.strip(" \t\n*")
+    return content.strip("'") if content[:1] == "'" else content
 
 
 def _is_denied(text, mark):

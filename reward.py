@@ -59,10 +59,12 @@ _DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _LETTER = re.compile("[A-Za-z°]")
 _ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
 _LETTER_UNIT = re.compile(                                           # 5 m, 5\,m/s^2, but not 5m
-    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)\b"
-    r"(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)\b)?(?:\^\{?-?[0-9]\}?)?(?=[ .$]*(?:$|[,;)\]}]))")
-_CHOICE = re.compile(r"\(?([A-J])[).:]([\w\\(\[.|$-].*)")
+    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)(?![A-Za-z])"
+    r"(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)(?![A-Za-z]))?(?:\^\{?-?[0-9]\}?|[²³])?"
+    r"(?=[ .$]*(?:$|[,;)\]}]))")
+_CHOICE = re.compile(r"\(?([A-J])[).:]([^,;:=<>≤≥≠≈∈*/^_!')+].*)")
 _HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
+_CHOICES = re.compile(r"\([A-J]\)|\b[A-J][).:]")
 _PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
@@ -140,7 +142,8 @@ def _same_choice(given, gold):
     """
     given, gold = clean(given), clean(gold)
     both = [_CHOICE.fullmatch(s) for s in (given, gold)]
-    both = [match if match and not _HEDGED.search(match[2]) else None for match in both]
+    if both[0] and _HEDGED.search(both[0][2]) or both[1] and _CHOICES.search(both[1][2]):
+        return False
     if all(both):
         return both[0][1] == both[1][1] and answers.equal(both[0][2], both[1][2])
     if not any(both):

@@ -137,7 +137,8 @@ NAME = re.compile(rf"{_LETTER}(?::{_LETTER})*|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}(?::[
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")                # a+d+e+f = 2k for a gold 2k
 # what a gold answer asks for beside names: \frac{NO}{BO}, \sin A, AB^2, x_1+x_2, but not x+y
 _QUANTITY = re.compile(
-    r"\\?(?:sin|cos|tan|cot|sec|csc|log|ln|max|min|lim|gcd|lcm|det)(?![a-z])[^=]+"
+    r"\\?(?:sin|cos|tan|cot|sec|csc|log|ln|max|min|lim|gcd|lcm|det|sum|prod|int|dim)(?![a-z]).+"
+    r"|\\frac\{[a-z]\}\{[a-z]\}"
     r"|(?=.*(?:[A-Z]{2}|[_(]))(?:[-+*/:|{}]|\\(?:frac|overline|triangle|vec)|\^(?:[0-9]|\{[0-9]\})"
     r"|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?'*\([^()]*\)|[A-Za-z]_(?:\{[^{}]*\}|\w)|[A-Z])+")
 _MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}

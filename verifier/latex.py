@@ -34,14 +34,15 @@ _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}   # "\frac" read
 _TAGS = {"p": "^", "b": "_"}                                       # <sup> and <sub>
 _SETS = {"R": "(-∞,∞)", "Z": "ℤ", "N": "ℕ"}                        # behind \mathbb
 
-_TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)"
+_TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf"
+         r"|texttt|mathsf|boldsymbol)"
          r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _TEXT_BOX = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
-_STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\})")
+_STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\}|hspace\s*\{[^{}]*\})")
 _MATRIX = re.compile(                                       # with the brackets around it alone
     r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?"
-    r"((?:(?!\\(?:begin|end)\b).)*)\\end\{\2\}(?(1)\s*(?:\\right)?\s*[)\]])", re.S)
+    r"((?:(?!\\(?:begin|end)\b).)*)\\end\{\2\}(?(1)\s*(?:\\(?:right|[Bb]igg?r))?\s*[)\]])", re.S)
 _QUANTIFIED = (                                             # behind "for all"
     r"(?:\([^()]*\)|\\[A-Za-z]+|\b(?:(?:positive|negative|real|natural) |numbers?\b|"
     r"integers?\b|reals?\b|values? of\b|[A-Za-z]\b)|[^A-Za-z,;])*")
@@ -50,7 +51,8 @@ _QUANTIFIED = (                                             # behind "for all"
 _EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
 _END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
 _TEXT_UNIT = re.compile(                                                 # cm, m/s, m s^{-1}
-    rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}){{1,4}}{_END}")
+    rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}"
+    rf"| ?\\frac\{{{_TEXT}{_EXPONENT}\}}\{{{_TEXT}{_EXPONENT}\}}){{1,4}}{_END}")
 _WORDS = r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)"
 _WORD_UNIT = re.compile(_WORDS + _EXPONENT + _END)
 
@@ -174,7 +176,7 @@ def clean(s):
         s = _texts(s)
     if "ℤ" in s or "ℕ" in s:
         s = re.sub(r"[,;(]? ?(?:where )?\b[a-z] ?∈ ?[ℤℕ][^,;]*$", "", s)              # k π, k ∈ ℤ
-    s = s.strip(' "').rstrip(" .,;:")
+    s = s.strip(' "“”').rstrip(" .,;:")
     if re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}", s):
         s = _words(s)
     if " " in s:
