@@ -85,7 +85,7 @@ _NEGATION = (
     r"|anything but|rather than|instead of|different from|fails to)\b(?! is\b)|(?:unlikely|false"
     r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
     r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
-    r"(?:[ \t$*`:({\[=~]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
+    r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
     r"|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value"
     r"|result|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain"
     r"|simply|just|actually|really|exactly|always|only|even|quite|possibly|necessarily)\b)*")

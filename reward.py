@@ -5,21 +5,9 @@ signals, no processes. Every step is bounded (text read, answer length, nesting,
 The worst input costs tens of milliseconds, and `verify` never raises. In doubt it says False: a
 wrong answer that is paid teaches the policy a trick, a right one that is not paid costs one sample.
 
-Extraction (strict). What follows an end-of-text token is cut. So is a thought: only what follows
-</think> is read, and a thought that is still open has no answer. Four kinds of mark announce a
-final answer:
-  box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
-                                                 no answer)
-  tag        <answer>x</answer>
-  hashes     #### x to the end of the line        (GSM8K; the heading "#### Step 2" is no answer)
-  statement  "the final answer is x.", "**Answer:** x", "A: x" to the end of the sentence
-The last mark wins, whatever its kind; but a statement overrides another kind only as "final answer"
-with a value. Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one
-answer, the list "3, 4". It is right when the gold answer is that list, and a hedge and wrong when
-the gold answer is one value. Text without any mark has an answer only as a worked conclusion: the
-last sentence is complete and gives one number, and the text has computed this number ("88 - 36 =
-52. She bought 52 more tins."). lenient=True falls back to the last number in the text instead. It
-is for a second column in an evaluation, never for a reward.
+Extraction (extraction.py). Only what follows a thought is read. The last mark of any form is the
+answer: \boxed{x}, <answer>x</answer>, #### x, or a statement such as "The answer is x". A mark that
+the text denies ("is not \boxed{5}") is none, and several side by side are one list.
 
 Equality (answers.py). Spelling is normalised (latex.py): LaTeX, Unicode, thousands separators,
 currency, degrees, units and labels in words. Then answers are compared by form: lists and sets in
@@ -34,14 +22,19 @@ exact value. What is no expression is compared as words, without case.
            what they are.
   Percent  on one side only: a unit (12% is 12) if the bare number is at least 1, else 1/100 (50% is
            .5).
-  Units    ignored, not converted. Cents are not dollars. Words that change a value (million) are no
-           unit.
+  Units    ignored, not converted, if they are in verifier/units.txt: 5 m, 5 square feet. Any other
+           word behind a number makes it wrong (million, tenths, below zero), unless the gold answer
+           has it too. Cents are not dollars.
   Angles   degrees are a unit too, but beside an answer with \pi they are converted.
-  Ratios   3:1 is 3; 8:34 p.m. is 20:34.
+  Ratios   equal up to a factor, in order: 1:2:3 is 2:4:6 and not 1:3:2. One of two terms is also
+           its quotient: 3:1 is 3. 8:34 p.m. is 20:34.
+  Choices  of a gold answer (C) 12 the letter, the value or both are right; "C: the third" is C.
+  Sides    where the gold answer alone has a left side, such as \frac{NO}{BO} = 2 or m_{\max} = 2,
+           its right side is compared. Not so for an equation in letters: 3 does not answer x+y = 3.
   Bases    12_5 is equal to 12_5 alone, not to 12, 12_6 or 7.
 
 Left out: number words, unit conversion, limits, integrals, piecewise functions. This file needs
-verifier/ alone. train.py, evaluate.py and data.py need it.
+extraction.py and verifier/ alone. train.py, evaluate.py and data.py need it.
 """
 
 import math

@@ -3,7 +3,8 @@ r"""One spelling for the many of LaTeX, Unicode and prose: `clean`, the first ha
 Signs and structural commands become one character each. Sizes, styles, dollar signs and degrees go
 away. A matrix is written with brackets of its own: \begin{pmatrix} a & b \\ c & d \end{pmatrix} is
 ⟦⟦a,b⟧,⟦c,d⟧⟧. Thousands separators and units in words after a value are dropped, "and" and "or" are
-commas. Words that would change the value stay, so that the text is then no expression.
+commas. A word that units.txt does not know may change the value ("5 tenths"). It stays, so that the
+text is then no expression.
 
 Every pattern is linear or bounded. This file needs the standard library alone; answers.py needs it.
 """
