@@ -161,7 +161,8 @@ def normalize(row, name):
     if (answer is None or answer == "") and isinstance(solution, str):
         answer = extract_answer(solution) or answer
     # a number becomes text; True is an int for Python, but no answer
-    if answer is None and "answer" in row or isinstance(answer, float) and not math.isfinite(answer):
+    not_finite = isinstance(answer, float) and not math.isfinite(answer)
+    if not_finite or answer is None and "answer" in row:
         answer = ""
     elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)

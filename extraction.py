@@ -85,8 +85,8 @@ _NEGATION = (
     r"|anything but|rather than|instead of|different from|fails to)\b(?! is\b)|(?:unlikely|false"
     r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
     r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
-    r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]|\\(?:text|textbf|mathrm|quad)\b"
-    r"|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value"
+    r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
+    r"|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value"
     r"|result|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain"
     r"|simply|just|actually|really|exactly|always|only|even|quite|possibly|necessarily)\b)*")
 _DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
@@ -99,7 +99,8 @@ _DENIED_BEHIND = re.compile(
     r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+"
     r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?"
     r"(?:answer|solution|result|right|correct|true|valid|it)\b"
-    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)(?!\s+(?:that|to)\b)|\?\s*no\b)", re.I)
+    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)(?!\s+(?:that|to)\b)"
+    r"|\?\s*no\b)", re.I)
 
 # what may stand between two marks of one answer, and what makes a sentence no worked conclusion
 _CONNECTOR = re.compile(

@@ -153,7 +153,8 @@ def test_problems_with_an_empty_answer_are_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize("answer", ["null", "NaN", "Infinity", "-Infinity", "1e999", '""', '" "'])
 def test_what_is_no_answer_is_dropped_and_counted_whatever_it_is_written_as(tmp_path, answer):
     said = []
-    file = write(tmp_path, '{"problem": "1?", "answer": "1"}', f'{{"problem": "2?", "answer": {answer}}}')
+    file = write(tmp_path, '{"problem": "1?", "answer": "1"}',
+        f'{{"problem": "2?", "answer": {answer}}}')
     problem, = data.load_problems(str(file), report=said.append)
     assert problem["problem"] == "1?"
     assert said == [f"data: dropped 1 of 2 problems of {file}: 1 with an empty answer"]
@@ -190,7 +191,8 @@ def test_digits_cost_no_call_of_the_verifier(tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "verify", lambda *args: calls.append(args) or True)
     rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(500)]
     assert len(data.load_problems(str(write(tmp_path, *rows)))) == 500 and not calls
-    assert len(data.load_problems(str(write(tmp_path, {"problem": "q", "answer": "x"})))) == len(calls) == 1
+    assert len(data.load_problems(str(write(tmp_path,
+        {"problem": "q", "answer": "x"})))) == len(calls) == 1
 
 
 @pytest.mark.parametrize("text", [
@@ -231,9 +233,11 @@ def test_a_long_integer_is_an_answer_and_a_longer_one_is_one_line(tmp_path, digi
 
 @settings(deadline=None, max_examples=60)
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
-                 st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=2), st.none(), max_size=1)))
+                 st.lists(st.integers(), max_size=2),
+                 st.dictionaries(st.text(max_size=2), st.none(), max_size=1)))
 def test_any_answer_is_loaded_dropped_or_one_line(tmp_path_factory, answer):
-    file = write(tmp_path_factory.mktemp("any"), {"problem": "1?", "answer": "1"}, {"problem": "2?", "answer": answer})
+    file = write(tmp_path_factory.mktemp("any"), {"problem": "1?", "answer": "1"},
+        {"problem": "2?", "answer": answer})
     said = []
     try:
         problems = data.load_problems(str(file), report=said.append)
@@ -545,7 +549,8 @@ def test_muon_moves_all_directions_of_a_matrix_equally_far():
 
 @pytest.mark.parametrize("muon_lr", [0.0, 0.02])
 def test_every_weight_has_one_optimizer(muon_lr):
-    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, eos_token_id=7))
+    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+    eos_token_id=7))
     optimizer = sft.make_optimizer(model, sft.SFTConfig(muon_lr=muon_lr))
     taken = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))

@@ -561,7 +561,7 @@ def test_what_is_not_text_is_not_verified(completion, answer):
     assert verify(completion, answer) is False
 
 
-# --------------------------------------------------------------------- the last mark of any form wins
+# ------------------------------------------------------------------- the last mark of any form wins
 
 MARKS = {       # form -> a text in which it says {}
     "box": "so $\\boxed{{{}}}$.", "tag": "<answer>{}</answer>", "hashes": "\n#### {}\n",
@@ -613,14 +613,16 @@ def test_what_counts_as_the_last_mark(completion, gold, right):
     assert verify(completion, gold) == right
 
 
-# ------------------------------------------------------------------------------------ denied answers
+# ----------------------------------------------------------------------------------- denied answers
 
 DENIALS = ["The answer is not", "The answer isn't", "It isn’t", "It cannot be", "It can't be",
            "It can never be", "It is never", "x ≠", r"$x \neq$", r"$x \ne", "x !=", r"\lnot", "Not",
            "It does not equal", "It is not equal to", "The answer won't be", "It is neither 4 nor",
-           "It is not true that the answer is", "I don't think that the answer is", "It is no longer",
+           "It is not true that the answer is", "I don't think that the answer is",
+           "It is no longer",
            "There is no way that it is", "The answer is anything but", "The answer is hardly",
-           "It is impossible that the answer is", "It's wrong to say that it is", "It is not exactly",
+           "It is impossible that the answer is", "It's wrong to say that it is",
+           "It is not exactly",
            "The wrong answer is", "The answer is definitely not", "It is different from", "not:",
            "I doubt that it is"]
 
@@ -635,9 +637,11 @@ def test_a_denied_mark_is_no_answer(denial, mark):
 
 
 @pytest.mark.parametrize("text", [
-    "The answer is not 5.", "The answer isn't 5.", "The answer is never 5", "The answer can't be 5.",
+    "The answer is not 5.", "The answer isn't 5.", "The answer is never 5",
+    "The answer can't be 5.",
     "The final answer is certainly not 5.", "The answer cannot be 5.", "Answer: not 5",
-    "The answer is ≠ 5", r"The answer is $\neq 5$", "The answer is not: 5", "The answer is not 5 but 7."])
+    "The answer is ≠ 5", r"The answer is $\neq 5$", "The answer is not: 5",
+    "The answer is not 5 but 7."])
 def test_a_denial_takes_back_an_earlier_answer_and_leaves_others(text):
     assert not verify(text, "5")
     assert not verify(rf"\boxed{{5}}. Wait. {text}", "5")
@@ -647,7 +651,8 @@ def test_a_denial_takes_back_an_earlier_answer_and_leaves_others(text):
 
 @pytest.mark.parametrize("behind", [
     " is not the answer.", "$ is wrong.", ". That is incorrect.", "? No.", " isn't right.",
-    " cannot be the answer.", ", which is not correct.", " can't be right.", ". But that is a mistake."])
+    " cannot be the answer.", ", which is not correct.", " can't be right.",
+    ". But that is a mistake."])
 def test_a_mark_may_be_denied_behind_it(behind):
     assert not verify(r"\boxed{5}" + behind, "5")
     assert verify(r"The answer is 7. \boxed{5}" + behind, "7")
@@ -667,21 +672,25 @@ def test_a_negation_of_something_else_denies_nothing(completion):
 
 def test_words_that_begin_with_a_negation_may_be_the_answer():
     text = "The answer is not enough information"
-    assert verify(text, "not enough information") and verify(text + ".", r"\text{Not enough information}")
+    assert verify(text, "not enough information")
+    assert verify(text + ".", r"\text{Not enough information}")
 
 
-# --------------------------------------------------------------------------------------------- ratios
+# ------------------------------------------------------------------------------------------- ratios
 
 @pytest.mark.parametrize("given, gold, right", [
     ("1:3:2", "1:2:3", False), ("2:4:6", "1:2:3", True), ("3:5:4", "3:4:5", False),
     ("3:20", "3:4:5", False), ("(2:4:6)", "1:2:3", True), ("1 : 2 : 3", "1:2:3", True),
-    (r"\frac12:1:\frac32", "1:2:3", True), ("1.5:3:4.5", "1:2:3", True), ("2:4:6:8", "1:2:3:4", True),
+    (r"\frac12:1:\frac32", "1:2:3", True), ("1.5:3:4.5", "1:2:3", True),
+    ("2:4:6:8", "1:2:3:4", True),
     ("1:2:3:4", "1:2:3", False), ("1:2", "1:2:3", False), (r"\frac16", "1:2:3", False),
     ("1/2/3", "1:2:3", False), ("1,2,3", "1:2:3", False), ("0:0:0", "1:2:3", False),
     ("1:0:2", "1:0:3", False), ("2:0:4", "1:0:2", True), ("x:2x:3x", "1:2:3", True),
     (r"\sqrt2:2:\sqrt6", r"1:\sqrt2:\sqrt3", True), ("a:b:c=1:2:3", "2:4:6", True),
-    ("AB:BC:CA=3:4:5", "6:8:10", True), (r"1\colon2\colon3", "1:2:3", True), ("1∶2∶3", "1:2:3", True),
-    ("1:(2:3)", "1:2:3", False), ("6:8", "3:4", True), ("4:3", "3:4", False), (r"\frac34", "3:4", True),
+    ("AB:BC:CA=3:4:5", "6:8:10", True), (r"1\colon2\colon3", "1:2:3", True),
+    ("1∶2∶3", "1:2:3", True),
+    ("1:(2:3)", "1:2:3", False), ("6:8", "3:4", True), ("4:3", "3:4", False),
+    (r"\frac34", "3:4", True),
     (r"1:2:3 \text{ or } 3:2:1", "1:2:3", False), ("(3:4:5)+1", "3:4:5", False)])
 def test_ratios_are_equal_up_to_a_factor_and_no_divisions(given, gold, right):
     assert equal(given, gold) == right
@@ -703,16 +712,19 @@ def test_a_ratio_keeps_its_value_under_a_factor_and_not_under_another_order(term
     assert not equal(text(terms + [1]), text(terms))
 
 
-# ---------------------------------------------------------------------------------- words and letters
+# -------------------------------------------------------------------------------- words and letters
 
-COUNTING = """tenths lakh lakhs crore maybe untrue halves score hundredths thirds dozen gross pairs
-    thousandths perhaps wrong no less more fewer squared cubed percentile fold off twice hundreds tens
-    teen quarters couple grand myriad plus minus below above times factorial not only nor""".split()
+COUNTING = """
+    tenths lakh lakhs crore maybe untrue halves score hundredths thirds dozen gross pairs
+    thousandths perhaps wrong no less more fewer squared cubed percentile fold off twice
+    hundreds tens teen quarters couple grand myriad plus minus below above times factorial not
+    only nor""".split()
 
 
 @pytest.mark.parametrize("words", COUNTING + [
     "below zero", "or so", "million dollars", "hundred dollars", "meters below sea level",
-    "degrees below zero", "out of ten", "dollars less", "for all practical purposes", "feet or more",
+    "degrees below zero", "out of ten", "dollars less", "for all practical purposes",
+    "feet or more",
     "maybe dollars", "years ago", "in thousands"])
 def test_a_word_that_is_no_known_unit_makes_a_number_wrong(words):
     for text in (f"5 {words}", rf"5 \text{{ {words}}}", rf"5\ \mathrm{{{words}}}", f"5~{words}"):
@@ -728,8 +740,9 @@ def test_the_number_before_an_unknown_word_is_compared_by_its_value():
     assert not equal("5 lakh", "5 crore") and not equal("5 tenths", "5 hundredths")
 
 
-UNITS = ["m", "sq ft", "sq. ft.", "ft^2", "cm", "km/h", "m/s", "m/s^2", "kg", "g", "L", "hours", "apples",
-         "square feet", "cubic meters", "dollars per day", "miles per hour", "two-digit numbers",
+UNITS = ["m", "sq ft", "sq. ft.", "ft^2", "cm", "km/h", "m/s", "m/s^2", "kg", "g", "L", "hours",
+         "apples", "square feet", "cubic meters", "dollars per day", "miles per hour",
+         "two-digit numbers",
          "light-years", "years old", "in total", "boxes", "children", "slices of pizza", "m²"]
 
 
@@ -740,8 +753,10 @@ def test_a_known_unit_is_ignored(unit):
 
 
 @pytest.mark.parametrize("text", [
-    r"5\,\mathrm{m/s^2}", r"5\,\mathrm{m/s^{2}}", r"5\,\mathrm{m\,s^{-2}}", r"5\ \mathrm{m\cdot s^{-2}}",
-    r"5 \mathrm{~m} / \mathrm{s}^{2}", r"5\,\frac{\mathrm{m}}{\mathrm{s}^2}", r"5\text{ m}^2", r"5~g",
+    r"5\,\mathrm{m/s^2}", r"5\,\mathrm{m/s^{2}}", r"5\,\mathrm{m\,s^{-2}}",
+    r"5\ \mathrm{m\cdot s^{-2}}",
+    r"5 \mathrm{~m} / \mathrm{s}^{2}", r"5\,\frac{\mathrm{m}}{\mathrm{s}^2}", r"5\text{ m}^2",
+    r"5~g",
     r"5\, m", r"5 \text{ sq. ft.}", r"5\,\mathrm{kg\,m^2}", "5 kg m/s^2"])
 def test_a_unit_in_latex_is_ignored(text):
     assert equal(text, "5") and not equal(text, "6")
@@ -749,29 +764,37 @@ def test_a_unit_in_latex_is_ignored(text):
 
 def test_a_letter_is_a_unit_behind_a_space_and_beside_a_plain_number_only():
     assert equal("5 m", "5") and equal(r"5\text{ m}", "5 m") and equal("5 m", "5m")
-    for given, gold in (("5m", "5"), ("5", "5 m"), ("5", "5m"), ("5 m", "5x"), ("5 k", "5"), ("5 M", "5"),
-                        ("5 x", "5"), ("5 K", "5")):
+    for given, gold in (("5m", "5"), ("5", "5 m"), ("5", "5m"), ("5 m", "5x"), ("5 k", "5"),
+                        ("5 M", "5"), ("5 x", "5"), ("5 K", "5")):
         assert not equal(given, gold)
 
 
-# ----------------------------------------------------------------------------------- wrapped answers
+# ---------------------------------------------------------------------------------- wrapped answers
 
 @pytest.mark.parametrize("completion", [
     "The answer is `73`.", "Final Answer:\n```\n73\n```", "Final Answer:\n```text\n73\n```",
-    "### Final Answer\n73", "## Answer\n\n**73**", "**Final Answer**\n\n\\[73\\]", "# Final Answer:\n73",
-    "### Final Answer ###\n73", "### **Final Answer**\n73", "Final Answer\n73", "### The answer\n73",
-    "### Final Answer\n\nThe final answer is 73.", "### Final Answer\n\n```latex\n\\frac{146}{2}\n```",
-    "Final Answer:\n> 73", "**Answer:** `73`", "**Final Answer**: `x = 73`", "<answer>`73`</answer>",
-    "<answer>\n```\n73\n```\n</answer>", "#### `73`", "#### **73**", r"\boxed{`73`}", r"**\boxed{73}**",
-    "```\n\\boxed{73}\n```", "<answer>**73**</answer>", "<answer>\n#### 73\n</answer>", "### Answer: 73",
-    "The answer is **73** apples.", "The answer is '73'.", "The answer is “73”.", "The answer is: \n\n73"])
+    "### Final Answer\n73", "## Answer\n\n**73**", "**Final Answer**\n\n\\[73\\]",
+    "# Final Answer:\n73",
+    "### Final Answer ###\n73", "### **Final Answer**\n73", "Final Answer\n73",
+    "### The answer\n73",
+    "### Final Answer\n\nThe final answer is 73.",
+    "### Final Answer\n\n```latex\n\\frac{146}{2}\n```",
+    "Final Answer:\n> 73", "**Answer:** `73`", "**Final Answer**: `x = 73`",
+    "<answer>`73`</answer>",
+    "<answer>\n```\n73\n```\n</answer>", "#### `73`", "#### **73**", r"\boxed{`73`}",
+    r"**\boxed{73}**",
+    "```\n\\boxed{73}\n```", "<answer>**73**</answer>", "<answer>\n#### 73\n</answer>",
+    "### Answer: 73",
+    "The answer is **73** apples.", "The answer is '73'.", "The answer is “73”.",
+    "The answer is: \n\n73"])
 def test_an_answer_may_be_wrapped(completion):
     assert verify(completion, "73") and not verify(completion, "37")
 
 
 @pytest.mark.parametrize("given", [
     r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", r"[\begin{matrix}1&2\\3&4\end{matrix}]",
-    r"(\begin{pmatrix}1&2\\3&4\\\end{pmatrix})", r"\left( \begin{array}{c|c}1&2\\3&4\end{array} \right)",
+    r"(\begin{pmatrix}1&2\\3&4\\\end{pmatrix})",
+    r"\left( \begin{array}{c|c}1&2\\3&4\end{array} \right)",
     r"\begin{array}{cc}1&2\\3&4\end{array}", r"\bigl[\begin{array}{rr}1&2\\3&4\end{array}\bigr]",
     r"\left[\begin{smallmatrix}1&2\\3&4\end{smallmatrix}\right]"])
 def test_a_matrix_may_have_brackets_around_it(given):
@@ -788,11 +811,13 @@ def test_two_matrices_in_brackets_are_two_and_a_determinant_is_no_matrix():
                      r"\begin{pmatrix}1&2\\3&4\end{pmatrix}")
 
 
-# ------------------------------------------------------------------------------ letters, left-hand sides
+# ------------------------------------------------------------------------- letters, left-hand sides
 
 @pytest.mark.parametrize("given", [
-    r"\textbf{(C)}\ 12", r"\text{C: the third}", "(C) the third", "C) 12", "C. the third", r"\text{(C)}~12",
-    r"\mathrm{(C)}\ \frac12", r"\textbf{(C)}\ -12", r"\text{Option C}", r"\textbf{C}", "(C)", "Choice (C)",
+    r"\textbf{(C)}\ 12", r"\text{C: the third}", "(C) the third", "C) 12", "C. the third",
+    r"\text{(C)}~12",
+    r"\mathrm{(C)}\ \frac12", r"\textbf{(C)}\ -12", r"\text{Option C}", r"\textbf{C}", "(C)",
+    "Choice (C)",
     r"\textbf{(C) }12"])
 def test_a_letter_with_its_value_is_the_letter(given):
     assert equal(given, "C") and equal(given, "(C)") and equal(given, r"\text{C}")
@@ -800,7 +825,8 @@ def test_a_letter_with_its_value_is_the_letter(given):
 
 
 @pytest.mark.parametrize("given", [
-    "(C) or (D)", "D: not C", "C, D", r"\text{C is wrong}", "C?", "not C", "(C)+(D)", "BC", "C: maybe",
+    "(C) or (D)", "D: not C", "C, D", r"\text{C is wrong}", "C?", "not C", "(C)+(D)", "BC",
+    "C: maybe",
     "C) 5 D) 6", "(C)(D)", r"\text{C: D}", "C: not that", "(C) is incorrect"])
 def test_a_hedged_letter_is_wrong(given):
     assert not equal(given, "C")
@@ -809,23 +835,28 @@ def test_a_hedged_letter_is_wrong(given):
 LETTERED = {    # gold answer with a letter: what is right beside the letter
     r"\textbf{(C)}\ 12": ["12", "12.0", r"\textbf{(C)}\ 12", "(C) 12", "C: 12"],
     r"\textbf{(C)}\ \$12": ["12", r"\$12"], r"\textbf{(C)}\ 12\text{ cm}": ["12"],
-    r"\textbf{(C)}\ -\frac{1}{2}": ["-0.5"], r"\text{(C)}~2:3:4": ["4:6:8"], r"\textbf{(C) }.5": ["0.5"],
+    r"\textbf{(C)}\ -\frac{1}{2}": ["-0.5"], r"\text{(C)}~2:3:4": ["4:6:8"],
+    r"\textbf{(C) }.5": ["0.5"],
     r"\mathrm{(C)}\ \text{Friday}": ["friday"], r"\textbf{(C)}\ (1,2)": ["(1,2)"], "(C) 5": ["5"],
-    r"\textbf{(C)}\ x=2": ["2", "x=2"], r"\textbf{(C)}\ \{1,2\}": ["2,1"], r"\textbf{C)}\ \pi": [r"\pi"],
+    r"\textbf{(C)}\ x=2": ["2", "x=2"], r"\textbf{(C)}\ \{1,2\}": ["2,1"],
+    r"\textbf{C)}\ \pi": [r"\pi"],
     r"\textbf{(C)}\hspace{2mm}\infty": [r"\infty"], r"$\textbf{(C)}$ 1,000": ["1000"]}
 
 
-@pytest.mark.parametrize("gold, given", [(gold, given) for gold in LETTERED for given in LETTERED[gold]])
+@pytest.mark.parametrize("gold, given",
+    [(gold, given) for gold in LETTERED for given in LETTERED[gold]])
 def test_of_a_gold_letter_with_its_value_either_is_right(gold, given):
     for answer in (given, "C", "(C)", r"\text{C}", r"\textbf{(C)}", gold):
         assert equal(answer, gold)
-    for answer in ("D", "(D)", "13", "12C", "C, D", "C or D", "(D) " + given, "(C) 99", "AC", "", "3:2"):
+    for answer in ("D", "(D)", "13", "12C", "C, D", "C or D", "(D) " + given, "(C) 99", "AC", "",
+        "3:2"):
         assert not equal(answer, gold)
 
 
 @pytest.mark.parametrize("value, gold", [
     ("n^2-n-1", r"m_{\max}=n^2-n-1"), (r"\frac{\sqrt6}{6}", r"\frac{NO}{BO}=\frac1{\sqrt6}"),
-    ("12", r"S_{\triangle ABC}=12"), ("2", r"\tan\alpha=2"), (r"\frac12", r"\cos \angle BAC = \frac12"),
+    ("12", r"S_{\triangle ABC}=12"), ("2", r"\tan\alpha=2"),
+    (r"\frac12", r"\cos \angle BAC = \frac12"),
     ("3", r"k_{\min}=3"), ("3", r"k_{\text{min}} = 3"), ("5050", "a_{100}=5050"), ("5", "AB^2=5"),
     ("0.3", "P(X=2)=0.3"), ("5", "|PQ|=5"), ("5", r"\overline{AB}=5"), ("-p", "x_1+x_2=-p"),
     ("60^\\circ", r"\angle ABC=60^\circ"), ("5", "f(2)+f(3)=5"), ("4", r"n(A \cup B)=4"),
@@ -837,26 +868,31 @@ def test_right_hand_sides_are_compared_where_the_gold_answer_has_a_left_one(valu
 
 
 @pytest.mark.parametrize("given, gold", [
-    ("3", "x+y=3"), ("25", "x^2=25"), ("0", "a+3z=0"), ("10", "2x=10"), ("2x+1=5", "x=2"), ("5", "x=5=6"),
-    (r"\sin(x)=\frac12", r"\cos(x)=\frac12"), (r"\frac{AB}{BO}=7", r"\frac{NO}{BO}=\frac1{\sqrt6}")])
+    ("3", "x+y=3"), ("25", "x^2=25"), ("0", "a+3z=0"), ("10", "2x=10"), ("2x+1=5", "x=2"),
+    ("5", "x=5=6"),
+    (r"\sin(x)=\frac12", r"\cos(x)=\frac12"),
+    (r"\frac{AB}{BO}=7", r"\frac{NO}{BO}=\frac1{\sqrt6}")])
 def test_the_right_side_of_an_equation_to_be_solved_is_no_answer(given, gold):
     assert not equal(given, gold)
 
 
 @pytest.mark.parametrize("answer, right", [
-    ("5", True), (r"\textbf{(C)}\ 12", True), ("(-1, 2]", True), ("9" * 4000, True), ("5 lakh", True),
-    ("x = \\boxed{5}", True), ("", False), ("$", False), (r"\text{}", False), (r"\frac{1}{2", False),
+    ("5", True), (r"\textbf{(C)}\ 12", True), ("(-1, 2]", True), ("9" * 4000, True),
+    ("5 lakh", True),
+    ("x = \\boxed{5}", True), ("", False), ("$", False), (r"\text{}", False),
+    (r"\frac{1}{2", False),
     ("1}, {2", False), ("</think>", False), ("<|im_end|> 5", False)])
 def test_a_gold_answer_that_no_completion_can_give_is_found(answer, right):
     assert verifies_itself(answer) is right
 
 
-# -------------------------------------------------------------------------------------- chained sets
+# ------------------------------------------------------------------------------------- chained sets
 
 @pytest.mark.parametrize("given, right", [
     (r"\mathbb{R}\setminus\{1\}", True), (r"\mathbb{R}\setminus\{1\}\setminus\{1\}", True),
     (r"\mathbb{R}\setminus\{1\}\setminus\{2\}", False), (r"\mathbb{R}-\{1\}-\{2\}", False),
-    (r"\mathbb{R}\setminus\{1\}\cup\{1\}", False), (r"\mathbb{R}\setminus\{1\}\setminus[2,3]", False),
+    (r"\mathbb{R}\setminus\{1\}\cup\{1\}", False),
+    (r"\mathbb{R}\setminus\{1\}\setminus[2,3]", False),
     (r"\mathbb{R}\setminus(\{1\}\cup\{2\})", False), (r"\mathbb{R}\setminus\{1\}\cap[0,5]", False),
     (r"x \ne 1 \ne 2", False), (r"x \ne 1, x \ne 2", False),
     (r"(-\infty,1)\cup(1,\infty)\setminus\{2\}", False)])
@@ -869,17 +905,21 @@ def test_points_are_taken_out_one_after_the_other():
     assert equal(r"\mathbb{R}\setminus\{1\}\setminus\{2\}", r"(-\infty,1)\cup(1,2)\cup(2,\infty)")
 
 
-# ------------------------------------------------------------------------------------------ linear work
+# -------------------------------------------------------------------------------------- linear work
 
-REPEATED = ["<answer>", "</answer>", "<answer>6</answer>", "<answer>\n", "\\boxed{", "\\boxed{6} ", "#### ",
-            "#### 6\n", "#### 6 <", "answer is ", "the answer is ", "the answer is 6. ", "Answer:\n", "A:\n",
-            "not \\boxed{6} ", "the answer is not 6. ", "`", "```a\n", "<think>", "</think>", "[THINK]",
-            "### Final Answer\n", "\\boxed{6} is wrong. ", "**a", "answer\n", "not a=", "The a ", "\\[", "$$"]
+REPEATED = ["<answer>", "</answer>", "<answer>6</answer>", "<answer>\n", "\\boxed{", "\\boxed{6} ",
+"#### ",
+            "#### 6\n", "#### 6 <", "answer is ", "the answer is ", "the answer is 6. ",
+            "Answer:\n", "A:\n",
+            "not \\boxed{6} ", "the answer is not 6. ", "`", "```a\n", "<think>", "</think>",
+            "[THINK]",
+            "### Final Answer\n", "\\boxed{6} is wrong. ", "**a", "answer\n", "not a=", "The a ",
+            "\\[", "$$"]
 
 
 @pytest.mark.parametrize("unit", REPEATED)
 def test_the_work_grows_with_the_text_at_most(unit, monkeypatch):
-    """Counted are marks that are built and looks at one: twice the text, twice the count at most."""
+    """Counted are marks that are built, and looks at one; twice the text, twice the count."""
     counts = []
 
     def count(name):

@@ -40,7 +40,8 @@ _TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operato
          r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _TEXT_BOX = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
-_STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\}|hspace\s*\{[^{}]*\})")
+_STYLE = re.compile(
+    r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\}|hspace\s*\{[^{}]*\})")
 _MATRIX = re.compile(                                       # with the brackets around it alone
     r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?"
     r"((?:(?!\\(?:begin|end)\b).)*)\\end\{\2\}(?(1)\s*(?:\\(?:right|[Bb]igg?r))?\s*[)\]])", re.S)
