@@ -14,9 +14,9 @@ If it is a sentence ("Final answer: She has 7 apples."), it counts when its numb
 ones. Ticks, code fences and bold type around an answer are taken away.
 
 A mark that the text denies is no answer: "is not \boxed{5}", "cannot be 5", "x \neq \boxed{5}",
-"\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing but words
-such as "equal to" or "the answer" between, as in "The number that do not fit is \boxed{5}" 5 is the
-answer. An earlier mark with the value that a later one denies is no answer either.
+"\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing between but
+words such as "equal to" or "that the answer is". So "Those that do not fit are \boxed{5}" denies
+nothing. An earlier mark with the value that a later one denies is no answer either.
 
 Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one answer, the list
 "3, 4". It is right when the gold answer is that list, and a hedge and wrong when the gold answer is
@@ -86,9 +86,10 @@ _NEGATION = (
     r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
     r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
     r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
-    r"|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value"
-    r"|result|solution|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain"
-    r"|simply|just|actually|really|exactly|always|only|even|quite|possibly|necessarily)\b)*")
+    r"|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final"
+    r"|correct|right|true|answer|value|result|solution|number|that|it|this|is|case|think|believe"
+    r"|say|mean|claim|sure|certain|simply|just|actually|really|exactly|always|only|even|quite"
+    r"|possibly|necessarily)\b)*")
 _DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
 _DENIES = re.compile(
     r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)

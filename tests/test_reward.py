@@ -689,7 +689,7 @@ def test_words_that_begin_with_a_negation_may_be_the_answer():
     (r"\sqrt2:2:\sqrt6", r"1:\sqrt2:\sqrt3", True), ("a:b:c=1:2:3", "2:4:6", True),
     ("AB:BC:CA=3:4:5", "6:8:10", True), (r"1\colon2\colon3", "1:2:3", True),
     ("1∶2∶3", "1:2:3", True),
-    ("1:(2:3)", "1:2:3", False), ("6:8", "3:4", True), ("4:3", "3:4", False),
+    ("1:(2:3)", "1:2:3", False), ("50.0%", "1 : 2", True), ("6:8", "3:4", True), ("4:3", "3:4", False),
     (r"\frac34", "3:4", True),
     (r"1:2:3 \text{ or } 3:2:1", "1:2:3", False), ("(3:4:5)+1", "3:4:5", False)])
 def test_ratios_are_equal_up_to_a_factor_and_no_divisions(given, gold, right):

@@ -392,7 +392,8 @@ def _same_ratio(given, gold):
 
     given_terms, gold_terms = (_parts(_inside(s, "(") or s, ":") for s in (given, gold))
     if len(given_terms) < 3 and len(gold_terms) < 3:
-        quotients = ["/".join(f"({x})" for x in terms) for terms in (given_terms, gold_terms)]
+        quotients = [terms[0] if len(terms) == 1 else "({})/({})".format(*terms)
+                     for terms in (given_terms, gold_terms)]
         return _same_value(*quotients)
     if len(given_terms) != len(gold_terms) or len(gold_terms) > MAX_ITEMS:
         return False
