@@ -94,6 +94,9 @@ _DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
 _DENIES = re.compile(
     r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)
 
+_BUT_NOT = re.compile(
+    r",? (?:and |but )?(?:not|rather than|instead of) (?=[-0-9$\\]|[A-Z]\b)")       # 7, not 5
+
 # "is not the answer", "? No", "That is wrong", behind a mark
 _DENIED_BEHIND = re.compile(
     r"(?:[\s$*`)\]}.,]|\\[\])])*(?:(?:(?:but|and|no|so|wait)[\s,]+)?(?:that|this|it|which)\s*)?"
@@ -263,7 +266,7 @@ def _statements(text, start=0, other=None):
         if kind == "denied":
             begin = at
 
-        content = text[at:stop]
+        content = _BUT_NOT.split(text[at:stop])[0]
         if other or kind == "heading":
             is_value = "?" not in content and _VALUE.match(content)
             if not is_value and not (other and _disagrees(text[begin:end], content, other)):

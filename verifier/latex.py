@@ -80,7 +80,9 @@ def _is_unit(phrase):
         if len(word) > 3:
             forms += [forms[0].removesuffix("s"), forms[0].removesuffix("es")]
         kinds.append(next((_UNITS[form] for form in forms if form in _UNITS), None))
-    return None not in kinds and kinds[-1] != "describing"
+    if len(kinds) > 1 and kinds[-1] == "after":
+        kinds.pop()                                                     # feet long, units squared
+    return None not in kinds and kinds[-1] not in ("describing", "after")
 
 
 def _without_unit(match):
