@@ -6,17 +6,20 @@ built-in tasks take the same road from here on. A problem of a task that checks 
 also carries "check", a function of the completion (tasks.py).
 
 Left out: streaming from disk (GSM8K and MATH are megabytes) and few-shot prompts. Needs tasks.py,
-and reward.py to find the answer in a solution; prompts.py then turns problems into token ids.
+extraction.py to find the answer in a solution and reward.py to try it; prompts.py then turns
+problems into token ids.
 """
 import functools
 import json
 import math
 import random
+import re
 import zlib
 from pathlib import Path
 
 import tasks
-from reward import extract_answer
+from extraction import extract_answer
+from reward import verifies_itself
 
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -38,17 +41,23 @@ def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, repor
 
     data is the name of a built-in task, "gsm8k", "math", or the path of a jsonl file, which has no
     splits. seed, levels (fewest, most) and count concern only built-in tasks. report takes the line
-    that says how many problems were dropped for want of an answer. Raises FileNotFoundError or
-    ValueError, in one line, when there is nothing usable."""
+    that says how many problems were dropped: an empty answer cannot be given, and one that the
+    verifier does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in
+    one line, when there is nothing usable."""
     if data in tasks.TASKS:
         return built_in(data, split, seed, levels, count)
 
     problems = from_hub(data, split, report) if data in HUB else from_jsonl(data)
-    kept = [p for p in problems if p["answer"].strip()]
-    dropped = len(problems) - len(kept)
-    if dropped:
-        report(f"data: dropped {dropped} of {len(problems)} problems of {data}: "
-               "their answer is empty")
+    answered = [p for p in problems if p["answer"].strip()]
+    kept = [p for p in answered if verifies_itself(p["answer"])]
+    reasons = []
+    if len(answered) < len(problems):
+        reasons.append(f"{len(problems) - len(answered)} with an empty answer")
+    if len(kept) < len(answered):
+        reasons.append(f"{len(answered) - len(kept)} whose answer does not verify against itself")
+    if reasons:
+        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems of {data}: "
+               f"{', '.join(reasons)}")
     if not kept:
         raise ValueError(f"{data} holds no problems")
     return kept
@@ -73,12 +82,17 @@ def from_jsonl(path):
         raise FileNotFoundError(f"--data {path}: no such file; give {names} or a .jsonl file")
 
     problems = []
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
+        raise ValueError(f"{path}:1: a JSON array; one object a line is needed")
     # not splitlines, which would cut at the U+2028 that GSM8K holds inside a string
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             problems.append(normalize(json.loads(line), f"{path}:{number}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: {error}; one object a line is needed") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return problems
@@ -129,7 +143,8 @@ def normalize(row, name):
     """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
 
     The question stands in "problem" or "question". The answer is "answer", text or a number, or the
-    end of the solution. Raises ValueError that says which of them is missing."""
+    end of the solution; null and NaN are the empty answer. Raises ValueError that says which of
+    them is missing or no text."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     question = row.get("problem") or row.get("question")
@@ -146,14 +161,21 @@ def normalize(row, name):
     if (answer is None or answer == "") and isinstance(solution, str):
         answer = extract_answer(solution) or answer
     # a number becomes text; True is an int for Python, but no answer
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+    not_finite = isinstance(answer, float) and not math.isfinite(answer)
+    if not_finite or answer is None and "answer" in row:
+        answer = ""
+    elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str):
         raise ValueError(
             'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
 
-    return {"problem": question, "answer": answer, "solution": solution,
-            "level": row.get("level"), "id": row.get("id", name)}
+    problem = {"problem": question, "answer": answer, "solution": solution,
+               "level": row.get("level"), "id": row.get("id", name)}
+    for field, text in problem.items():
+        if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')
+    return problem
 
 
 # --------------------------------------------------------------------------------------- order

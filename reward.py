@@ -5,21 +5,9 @@ signals, no processes. Every step is bounded (text read, answer length, nesting,
 The worst input costs tens of milliseconds, and `verify` never raises. In doubt it says False: a
 wrong answer that is paid teaches the policy a trick, a right one that is not paid costs one sample.
 
-Extraction (strict). What follows an end-of-text token is cut. So is a thought: only what follows
-</think> is read, and a thought that is still open has no answer. Four kinds of mark announce a
-final answer:
-  box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
-                                                 no answer)
-  tag        <answer>x</answer>
-  hashes     #### x to the end of the line        (GSM8K; the heading "#### Step 2" is no answer)
-  statement  "the final answer is x.", "**Answer:** x", "A: x" to the end of the sentence
-The last mark wins, whatever its kind; but a statement overrides another kind only as "final answer"
-with a value. Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one
-answer, the list "3, 4". It is right when the gold answer is that list, and a hedge and wrong when
-the gold answer is one value. Text without any mark has an answer only as a worked conclusion: the
-last sentence is complete and gives one number, and the text has computed this number ("88 - 36 =
-52. She bought 52 more tins."). lenient=True falls back to the last number in the text instead. It
-is for a second column in an evaluation, never for a reward.
+Extraction (extraction.py). Only what follows a thought is read. The last mark of any form is the
+answer: \boxed{x}, <answer>x</answer>, #### x, or a statement such as "The answer is x". A mark that
+the text denies ("is not \boxed{5}") is none, and several side by side are one list.
 
 Equality (answers.py). Spelling is normalised (latex.py): LaTeX, Unicode, thousands separators,
 currency, degrees, units and labels in words. Then answers are compared by form: lists and sets in
@@ -34,250 +22,151 @@ exact value. What is no expression is compared as words, without case.
            what they are.
   Percent  on one side only: a unit (12% is 12) if the bare number is at least 1, else 1/100 (50% is
            .5).
-  Units    ignored, not converted. Cents are not dollars. Words that change a value (million) are no
-           unit.
+  Units    ignored, not converted, if they are in verifier/units.txt: 5 m, 5 square feet. Any other
+           word behind a number makes it wrong (million, tenths, below zero), unless the gold answer
+           has it too. Cents are not dollars.
   Angles   degrees are a unit too, but beside an answer with \pi they are converted.
-  Ratios   3:1 is 3; 8:34 p.m. is 20:34.
+  Ratios   equal up to a factor, in order: 1:2:3 is 2:4:6 and not 1:3:2. One of two terms is also
+           its quotient: 3:1 is 3. 8:34 p.m. is 20:34.
+  Choices  of a gold answer (C) 12 the letter, the value or both are right; "C: the third" is C.
+  Sides    where the gold answer alone has a left side, such as \frac{NO}{BO} = 2 or m_{\max} = 2,
+           its right side is compared. Not so for an equation in letters: 3 does not answer x+y = 3.
   Bases    12_5 is equal to 12_5 alone, not to 12, 12_6 or 7.
 
 Left out: number words, unit conversion, limits, integrals, piecewise functions. This file needs
-verifier/ alone. train.py, evaluate.py and data.py need it.
+extraction.py and verifier/ alone. train.py, evaluate.py and data.py need it.
 """
 
 import math
 import re
-from collections import namedtuple
 
-from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
+from extraction import answer_and_number_before, extract_answer
+from verifier import answers
+from verifier.answers import MAX_ANSWER, NAME, replaced
+from verifier.expression import same_value, value
+from verifier.latex import clean
 
-TAIL = 20_000        # characters of a completion that are searched, from its end
-MAX_PLACES = 50      # places of the word "answer", from the end, where a statement is looked for
+# ----------------------------------------------------------------------------------------- equality
 
-# -------------------------------------------------------------------------------------------- marks
-
-Mark = namedtuple("Mark", "start end content")      # of one answer in a text
-
-# the marks of a thought, in the spellings of the field; a slash or "end" closes it
-_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>|\[(/?)THINK\]"
-                      r"|<\|(begin|end)_of_thought\|>", re.I)
-_END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>user", "</s>")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:(\{)|([^\s{}$.,\\]+))")
-_BRACE = re.compile(r"\\.|[{}]", re.S)
-_TAG = re.compile(r"<answer>(.{0,%d}?)</answer>" % MAX_ANSWER, re.S | re.I)
-_HASHES = re.compile(r"####(?![ \t]*(?:[A-Za-z]|[0-9]+[.)][ \t]))([^\n#]+)")
-
-# "the final answer to the question is", "Answer:" at the start of a line or of a sentence, and "A:"
-_SAID = re.compile(
-    r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer\**"
-    r"(?:[ \t]+(?:to|for)\b[^.\n:=]{0,60}?)?[ \t]*(?:\bis\b|:|=)"
-    r"|^[ \t*]*answer\**[ \t]*(?:[:=]|(?=\$|\\\())|(?<=[.!?] )\**answer\**[ \t]*:", re.I | re.M)
-_A = re.compile(r"(?:^|\n)[ \t]*A:")
-_SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
-_CLAUSE = re.compile(
-    r"(?:The|the) (?:[A-Za-z ]|\$[^$0-9]{1,40}\$)+ (?:is|are|equals) (?=[-$\\0-9(])")
-
-# what may stand between two marks of one answer, and what makes a sentence no worked conclusion
-_CONNECTOR = re.compile(
-    r"(?:\\(?:text|quad)|\b(?:and|or)\b|\b[A-Za-z]\s*=|[\s$,;.*{}()\[\]\\])*", re.I)
-_HEDGE = re.compile(
-    r"\b(?:not|or|either|neither|maybe|perhaps|if|never|wrong|about)\b|n't|[?<>]|\\[a-z]", re.I)
-_SCALED = re.compile(
-    r"[0-9] ?(?:[A-Za-z]\b|%|per ?cent|hundred|thousand|[mb]illion|dozen)", re.I)
-_NUMBER = re.compile(
-    r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|\.[0-9]+"
-    r"|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+_DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
+_LETTER = re.compile("[A-Za-z°]")
+_ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
+_LETTER_UNIT = re.compile(                                           # 5 m, 5\,m/s^2, but not 5m
+    r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)(?![A-Za-z])"
+    r"(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)(?![A-Za-z]))?(?:\^\{?-?[0-9]\}?|[²³])?"
+    r"(?=[ .$]*(?:$|[,;)\]}]))")
+_CHOICE = re.compile(r"\(?([A-J])[).:]([^,;:=<>≤≥≠≈∈*/^_!')+].*)")
+_HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
+_CHOICES = re.compile(r"\([A-J]\)|\b[A-J][).:]")
+_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
-def _tail(completion):
-    """Return what is read: the last TAIL characters, of what follows a thought."""
-    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
+def _same_angle(given, gold):
+    r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
+    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
+    given, gold = clean(given), clean(gold)
+    if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
+        return False
+
+    if given_in_degrees:
+        given = f"({given})*π/180"
+    else:
+        gold = f"({gold})*π/180"
+    return same_value(value(given), value(gold))
 
 
-def _ended(completion):
-    """Return what stands before the first end-of-text token."""
-    if "<|" in completion or "</s>" in completion:
-        ends = [i for i in map(completion.find, _END) if i >= 0]
-        completion = completion[:min(ends, default=len(completion))]
-    return completion
+def _same_renamed(given, gold):
+    r"""Return whether two answers are equal once a letter that may have any name is renamed.
 
-
-def _after_thought(text):
-    """Return what follows the last thought: all of a text without one, nothing of an open one."""
-    if not any(word in text for word in ("hink", "HINK", "hought", "HOUGHT")):
-        return text
-
-    last = None
-    for last in _THOUGHT.finditer(text):
-        pass
-    if last is None:
-        return text
-    closes = last[1] or last[2] or (last[3] or "").lower() == "end"
-    return text[last.end():] if closes else ""
-
-
-def _closing_braces(text, start):
-    """Return {index of an opening brace: index of its closing brace} from `start` on.
-
-    Escaped braces are skipped.
+    This is the argument of a function, as in f(x) = x and f(z) = z, or an integer, as in k \pi.
     """
-    closing = {}
-    opened = []
+    texts = clean(given), clean(gold)
+    functions = [_ARGUMENT.match(text) for text in texts]
+    if not all(functions):
+        hints = ("integer", "π", r"\mathbb")
+        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
+            return False
+        texts = [_without_name(text) for text in texts]
 
-    for match in _BRACE.finditer(text, start):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif match[0] == "}" and opened:
-            closing[opened.pop()] = match.start()
-    return closing
+    # exactly one letter of each side is not on the other
+    given_letters, gold_letters = map(_letters, texts)
+    renamed, names = given_letters - gold_letters, gold_letters - given_letters
+    if len(renamed) != 1 or len(names) != 1:
+        return False
+    [letter], [name] = renamed, names
 
-
-def _boxes(text):
-    r"""Yield the Mark of each \boxed and \fbox; of a box inside a box only the outer one."""
-    start = min(i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0)
-    closing = _closing_braces(text, start)
-    end = 0
-
-    for match in _BOX.finditer(text, start):
-        opening, unbraced = match.groups()
-        if match.start() < end:
-            continue                                        # inside the box before
-        if not opening:
-            yield Mark(match.start(), match.end(), unbraced)
-        elif match.start(1) in closing:
-            end = closing[match.start(1)] + 1
-            yield Mark(match.start(), end, text[match.end():end - 1])
+    if all(functions):
+        may_differ = [match[1] for match in functions] == [letter, name]
+    else:
+        may_differ = bool({letter, name} & _PARAMETERS)
+    given, gold = texts
+    return may_differ and answers.equal(replaced(given, letter, name), gold)
 
 
-def _matches(pattern, text):
-    """Yield the Mark of each tag or line of hashes that matches `pattern`."""
-    for match in pattern.finditer(text):
-        yield Mark(match.start(), match.end(), match[1])
+def _without_name(s):
+    """Return the right side of `name = right side`, and anything else as it is."""
+    left, _, right = s.partition("=")
+    return right if NAME.fullmatch(left) else s
 
 
-def _announcements(text, start):
-    """Return [(start, end)] of each "the final answer is", "Answer:" and "A:" from `start` on.
+def _letters(s):
+    r"""Return the set of letters of `s` that are not part of a \command."""
+    return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
 
-    Only the text around the last MAX_PLACES places of the word "answer" is read.
+
+def _same_without_letter(given, gold):
+    r"""Return whether two answers are equal once a unit of one letter is dropped: 5 m is 5.
+
+    It is no variable where the other side has none, and in the gold answer where \text says so.
     """
-    found = []
-    if "A:" in text:
-        found = [match.span() for match in _A.finditer(text, start)]
-    places = []
-    for word in ("nswer", "NSWER"):
-        if word in text:
-            places += [match.start() for match in re.compile(word).finditer(text, start)]
-
-    for place in sorted(places)[-MAX_PLACES:]:
-        said = _SAID.search(text, max(start, place - 25), place + 80)
-        if said:
-            found.append(said.span())
-            start = said.end()
-    return sorted(found)
+    if not _letters(clean(gold)):
+        given, dropped = _LETTER_UNIT.subn("", given)
+    elif re.search(r"\\(?:text|mathrm)", given) and not _letters(clean(given)):
+        gold, dropped = _LETTER_UNIT.subn("", gold)
+    else:
+        return False
+    return dropped > 0 and answers.equal(given, gold)
 
 
-def _statements(text, start=0, only_final=False):
-    """Yield the Mark of each statement from `start` on, or only of those that say "final"."""
-    for begin, end in _announcements(text, start)[-MAX_PLACES:]:
-        if only_final and "final" not in text[begin:end].lower():
-            continue
-        while end < len(text) and text[end] in " \t\n*:":
-            end += 1
+def _same_choice(given, gold):
+    r"""Return whether the letters, or values, agree where one side has both: \textbf{(C)}\ 12.
 
-        sentence = _SENTENCE.match(text, end, end + 2 * MAX_ANSWER)
-        if sentence:
-            content = sentence[1] or sentence[2] or ""
-            clause = _CLAUSE.match(content)
-            if clause and not _HEDGE.search(clause[0]):
-                content = content[clause.end():]            # Final answer: The area of $ABC$ is 12
-            yield Mark(begin, sentence.end(), content)
-
-
-# --------------------------------------------------------------------------------------- extraction
-
-def _last_group(text, marks):
-    """Return the last of `marks`, joined with those directly before it, as one Mark, or None."""
-    marks = [mark for mark in marks if mark.content.strip(" \t\n*$.{}")]
-    if not marks:
-        return None
-    start, end, content = marks[-1]
-    content = content.strip(" \t\n*")
-    if len(marks) == 1:
-        return Mark(start, end, content)
-
-    contents = [content]
-    for mark in marks[-2:-MAX_ITEMS:-1]:
-        if not (mark.end <= start <= mark.end + 40 and _CONNECTOR.fullmatch(text, mark.end, start)):
-            break
-        if sum(map(len, contents)) > MAX_ANSWER:
-            break
-        start = mark.start
-        content = mark.content.strip(" \t\n*")
-        if not any(equal(content, other) for other in contents):
-            contents.append(content)
-    return Mark(start, end, ", ".join(reversed(contents)))
-
-
-def _conclusion(text):
-    """Return the one number of a complete last sentence as a Mark if the text has computed it."""
-    text = text.rstrip()
-    begin = max(text.rfind("\n"), *(text.rfind(end, 0, -1) for end in (". ", "! ", "? "))) + 1
-    sentence = text[begin:begin + MAX_ANSWER]
-    before, equals, after = sentence.rpartition("=")
-    numbers = list(_NUMBER.finditer(after))
-    if len(numbers) != 1 or not text.endswith(".") or _SCALED.search(after):
-        return None
-
-    [number] = numbers
-    answer = number[0].lstrip("$")
-    if _HEDGE.search(before) or _HEDGE.search(after[:number.end() + 25]):
-        return None
-
-    # it is the right side of an equation here, or a result before this sentence
-    result = r"(?:=|\bis)\s*\$?" + re.escape(answer) + r"(?![0-9]|[.,][0-9])"
-    computed = equals or re.search(result, text[:begin])
-    return Mark(begin, len(text), answer) if computed else None
-
-
-def _find(text):
-    """Return the Mark of the final answer, or None."""
-    kinds = []
-    if "\\boxed" in text or "\\fbox" in text:
-        kinds.append(_boxes(text))
-    if "nswer>" in text or "NSWER>" in text:
-        kinds.append(_matches(_TAG, text))
-    if "####" in text:
-        kinds.append(_matches(_HASHES, text))
-
-    # of the kinds that occur, the mark that starts last is the answer
-    found = None
-    for marks in kinds:
-        mark = _last_group(text, marks)
-        if mark and (found is None or mark.start > found.start):
-            found = mark
-    if found is None:
-        return _last_group(text, _statements(text)) or _conclusion(text)
-
-    # a statement behind another kind of mark counts only as "final answer", and with a value
-    if "final" not in text[found.start:].lower():
-        return found
-    stated = _last_group(text, _statements(text, found.start, only_final=True))
-    if stated and re.search(r"[0-9\\$]", stated.content):
-        return stated
-    return found
-
-
-def extract_answer(completion: str, lenient: bool = False) -> str | None:
-    """Return the final answer of `completion` by the rules in this file's docstring.
-
-    Args: completion, the model's text; lenient, whether to fall back to the last number in it.
-    Returns: the answer as written (several adjacent ones joined by ", "), or None. Never raises.
+    Words behind a letter count as its value only beside a letter alone, and not if they hedge.
     """
-    text = _tail(completion) if isinstance(completion, str) else ""
-    found = _find(text)
-    if found:
-        return found.content
-    numbers = _NUMBER.findall(text) if lenient else []
-    return numbers[-1] if numbers else None
+    given, gold = clean(given), clean(gold)
+    both = [_CHOICE.fullmatch(s) for s in (given, gold)]
+    if both[0] and _HEDGED.search(both[0][2]) or both[1] and _CHOICES.search(both[1][2]):
+        return False
+    if all(both):
+        return both[0][1] == both[1][1] and answers.equal(both[0][2], both[1][2])
+    if not any(both):
+        return False
+
+    letter, meant = (both[0] or both[1]).groups()
+    other = gold if both[0] else given
+    return other.strip("()") == letter or answers.equal(meant, other)
+
+
+_CONVENTIONS = (_same_angle, _same_renamed, _same_without_letter, _same_choice)
+
+
+def equal(given: str, gold: str) -> bool:
+    """Return whether two answers are equal by the rules in this file's docstring.
+
+    Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
+    An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
+    """
+    if answers.equal(given, gold):
+        return True
+    if not (isinstance(given, str) and isinstance(gold, str)) or given.isdigit() and gold.isdigit():
+        return False
+    if max(len(given), len(gold)) > MAX_ANSWER or not _LETTER.search(given + gold):
+        return False                                                # no convention is about digits
+
+    try:
+        return any(same(given, gold) for same in _CONVENTIONS)
+    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
+        return False
 
 
 def verify(completion: str, answer: str, lenient: bool = False) -> bool:
@@ -289,6 +178,14 @@ def verify(completion: str, answer: str, lenient: bool = False) -> bool:
     """
     given = extract_answer(completion, lenient)
     return given is not None and equal(given, answer)
+
+
+def verifies_itself(answer: str) -> bool:
+    """Return whether a gold answer, in a box, is right: else no completion can be.
+
+    Not so are answers that clean to nothing ("$"), and those that end their box ("{1}, {2").
+    """
+    return answer.isdigit() or verify(f"\\boxed{{{answer}}}", answer)
 
 
 # ------------------------------------------------------------------------ rewards of one completion
@@ -324,15 +221,8 @@ def consistency_reward(completion: str) -> float:
 
     That number may stand in the thought.
     """
-    text = _tail(completion)
-    found = _find(text)
-    if not found:
-        return 0.0
-
-    whole = _ended(completion).rstrip()
-    mark = len(whole) - len(text) + found.start
-    numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
-    return float(bool(numbers) and equal(numbers[-1], found.content))
+    answer, number = answer_and_number_before(completion)
+    return float(number is not None and equal(number, answer))
 
 
 # ------------------------------------------------------------------------------- rewards of a batch

@@ -150,6 +150,104 @@ def test_problems_with_an_empty_answer_are_dropped_and_counted(tmp_path):
     assert "dropped 1 of 2" in said[0]
 
 
+@pytest.mark.parametrize("answer", ["null", "NaN", "Infinity", "-Infinity", "1e999", '""', '" "'])
+def test_what_is_no_answer_is_dropped_and_counted_whatever_it_is_written_as(tmp_path, answer):
+    said = []
+    file = write(tmp_path, '{"problem": "1?", "answer": "1"}',
+        f'{{"problem": "2?", "answer": {answer}}}')
+    problem, = data.load_problems(str(file), report=said.append)
+    assert problem["problem"] == "1?"
+    assert said == [f"data: dropped 1 of 2 problems of {file}: 1 with an empty answer"]
+
+
+def test_an_empty_answer_field_leaves_the_answer_to_the_solution(tmp_path):
+    row = {"problem": "2?", "answer": None, "solution": "It is $\\boxed{2}$."}
+    assert data.load_problems(str(write(tmp_path, row)))[0]["answer"] == "2"
+
+
+@pytest.mark.parametrize("answer", [
+    "$", "\\text{}", "\\frac{1}{2", "1}, {2", "</think> 5", "5<|im_end|>"])
+def test_a_gold_answer_that_does_not_verify_against_itself_is_dropped_and_counted(tmp_path, answer):
+    said = []
+    file = write(tmp_path, {"problem": "1?", "answer": "1"}, {"problem": "2?", "answer": answer},
+                 {"problem": "3?", "answer": ""})
+    problem, = data.load_problems(str(file), report=said.append)
+    assert problem["answer"] == "1"
+    assert said == [f"data: dropped 2 of 3 problems of {file}: 1 with an empty answer, "
+                    "1 whose answer does not verify against itself"]
+
+
+def test_a_gold_answer_of_a_letter_and_its_value_is_kept_and_either_is_right(tmp_path):
+    row = {"problem": "q", "solution": "so $\\boxed{\\textbf{(C)}\\ 12}$"}
+    problem, = data.load_problems(str(write(tmp_path, row)), report=pytest.fail)
+    for given in ("C", "(C)", "12", "\\textbf{(C)}\\ 12"):
+        assert reward.verify(f"\\boxed{{{given}}}", problem["answer"])
+    assert not reward.verify("\\boxed{D}", problem["answer"])
+
+
+def test_digits_cost_no_call_of_the_verifier(tmp_path, monkeypatch):
+    """Twenty thousand answers are tried in a moment: most are digits, which need no trial."""
+    calls = []
+    monkeypatch.setattr(reward, "verify", lambda *args: calls.append(args) or True)
+    rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(500)]
+    assert len(data.load_problems(str(write(tmp_path, *rows)))) == 500 and not calls
+    assert len(data.load_problems(str(write(tmp_path,
+        {"problem": "q", "answer": "x"})))) == len(calls) == 1
+
+
+@pytest.mark.parametrize("text", [
+    '[{"problem": "1?", "answer": "1"}]', '[\n {"problem": "1?",\n "answer": "1"}\n]', " \n[\n]",
+    '\ufeff[{"problem": "1?", "answer": "1"}]'])
+def test_a_json_array_is_told_that_one_object_a_line_is_needed(tmp_path, text):
+    file = write(tmp_path, text)
+    with pytest.raises(ValueError, match="one object a line is needed") as error:
+        data.load_problems(str(file))
+    assert str(error.value).startswith(f"{file}:") and "\n" not in str(error.value)
+
+
+def test_an_indented_object_is_told_so_too(tmp_path):
+    with pytest.raises(ValueError, match=":1: .*one object a line is needed"):
+        data.load_problems(str(write(tmp_path, '{\n "problem": "1?",\n "answer": "1"\n}')))
+
+
+@pytest.mark.parametrize("field", ["problem", "answer", "solution", "level", "id"])
+def test_half_a_character_is_named_by_file_line_and_field(tmp_path, field):
+    """JSON may hold a lone surrogate, which no encoding has: tokenizers and checksums would raise."""
+    row = {"problem": "1?", "answer": "1", field: "half \ud83d"}
+    file = write(tmp_path, {"problem": "\N{GRINNING FACE}?", "answer": "1"}, row)
+    with pytest.raises(ValueError, match=f'lone surrogate.*"{field}"') as error:
+        data.load_problems(str(file))
+    assert str(error.value).startswith(f"{file}:2: ")
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("digits", [310, 4000])
+def test_a_long_integer_is_an_answer_and_a_longer_one_is_one_line(tmp_path, digits):
+    file = write(tmp_path, '{"problem": "q", "answer": ' + "9" * digits + "}")
+    assert data.load_problems(str(file))[0]["answer"] == "9" * digits
+    file = write(tmp_path, '{"problem": "q", "answer": ' + "9" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"problems.jsonl:1: ") as error:
+        data.load_problems(str(file))
+    assert len(str(error.value)) < 400
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+                 st.lists(st.integers(), max_size=2),
+                 st.dictionaries(st.text(max_size=2), st.none(), max_size=1)))
+def test_any_answer_is_loaded_dropped_or_one_line(tmp_path_factory, answer):
+    file = write(tmp_path_factory.mktemp("any"), {"problem": "1?", "answer": "1"},
+        {"problem": "2?", "answer": answer})
+    said = []
+    try:
+        problems = data.load_problems(str(file), report=said.append)
+    except ValueError as error:
+        assert str(error).startswith(f"{file}:2: ") and "\n" not in str(error)
+    else:
+        assert len(problems) == 2 - len(said)
+        assert all(reward.verifies_itself(p["answer"]) for p in problems)
+
+
 def test_held_out_problems_of_a_file_never_overlap_with_training():
     # 90 texts, ten of them twice
     problems = [{"problem": f"question {i % 90}", "answer": "1"} for i in range(100)]
@@ -451,7 +549,8 @@ def test_muon_moves_all_directions_of_a_matrix_equally_far():
 
 @pytest.mark.parametrize("muon_lr", [0.0, 0.02])
 def test_every_weight_has_one_optimizer(muon_lr):
-    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, eos_token_id=7))
+    model = Transformer(ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+    eos_token_id=7))
     optimizer = sft.make_optimizer(model, sft.SFTConfig(muon_lr=muon_lr))
     taken = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))

@@ -115,7 +115,7 @@ def _as_tuple(items):
     for item in items:
         sides, signs = _split(item, _RELATIONS)
         name, *named = sides
-        if signs != ["="] or not _NAME.fullmatch(name):
+        if signs != ["="] or not NAME.fullmatch(name):
             return None
         values += named
     return f"({','.join(values)})"
@@ -131,17 +131,23 @@ def _entries(s):
 
 # The name left of "=" is no part of the answer: x, x_1, \theta, f', f(x), T(10), |AB|, (p,q), Area.
 _LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|rho|omega|ell))"
-           r"(?:_(?:\{[\w+-]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
-_NAME = re.compile(rf"{_LETTER}(?::{_LETTER})?|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}:[A-Z]{{2}}"
+           r"(?:_(?:\{[\\\w+, -]+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[\w,]|\([\w,]*\))*\))?")
+NAME = re.compile(rf"{_LETTER}(?::{_LETTER})*|\|?[A-Z]{{2,3}}\|?|[A-Z]{{2}}(?::[A-Z]{{2}})+"
                    rf"|(?!not)[A-Za-z]{{3,12}}|\({_LETTER}(?:,{_LETTER})+\)")
 _ASKED = re.compile(rf"{_LETTER}(?:[-+*]?{_LETTER})+")                # a+d+e+f = 2k for a gold 2k
+# what a gold answer asks for beside names: \frac{NO}{BO}, \sin A, AB^2, x_1+x_2, but not x+y
+_QUANTITY = re.compile(
+    r"\\?(?:sin|cos|tan|cot|sec|csc|log|ln|max|min|lim|gcd|lcm|det|sum|prod|int|dim)(?![a-z]).+"
+    r"|\\frac\{[a-z]\}\{[a-z]\}"
+    r"|(?=.*(?:[A-Z]{2}|[_(]))(?:[-+*/:|{}]|\\(?:frac|overline|triangle|vec)|\^(?:[0-9]|\{[0-9]\})"
+    r"|[A-Za-z](?:_(?:\{[^{}]*\}|\w))?'*\([^()]*\)|[A-Za-z]_(?:\{[^{}]*\}|\w)|[A-Z])+")
 _MIRROR = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 
 
 def _interval(sides, signs):
     """Return the interval that an inequality in one name describes, as text, or None."""
     if len(sides) == 2:
-        negative = [s[:1] == "-" and bool(_NAME.fullmatch(s[1:])) for s in sides]
+        negative = [s[:1] == "-" and bool(NAME.fullmatch(s[1:])) for s in sides]
         if any(negative):                                                  # -x > -1 is x < 1
             sides = [s[1:] if minus else f"-({s})" for s, minus in zip(sides, negative)]
             signs = [_MIRROR.get(signs[0], signs[0])]
@@ -157,11 +163,11 @@ def _interval(sides, signs):
     closer = "]" if signs[-1] == "≤" else ")"
     if len(sides) == 3:
         low, name, high = sides
-        return f"{opener}{low},{high}{closer}" if _NAME.fullmatch(name) else None
+        return f"{opener}{low},{high}{closer}" if NAME.fullmatch(name) else None
     left, right = sides
-    if _NAME.fullmatch(left):
+    if NAME.fullmatch(left):
         return f"(-∞,{right}{closer}"
-    return f"{opener}{left},∞)" if _NAME.fullmatch(right) else None
+    return f"{opener}{left},∞)" if NAME.fullmatch(right) else None
 
 
 def _union(s):
@@ -171,12 +177,12 @@ def _union(s):
         s = _unnamed(sides, signs, 0) or s
 
     whole, *removed = _parts(s.replace("-⦃", "∖⦃"), "∖")
-    remaining = _punctured(whole, _items(removed[0])) if removed else None
+    remaining = _punctured(whole, sum(map(_items, removed), [])) if removed else None
     return remaining or _parts(s, "∪")
 
 
 def _punctured(whole, points):
-    """Return the parts of an interval without some points, or None where it is no interval."""
+    """Return the parts of an interval without points inside it, or None for anything else."""
     sides, signs = _split(_items(whole)[0], _RELATIONS)
     interval = (_unnamed(sides, signs, 0) or "") if signs else whole
     brackets, ends = _entries(interval)
@@ -185,7 +191,7 @@ def _punctured(whole, points):
         return None
 
     # cut at the points from left to right
-    cuts = sorted((v.floats[0].real, point) for v, point in zip(values, points))
+    cuts = sorted({complex(v.floats[0]).real: point for v, point in zip(values, points)}.items())
     opener, closer = brackets
     low, high = ends
     starts = [opener + low] + ["(" + point for _, point in cuts]
@@ -210,13 +216,13 @@ def _unnamed(sides, signs, depth):
     """
     if signs == ["≠"]:
         name, point = sides
-        return f"(-∞,{point})∪({point},∞)" if _NAME.fullmatch(name) else None
+        return f"(-∞,{point})∪({point},∞)" if NAME.fullmatch(name) else None
     if not set(signs) <= set("=≈∈"):
         return _interval(sides, signs)
 
     # the sides that are no names must all be equal; each has the sign on its left
     signed = zip(sides, ["="] + signs)
-    rest = [(side, sign) for side, sign in signed if not _NAME.fullmatch(side)]
+    rest = [(side, sign) for side, sign in signed if not NAME.fullmatch(side)]
     if not rest:
         return sides[-1]
     first, _ = rest[0]
@@ -248,8 +254,10 @@ def _same_relation(given, gold, depth):
     gold_plain = _unnamed(gold_sides, gold_signs, depth) if gold_signs else gold
     if given_signs == ["="] and not gold_signs and given_plain is None:
         asked, said = given_sides
-        if _ASKED.fullmatch(asked):
+        if _ASKED.fullmatch(asked) or _QUANTITY.fullmatch(asked):
             given_plain = said                                          # x + y = 5 for a gold 5
+    elif gold_signs[:1] == ["="] and gold_plain is None and _QUANTITY.fullmatch(gold_sides[0]):
+        gold_plain = _unnamed(["x", *gold_sides[1:]], gold_signs, depth)
     if given_plain and gold_plain:
         named = [sides[0] for sides in (given_sides, gold_sides) if len(sides) > 1]
         letters = {name for name in named if len(name) == 1 and name.isalpha()}
@@ -265,7 +273,7 @@ def _same_equation(given_left, given_right, gold_left, gold_right):
     Not so where the gold equation is solved for a name: 2x + 1 = 11 does not answer x = 5.
     """
     solution = value(gold_right)
-    if solution and not solution.names and _NAME.fullmatch(gold_left):
+    if solution and not solution.names and NAME.fullmatch(gold_left):
         return False
 
     u = value(f"({given_left})-({given_right})")
@@ -291,14 +299,14 @@ def _solves(given, left, right):
         return False
 
     # at given + 0, 1 and 2 a linear left - right that `given` solves is 0, r and 2r
-    at = [value(_replaced(equation, name, f"({given}+{k})")) for k in range(3)]
+    at = [value(replaced(equation, name, f"({given}+{k})")) for k in range(3)]
     if any(v is None or None in v.floats for v in at):
         return False
     zero, once, twice = (v.floats for v in at)
     return all(abs(x) < 1e-9 < abs(y) and near(2 * y, z) for x, y, z in zip(zero, once, twice))
 
 
-def _replaced(s, name, other):
+def replaced(s, name, other):
     r"""Return `s` with `name`, a letter or \command, replaced; letters inside \commands stay."""
     return re.sub(r"\\[A-Za-z]+|[A-Za-z]", lambda m: other if m[0] == name else m[0], s)
 
@@ -368,27 +376,41 @@ def _same_entries(given, gold, depth):
     return all(_same(x, y, depth) for x, y in zip(given_entries, gold_entries))
 
 
+_COUNTED = re.compile(r"([^A-Za-z]*[0-9]) ?([A-Za-z][A-Za-z ]+)")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])\s*(?:([ap])\.?m\.?)?", re.I)
 
 
 def _same_ratio(given, gold):
-    """Return whether two clock times are the same time, or two other ratios the same quotient."""
+    """Return whether two clock times are the same time, or two ratios equal up to a factor.
+
+    A ratio of two terms, and only of two, is also their quotient.
+    """
     clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
     if all(clocks):
         given_time, gold_time = map(_time, clocks)
         return given_time == gold_time
-    return _same_value(_quotient(given), _quotient(gold))
+
+    given_terms, gold_terms = (_parts(_inside(s, "(") or s, ":") for s in (given, gold))
+    if len(given_terms) < 3 and len(gold_terms) < 3:
+        quotients = [terms[0] if len(terms) == 1 else "({})/({})".format(*terms)
+                     for terms in (given_terms, gold_terms)]
+        return _same_value(*quotients)
+    if len(given_terms) != len(gold_terms) or len(gold_terms) > MAX_ITEMS:
+        return False
+
+    # every term times the other ratio's first term that is not 0
+    pairs = list(zip(given_terms, gold_terms))
+    first = next((pair for pair in pairs if not _same_value(pair[1], "0")), ("0", "0"))
+    if any(_same_value(x, "0") for x in first):
+        return False
+    given_first, gold_first = first
+    return all(_same_value(f"({x})*({gold_first})", f"({y})*({given_first})") for x, y in pairs)
 
 
 def _time(clock):
     """Return (hour of the day, minute as text) of a match of _CLOCK."""
     hour, minute, half = clock.groups()
     return int(hour) % 12 + 12 * (half in "pP") if half else int(hour), minute
-
-
-def _quotient(s):
-    """Return the ratio a:b as the expression (a)/(b), and anything else as it is."""
-    return "/".join(f"({part})" for part in _parts(s, ":")) if ":" in s else s
 
 
 def _same_value(given, gold):
@@ -412,7 +434,13 @@ def _below_one(v):
 
 
 def _same_words(given, gold):
-    """Return whether two texts are the same words, without case, spaces, quotes and full stops."""
+    """Return whether two texts are the same words, without case, spaces, quotes and full stops.
+
+    A number before the same words may be written in two ways, as in 5 lakh and 5.0 lakh.
+    """
+    counted = _COUNTED.fullmatch(given), _COUNTED.fullmatch(gold)
+    if all(counted) and counted[0][2] == counted[1][2]:
+        return _same_value(counted[0][1], counted[1][1])
     given, gold = (re.sub(r"[\s\"']|\.(?![0-9])", "", s).lower() for s in (given, gold))
     return given == gold and re.search("[a-z]{2}", given) is not None
 
@@ -449,10 +477,7 @@ def _same(given, gold, depth=0):
 
 _PLAIN = re.compile(r"(?:\\?\$)?([+-]?)([0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)?(?:\.([0-9]*))?\$?")
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
-_DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _CENTS = re.compile(r"\bcents?\b")
-_ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
-_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
 
 
 def _plain(s):
@@ -472,61 +497,8 @@ def _readings(s):
     return {clean(s), clean(_GROUPED.sub(lambda match: match[0].replace(",", ""), s))}
 
 
-def _same_angle(given, gold):
-    r"""Return whether degrees on one side are π without degrees on the other: 135^\circ is 3π/4."""
-    given_in_degrees, gold_in_degrees = (bool(_DEGREES.search(s)) for s in (given, gold))
-    given, gold = clean(given), clean(gold)
-    if given_in_degrees == gold_in_degrees or "π" not in (gold if given_in_degrees else given):
-        return False
-
-    if given_in_degrees:
-        given = f"({given})*π/180"
-    else:
-        gold = f"({gold})*π/180"
-    return same_value(value(given), value(gold))
-
-
-def _same_renamed(given, gold):
-    r"""Return whether two answers are equal once a letter that may have any name is renamed.
-
-    This is the argument of a function, as in f(x) = x and f(z) = z, or an integer, as in k \pi.
-    """
-    texts = clean(given), clean(gold)
-    functions = [_ARGUMENT.match(text) for text in texts]
-    if not all(functions):
-        hints = ("integer", "π", r"\mathbb")
-        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
-            return False
-        texts = [_without_name(text) for text in texts]
-
-    # exactly one letter of each side is not on the other
-    given_letters, gold_letters = map(_letters, texts)
-    renamed, names = given_letters - gold_letters, gold_letters - given_letters
-    if len(renamed) != 1 or len(names) != 1:
-        return False
-    [letter], [name] = renamed, names
-
-    if all(functions):
-        may_differ = [match[1] for match in functions] == [letter, name]
-    else:
-        may_differ = bool({letter, name} & _PARAMETERS)
-    given, gold = texts
-    return may_differ and _same(_replaced(given, letter, name), gold)
-
-
-def _without_name(s):
-    """Return the right side of `name = right side`, and anything else as it is."""
-    left, _, right = s.partition("=")
-    return right if _NAME.fullmatch(left) else s
-
-
-def _letters(s):
-    r"""Return the set of letters of `s` that are not part of a \command."""
-    return {name for name in re.findall(r"\\[A-Za-z]+|[A-Za-z]", s) if len(name) == 1}
-
-
 def equal(given: str, gold: str) -> bool:
-    """Return whether two answers are equal by the rules in reward.py.
+    """Return whether two answers are equal by their forms; reward.py adds some conventions.
 
     Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
     An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
@@ -553,6 +525,6 @@ def equal(given: str, gold: str) -> bool:
         for gold_reading in _readings(gold):
             if any(_same(given_reading, gold_reading) for given_reading in _readings(given)):
                 return True
-        return _same_angle(given, gold) or _same_renamed(given, gold)
-    except (ArithmeticError, RecursionError):           # a number too large to compare as a float
-        return False
+    except (ArithmeticError, RecursionError):
+        pass                                            # a number too large to compare as a float
+    return False

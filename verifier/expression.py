@@ -125,10 +125,12 @@ class _Parser:
         return ("sum", *terms) if len(terms) > 1 else terms[0]
 
     def product(self):
-        """Parse factors with a sign between them or none; a ratio a:b is a quotient."""
+        """Parse factors with a sign between them or none; a ratio a:b, of two, is a quotient."""
         factors = [self.signed()]
-        while self.peek() in ("*", "/", ":") or self.starts_factor():
-            sign = self.take() if self.peek() in ("*", "/", ":") else "*"
+        signs = "*/:"
+        while self.peek() and self.peek() in signs or self.starts_factor():
+            sign = self.take() if self.peek() in signs else "*"
+            signs = "*/" if sign == ":" else signs
             factors.append(self.signed() if sign == "*" else ("inverse", self.signed()))
         return ("product", *factors) if len(factors) > 1 else factors[0]
 

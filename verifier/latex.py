@@ -3,13 +3,15 @@ r"""One spelling for the many of LaTeX, Unicode and prose: `clean`, the first ha
 Signs and structural commands become one character each. Sizes, styles, dollar signs and degrees go
 away. A matrix is written with brackets of its own: \begin{pmatrix} a & b \\ c & d \end{pmatrix} is
 ⟦⟦a,b⟧,⟦c,d⟧⟧. Thousands separators and units in words after a value are dropped, "and" and "or" are
-commas. Words that would change the value stay, so that the text is then no expression.
+commas. A word that units.txt does not know may change the value ("5 tenths"). It stays, so that the
+text is then no expression.
 
 Every pattern is linear or bounded. This file needs the standard library alone; answers.py needs it.
 """
 
 import functools
 import re
+from pathlib import Path
 
 # A line is a sign and the commands that are written as this sign; answers.py splits at characters.
 _SIGNS = r"""
@@ -26,55 +28,71 @@ _DOUBLED = set(_COMMANDS) | {"frac", "sqrt", "text", "begin", "end"}    # may fo
 
 _CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)}                 # full-width forms
 _CHARACTERS |= dict.fromkeys((0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD))    # zero width: gone
-_CHARACTERS |= str.maketrans("−–×·⋅÷⁄º～’′、，€£", "--***//° '',,  ")
+_CHARACTERS |= str.maketrans("−–×·⋅÷⁄∕∶º～’′、，€£", "--***///:° '',,  ")
 _CHARACTERS |= str.maketrans({"√": "\\sqrt ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}   # "\frac" read as form feed + rac
 _TAGS = {"p": "^", "b": "_"}                                       # <sup> and <sub>
 _SETS = {"R": "(-∞,∞)", "Z": "ℤ", "N": "ℕ"}                        # behind \mathbb
 
-_TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf)"
-         r"\s*\{([^{}]*)\}")
+_TEXT = (r"\\(?:text|mbox|hbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|rm|bf"
+         r"|texttt|mathsf|boldsymbol)"
+         r"\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _TEXT_BOX = re.compile(_TEXT)
 _AND_TEXT = re.compile(r",?\s*" + _TEXT)
-_STYLE = re.compile(r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\})")
-_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*?)\\end\{\1\}", re.S)
+_STYLE = re.compile(
+    r"\\(?:(?:bf|rm|it|large|Large)\b(?!\s*\{)|(?:text)?color\s*\{\w*\}|hspace\s*\{[^{}]*\})")
+_MATRIX = re.compile(                                       # with the brackets around it alone
+    r"([(\[]\s*)?\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^{}]*\})?"
+    r"((?:(?!\\(?:begin|end)\b).)*)\\end\{\2\}(?(1)\s*(?:\\(?:right|[Bb]igg?r))?\s*[)\]])", re.S)
+_QUANTIFIED = (                                             # behind "for all"
+    r"(?:\([^()]*\)|\\[A-Za-z]+|\b(?:(?:positive|negative|real|natural) |numbers?\b|"
+    r"integers?\b|reals?\b|values? of\b|[A-Za-z]\b)|[^A-Za-z,;])*")
 
 # A unit stands behind a value and at the end of an answer or of one of its entries.
 _EXPONENT = r"(?: ?\^ ?\{?-?[0-9]\}?)?"
 _END = r"(?=[ .]*(?:$|[,;)\]}⦄]))"
 _TEXT_UNIT = re.compile(                                                 # cm, m/s, m s^{-1}
-    rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}){{1,4}}{_END}")
+    rf"(?<=[0-9A-Za-z}})π!%'|])(?: ?[/*]? ?{_TEXT}{_EXPONENT}"
+    rf"| ?\\frac\{{{_TEXT}{_EXPONENT}\}}\{{{_TEXT}{_EXPONENT}\}}){{1,4}}{_END}")
 _WORDS = r"(?<=[0-9})π%])((?: |(?=(?:cm|mm|km|kg|ft|th|st|nd|rd)\b))[A-Za-z][A-Za-z'/. -]*)"
 _WORD_UNIT = re.compile(_WORDS + _EXPONENT + _END)
-_SHORT_UNITS = set("""
-    cm mm km kg gm ft in mi lb lbs oz hr hrs min sec mph day per men egg th st nd rd""".split())
-_NO_UNITS = set("""
-    e i x y n pi or and not no never hundred thousand million billion trillion dozen half double
-    twice times plus minus over squared cubed factorial mod to between more less than least most if
-    when where for but is are was isn't wrong false incorrect except sqrt sin cos tan cot csc log ln
-    exp am pm a.m. p.m. union undefined none""".split())
+
+_UNITS = {}          # {word: its kind}, of units.txt
+for _line in Path(__file__).with_name("units.txt").read_text(encoding="utf-8").splitlines():
+    _kind, _, _words_of_kind = _line.partition(": ")
+    _UNITS |= dict.fromkeys(_words_of_kind.split(), _kind)
 
 
 def _matrix(match):
     """Write a matrix environment with the brackets ⟦⟧ around it and around each row."""
-    rows = [row.replace("&", ",") for row in match[2].split("\\\\") if row.strip()]
+    rows = [row.replace("&", ",") for row in match[3].split("\\\\") if row.strip()]
     return "⟦" + ",".join(f"⟦{row}⟧" for row in rows) + "⟧"
 
 
+def _is_unit(phrase):
+    """Return whether all words of `phrase` are known to leave a number's value as it is."""
+    kinds = []
+    for word in re.split(r"[\s/~*]+", re.sub(r"\^ ?\{?-?[0-9]\}?", "", phrase.strip(" .,~/"))):
+        forms = [word]
+        if len(word) > 1:
+            forms = [word.strip(".'").lower()]
+        if len(word) > 3:
+            forms += [forms[0].removesuffix("s"), forms[0].removesuffix("es")]
+        kinds.append(next((_UNITS[form] for form in forms if form in _UNITS), None))
+    if len(kinds) > 1 and kinds[-1] == "after":
+        kinds.pop()                                                     # feet long, units squared
+    return None not in kinds and kinds[-1] not in ("describing", "after")
+
+
 def _without_unit(match):
-    r"""Drop `\text{ square cm}` after a value, unless a word in it could change the value."""
-    words = " ".join(_TEXT_BOX.findall(match[0]))
-    keep = _NO_UNITS.intersection(words.lower().split()) or re.search(r"[^A-Za-z'/.\s-]", words)
-    return match[0] if keep else ""
+    r"""Drop `\text{ square cm}` after a value."""
+    return "" if _is_unit(" ".join(_TEXT_BOX.findall(match[0]))) else match[0]
 
 
 def _without_words(match):
-    """Drop plain words after a value if they look like words, not like a product of variables."""
-    words = match[1].lower().split()
-    first = words[0].strip(".")
-    is_unit = len(first) > 3 or first in _SHORT_UNITS
-    return "" if is_unit and not _NO_UNITS.intersection(words) else match[0]
+    """Drop plain words after a value, unless they may be a product of variables: 5 m, 5 m/s."""
+    return "" if re.search("[A-Za-z]{2}", match[1]) and _is_unit(match[1]) else match[0]
 
 
 def _unicode(s):
@@ -118,11 +136,13 @@ def _words(s):
     s = re.sub(r"(?i)^no (?:real )?solutions?$", "∅", s)
     s = re.sub(r"\ball real numbers\b", "(-∞,∞)", s)
     s = re.sub(r" ?\b(?:percent|per cent|pct)\b", "%", s)
-    # f(x) = x for all x
-    s = re.sub(r" ?\bfor (?:all|any|every|each|some)\b(?:\([^()]*\)|[^,;])*", "", s)
+    # f(x) = x for all real numbers x
+    s = re.sub(r" ?\bfor (?:all|any|every|each|some)\b" + _QUANTIFIED, "", s)
     s = _WORD_UNIT.sub(_without_words, re.sub(r",? ?\b(?:and|or)\b", ",", s))
-    s = re.sub(r"^(?:only|(?:[Tt]he |[Ff]inal )*[Aa]nswer(?: is)?)\b", "", s)
-    return re.sub(r"(?:^|(?<=,)) ?[A-Z][a-z]+ ?:(?= ?[-0-9\\])", "", s)                     # Tom: 5
+    s = re.sub(r"^(?:only|(?:[Tt]he |[Ff]inal )*[Aa]nswer(?: is)?)\b:?|"
+               r"^(?:[Tt]he )?(?:[Cc]orrect )?(?:[Oo]ption|[Cc]hoice)(?= ?\(?[A-J]\b)", "", s)
+    labels = r"(?:^|(?<=,)) ?(?!Not|Never|Wrong|False|Incorrect)[A-Z][a-z]+ ?:(?= ?[-0-9\\])"
+    return re.sub(labels, "", s)                                                         # Tom: 5
 
 
 def _spaces(s):
@@ -160,8 +180,8 @@ def clean(s):
         s = _texts(s)
     if "ℤ" in s or "ℕ" in s:
         s = re.sub(r"[,;(]? ?(?:where )?\b[a-z] ?∈ ?[ℤℕ][^,;]*$", "", s)              # k π, k ∈ ℤ
-    s = s.strip(' "').rstrip(" .,;:")
-    if re.search("[a-z]{2}", s):
+    s = s.strip(' "“”').rstrip(" .,;:")
+    if re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}", s):
         s = _words(s)
     if " " in s:
         s = _spaces(s)

@@ -1,0 +1,437 @@
+r"""Extraction: find the final answer in the text of a completion. reward.py compares it.
+
+What is read: the text up to the first end-of-text token, and of it only what follows </think>. A
+thought that is still open has no answer. Four kinds of mark announce a final answer:
+  box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
+                                                 no answer)
+  tag        <answer>x</answer>
+  hashes     #### x to the end of the line        (GSM8K; the heading "#### Step 2" is no answer)
+  statement  "the final answer is x.", "**Answer:** x", "A: x" to the end of the sentence, and
+             "### Final Answer" as a line of its own, above the value
+The last mark wins, whatever its kind, and so does a mark inside a tag. A statement behind another
+kind of mark must say a value: after "\boxed{8}", "the answer is odd" says none, "Answer: D" does.
+If it is a sentence ("Final answer: She has 7 apples."), it counts when its numbers are all other
+ones. Ticks, code fences and bold type around an answer are taken away.
+
+A mark that the text denies is no answer: "is not \boxed{5}", "cannot be 5", "x \neq \boxed{5}",
+"\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing between but
+words such as "equal to" or "that the answer is". So "Those that do not fit are \boxed{5}" denies
+nothing. An earlier mark with the value that a later one denies is no answer either.
+
+Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one answer, the list
+"3, 4". It is right when the gold answer is that list, and a hedge and wrong when the gold answer is
+one value. Text without any mark has an answer only as a worked conclusion: the last sentence is
+complete and gives one number, and the text has computed this number ("88 - 36 = 52. She bought 52
+more tins."). lenient=True falls back to the last number in the text instead. It is for a second
+column in an evaluation, never for a reward.
+
+Every pattern is linear or reads a window, so the work grows with the text at most. This file needs
+verifier/ alone; reward.py and data.py need it.
+"""
+
+import re
+from collections import namedtuple
+
+from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
+
+TAIL = 20_000        # characters of a completion that are searched, from its end
+MAX_PLACES = 50      # places of the word "answer", from the end, where a statement is looked for
+
+# -------------------------------------------------------------------------------------------- marks
+
+Mark = namedtuple("Mark", "start end content")      # of one answer in a text
+
+# the marks of a thought, in the spellings of the field; a slash or "end" closes it
+_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>|\[(/?)THINK\]"
+                      r"|<\|(begin|end)_of_thought\|>", re.I)
+_END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>user", "</s>")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{([^{}\\]*)\}|(\{)|([^\s{}$.,\\]+))")
+_BRACE = re.compile(r"\\.|[{}]", re.S)
+_TAG = re.compile(r"<(/?)answer>", re.I)
+_HEADING_WORDS = r"[ \t]*(?:[A-Za-z]{2}|[A-Za-z][ \t]+[A-Za-z]|[A-Za-z0-9]+[.)][ \t])"
+_HASHES = re.compile(rf"####(?!{_HEADING_WORDS})([^\n#<]+(?:<(?!/)[^\n#<]*)*)")
+
+# "the final answer to the question is", "Answer:" at the start of a line or of a sentence, "answer"
+# as a line of its own; and "A:", but not before an option "B:"
+_IS_NOT = r"(?P<denied>\bisn['’]t\b|\bcan(?:not|['’]t| not| never) be\b|≠)"
+_SAID = re.compile(
+    r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer\**"
+    rf"(?:[ \t]+(?:to|for)\b[^.\n:=]{{0,60}}?)?[ \t]*(?:\bis\b(?!n['’]t)|[:=]|{_IS_NOT})"
+    r"|^[ \t#*]*answer\**[ \t]*(?:[:=]|(?=\$|\\\())"
+    r"|(?:(?<=[.!?}$)] )|\*\*)\**answer\**[ \t]*:", re.I | re.M)
+_HEADING = re.compile(
+    r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
+_OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
+_GAP = re.compile(
+    r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n|(?<=\n)>"
+    r"|(?:therefore|thus|hence|then|simply|indeed|clearly|option|choice)\b,?)*", re.I)
+_SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
+_CLAUSE = re.compile(
+    r"(?:The|the) (?:[A-Za-z ]|\$[^$0-9]{1,40}\$)+ (?:is|are|equals) (?=[-$\\0-9(])")
+
+# what a value begins with: 7, $x$, (D), option D, -x, Friday, yes
+_VALUE = re.compile(
+    r"[-+±(\[{|\s*\"'“]*"
+    r"(?:[$\\0-9√π∞∅]|\.[0-9]|[AI](?![A-Za-z'])(?!\s[a-z])|[B-HJ-Z](?![A-Za-z'])"
+    r"|[a-z](?=\W*$|[-+*/^=_(])|[A-Z][a-z]+(?: [A-Z][a-z]+){0,3}\W*$"
+    r"|(?:yes|no|true|false|none)\W*$)")
+
+# a negation, and the words that may stand between it and the mark that it denies
+_DENIALS = set("""
+    Not never Never nor Nor hardly no longer anything rather instead unlikely impossible fails
+    different far false wrong incorrect untrue mistake doubt deny""".split())
+_NEGATION = (
+    r"(?:\b(?:(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)|doubt|deny|far from"
+    r"|anything but|rather than|instead of|different from|fails to)\b(?! is\b)|(?:unlikely|false"
+    r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
+    r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
+    r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
+    r"|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final"
+    r"|correct|right|true|answer|value|result|solution|number|that|it|this|is|case|think|believe"
+    r"|say|mean|claim|sure|certain|simply|just|actually|really|exactly|always|only|even|quite"
+    r"|possibly|necessarily)\b)*")
+_DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
+_DENIES = re.compile(
+    r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)
+
+_BUT_NOT = re.compile(
+    r",? (?:and |but )?(?:not|rather than|instead of) (?=[-0-9$\\]|[A-Z]\b)")       # 7, not 5
+
+# "is not the answer", "? No", "That is wrong", behind a mark
+_DENIED_BEHIND = re.compile(
+    r"(?:[\s$*`)\]}.,]|\\[\])])*(?:(?:(?:but|and|no|so|wait)[\s,]+)?(?:that|this|it|which)\s*)?"
+    r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+"
+    r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?"
+    r"(?:answer|solution|result|right|correct|true|valid|it)\b"
+    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)(?!\s+(?:that|to)\b)"
+    r"|\?\s*no\b)", re.I)
+
+# what may stand between two marks of one answer, and what makes a sentence no worked conclusion
+_CONNECTOR = re.compile(
+    r"(?:\\(?:text|quad)|\b(?:and|or)\b|\b[A-Za-z]\s*=|[\s$,;.*{}()\[\]\\])*", re.I)
+_HEDGE = re.compile(
+    r"\b(?:not|or|either|neither|maybe|perhaps|if|never|wrong|about)\b|n't|[?<>]|\\[a-z]", re.I)
+_SCALED = re.compile(
+    r"[0-9] ?(?:[A-Za-z]\b|%|per ?cent|hundred|thousand|[mb]illion|dozen)", re.I)
+_NUMBER = re.compile(
+    r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|\.[0-9]+"
+    r"|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?)")
+
+
+def _tail(completion):
+    """Return what is read: the last TAIL characters, of what follows a thought."""
+    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
+
+
+def _ended(completion):
+    """Return what stands before the first end-of-text token."""
+    # a look for one character is ten times as fast as a look for a word, here and below
+    if "|" in completion and "<|" in completion or "/" in completion and "</s>" in completion:
+        ends = [i for i in map(completion.find, _END) if i >= 0]
+        completion = completion[:min(ends, default=len(completion))]
+    return completion
+
+
+def _after_thought(text):
+    """Return what follows the last thought: all of a text without one, nothing of an open one."""
+    if "<" not in text and "[" not in text:
+        return text
+    if not ("hink" in text or "hought" in text
+            or "K" in text and "HINK" in text or "G" in text and "HOUGHT" in text):
+        return text
+
+    last = None
+    for last in _THOUGHT.finditer(text):
+        pass
+    if last is None:
+        return text
+    closes = last[1] or last[2] or (last[3] or "").lower() == "end"
+    return text[last.end():] if closes else ""
+
+
+def _closing_braces(text, start):
+    """Return {index of an opening brace: index of its closing brace} from `start` on.
+
+    Escaped braces are skipped.
+    """
+    closing = {}
+    opened = []
+
+    for match in _BRACE.finditer(text, start):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
+
+
+def _boxes(text):
+    r"""Yield the Mark of each \boxed and \fbox; of a box inside a box only the outer one."""
+    closing = None
+    end = 0
+
+    for match in _BOX.finditer(text):
+        plain, opening, unbraced = match.groups()
+        if match.start() < end:
+            continue                                        # inside the box before
+        if not opening:
+            yield Mark(match.start(), match.end(), unbraced or plain)
+            continue
+
+        # braces inside: where does it close?
+        if closing is None:
+            closing = _closing_braces(text, match.start())
+        if match.start(2) in closing:
+            end = closing[match.start(2)] + 1
+            yield Mark(match.start(), end, text[match.end():end - 1])
+
+
+def _tags(text):
+    """Yield the Mark of each <answer>...</answer>; of a tag inside a tag only the inner one."""
+    opening = None
+    for match in _TAG.finditer(text):
+        if not match[1]:
+            opening = match
+        elif opening:
+            yield Mark(opening.start(), match.end(), text[opening.end():match.start()])
+            opening = None
+
+
+def _hashes(text):
+    """Yield the Mark of each line of hashes."""
+    for match in _HASHES.finditer(text):
+        content = match[1]
+        if content.count("}") > content.count("{"):
+            content = content[:content.rindex("}")]         # \boxed{#### 5}
+        yield Mark(match.start(), match.end(), content)
+
+
+def _places(text, word, start):
+    """Return the indices of a word in text[start:], the last first, MAX_PLACES at most."""
+    if word[-1] not in text:
+        return []
+    places = []
+    place = text.rfind(word, start)
+    while place >= 0 and len(places) < MAX_PLACES:
+        places.append(place)
+        place = text.rfind(word, start, place)
+    return places
+
+
+def _announcements(text, start):
+    """Return [(start, end, kind)] of "the final answer is", "Answer:" and "A:" from `start` on.
+
+    The kind is "denied" for "isn't" and the like, "heading" for a line of its own, else "".
+    Only the text around the last MAX_PLACES places of the word "answer" is read.
+    """
+    found = []
+    for place in _places(text, "A:", start):
+        line = text.rfind("\n", start, place) + 1 or start
+        if not text[line:place].strip(" \t") and not _OPTIONS.match(text, place):
+            found.append((line, place + 2, ""))
+
+    for place in sorted(_places(text, "nswer", start) + _places(text, "NSWER", start)):
+        window = max(start, place - 25), place + 80
+        said = _SAID.search(text, *window) or _HEADING.search(text, *window)
+        if said:
+            found.append((*said.span(), said.lastgroup or ""))
+            start = said.end()
+    return sorted(found)[-MAX_PLACES:]
+
+
+def _statements(text, start=0, other=None):
+    """Yield the Mark of each statement from `start` on.
+
+    Behind a mark of another kind, `other`, a statement has to say a value. A sentence that does not
+    begin with one ("Final answer: She has 7 apples.") counts there if it has other numbers alone.
+    """
+    for begin, end, kind in _announcements(text, start):
+        after = _GAP.match(text, end).end()
+        sentence = _SENTENCE.match(text, after, after + 2 * MAX_ANSWER)
+        if not sentence:
+            continue
+
+        # Final answer: The area of $ABC$ is 12; a denied answer begins behind its negation
+        at, stop = sentence.span(2 if sentence[1] is None else 1)
+        if not text[at:at + 1].isdigit():
+            clause = _CLAUSE.match(text, at, stop)
+            if clause and not _HEDGE.search(clause[0]):
+                at = clause.end()
+            negation = _DENIES.match(text, at, stop)
+            if negation:
+                at = negation.end()
+                but = text.find(" but ", at, stop)          # not 5 but 7: it denies 5
+                stop = but if but >= 0 else stop
+                kind = "denied"
+        if kind == "denied":
+            begin = at
+
+        content = _BUT_NOT.split(text[at:stop])[0]
+        if other or kind == "heading":
+            is_value = "?" not in content and _VALUE.match(content)
+            if not is_value and not (other and _disagrees(text[begin:end], content, other)):
+                continue
+        yield Mark(begin, sentence.end(), content)
+
+
+def _disagrees(announced, content, other):
+    """Return whether a sentence that is announced as the answer has other numbers alone."""
+    if "?" in content or not ("final" in announced.lower() or announced.rstrip(" *").endswith(":")):
+        return False
+    numbers = _NUMBER.findall(content)
+    if not 0 < len(numbers) < 6 or len(other.content) > 60:      # bounded, and no plain statement
+        return False
+    return not any(equal(number, other.content) for number in numbers)
+
+
+# --------------------------------------------------------------------------------------- extraction
+
+def _bare(content):
+    """Return the content of a mark without ticks, fences and bold type."""
+    if "`" in content:
+        content = re.sub(r"```(?:[a-z]{1,12}\n)?|`", "", content)
+    if "**" in content:
+        bold = r"(?<![\w)])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*|(?<=[\w)}$%])\*\*(?=[\s,.])"
+        content = re.sub(bold, r"\1", content)
+    content = content.strip(" \t\n*")
+    return content.strip("'") if content[:1] == "'" else content
+
+
+def _is_denied(text, mark):
+    r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
+    # most texts hold no word of this kind, and need no look at a pattern
+    begin = max(0, mark.start - 50)
+    before = text[begin:mark.start]
+    if ("not" in before or "'t" in before or "\\ne" in before or "!=" in before
+            or not before.isascii() or not _DENIALS.isdisjoint(before.split())):
+        if _DENIED_BEFORE.search(text, begin, mark.start):
+            return True
+
+    if mark.end + 3 > len(text):
+        return False
+    return _DENIED_BEHIND.match(text, mark.end, mark.end + 60) is not None
+
+
+def _is_joined(text, mark, following):
+    """Return whether two marks are parts of one answer, with nothing but a connector between."""
+    return (mark.end <= following.start <= mark.end + 40
+            and _CONNECTOR.fullmatch(text, mark.end, following.start) is not None)
+
+
+def _last_group(text, marks, denied):
+    """Return the last of `marks`, joined with those directly before it, as one Mark, or None.
+
+    Groups that the text denies are passed over, MAX_PLACES marks at most, and added to `denied`.
+    """
+    marks = [mark for mark in marks if mark.content.strip(" \t\n*`$.{}")]
+    while marks and len(denied) < MAX_PLACES:
+        group = [marks.pop()]
+        if not marks and not _is_denied(text, group[0]):        # most texts have one mark
+            return Mark(group[0].start, group[0].end, _bare(group[0].content))
+        length = len(group[0].content)
+        while marks and length <= MAX_ANSWER and _is_joined(text, marks[-1], group[-1]):
+            group.append(marks.pop())
+            length += len(group[-1].content)
+            if len(group) == MAX_ITEMS:
+                break
+
+        if not any([_is_denied(text, mark) for mark in group]):
+            return Mark(group[-1].start, group[0].end, _joined(group))
+        denied += group
+    return None
+
+
+def _joined(group):
+    """Return the different contents of a group of marks, from its last to its first, as a list."""
+    contents = [_bare(group[0].content)]
+    for mark in group[1:]:
+        content = _bare(mark.content)
+        if not any(equal(content, other) for other in contents):
+            contents.append(content)
+    return ", ".join(reversed(contents))
+
+
+def _conclusion(text):
+    """Return the one number of a complete last sentence as a Mark if the text has computed it."""
+    text = text.rstrip()
+    begin = max(text.rfind("\n"), *(text.rfind(end, 0, -1) for end in (". ", "! ", "? "))) + 1
+    sentence = text[begin:begin + MAX_ANSWER]
+    before, equals, after = sentence.rpartition("=")
+    numbers = list(_NUMBER.finditer(after))
+    if len(numbers) != 1 or not text.endswith(".") or _SCALED.search(after):
+        return None
+
+    [number] = numbers
+    answer = number[0].lstrip("$")
+    if _HEDGE.search(before) or _HEDGE.search(after[:number.end() + 25]):
+        return None
+
+    # it is the right side of an equation here, or a result before this sentence
+    result = r"(?:=|\bis)\s*\$?" + re.escape(answer) + r"(?![0-9]|[.,][0-9])"
+    computed = equals or re.search(result, text[:begin])
+    return Mark(begin, len(text), answer) if computed else None
+
+
+def _find(text):
+    """Return the Mark of the final answer or None, and the marks behind it that the text denies."""
+    kinds = []
+    if "\\" in text and ("\\boxed" in text or "\\fbox" in text):
+        kinds.append(_boxes(text))
+    if ">" in text and ("nswer>" in text or "R" in text and "NSWER>" in text):
+        kinds.append(_tags(text))
+    if "#" in text and "####" in text:
+        kinds.append(_hashes(text))
+
+    # of the kinds that occur, the mark that starts last is the answer
+    found = None
+    denied = []
+    for marks in kinds:
+        mark = _last_group(text, marks, denied)
+        if mark and (found is None or mark.start > found.start):
+            found = mark
+
+    # a statement may stand behind it, or in a tag
+    start = 0
+    if found:
+        start = found.start if text[found.start] == "<" else found.end
+    rest = text[start:] if start else "A:"
+    if "nswer" in rest or "NSWER" in rest or "A:" in rest:
+        found = _last_group(text, _statements(text, start, found), denied) or found
+    if found is None:
+        return (None if denied else _conclusion(text)), denied
+
+    # an answer that the text denies behind it is none
+    later = [mark for mark in denied if mark.start > found.start]
+    if any(equal(_bare(mark.content), found.content) for mark in later[-10:]):
+        found = None
+    return found, later
+
+
+def extract_answer(completion: str, lenient: bool = False) -> str | None:
+    """Return the final answer of `completion` by the rules in this file's docstring.
+
+    Args: completion, the model's text; lenient, whether to fall back to the last number in it.
+    Returns: the answer as written (several adjacent ones joined by ", "), or None. Never raises.
+    """
+    text = _tail(completion) if isinstance(completion, str) else ""
+    found, denied = _find(text)
+    if found:
+        return found.content
+    numbers = _NUMBER.findall(text) if lenient and not denied else []
+    return numbers[-1] if numbers else None
+
+
+def answer_and_number_before(completion):
+    """Return (final answer, the last number before its mark), each None where there is none.
+
+    The number may stand in the thought.
+    """
+    text = _tail(completion)
+    found, _ = _find(text)
+    if not found:
+        return None, None
+
+    whole = _ended(completion).rstrip()
+    mark = len(whole) - len(text) + found.start
+    numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
+    return found.content, numbers[-1] if numbers else None
