@@ -104,14 +104,18 @@ def descending():
     return one
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_alone_is_not_finite_makes_no_step(loss):
-    """The gradient may be finite all the same, where a constant of the loss is not."""
+@pytest.mark.parametrize("loss, factor", [(math.nan, 1), (math.inf, 1), (0.5, math.nan), (0.5, math.inf)])
+def test_a_loss_or_a_gradient_that_alone_is_not_finite_makes_no_step(loss, factor):
+    """The gradient is finite all the same where only a constant of the loss is not. A good update ends the count."""
     one = descending()
     before = [p.detach().clone() for p in one.model.parameters()]
-    assert math.isfinite(one.descend(loss))
+    next(one.model.parameters()).grad *= factor
+    assert math.isfinite(one.descend(loss)) == (factor == 1)
     assert one.progress.bad_steps == 1 and one.progress.updates == 0
     assert all(map(torch.equal, before, one.model.parameters()))
+
+    for p in one.model.parameters():
+        p.grad = torch.ones_like(p)
     one.descend(0.5)
     assert one.progress.bad_steps == 0 and one.progress.updates == 1
     assert not any(map(torch.equal, before, one.model.parameters()))

@@ -7,7 +7,6 @@ import copy
 import random
 from functools import lru_cache
 from tempfile import TemporaryDirectory
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -36,6 +35,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def float64(monkeypatch):
+    """Let the program compute in float64 wherever it asks for float32."""
     for name in ("float32", "float"):
         monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(np, "float32", np.float64)
@@ -197,12 +197,14 @@ def groups_of(rollout, rewards):
 
 
 def near(a, b, tolerance=1e-6):
-    """Two tensors, relative to the norm of the larger."""
+    """Whether two tensors are equal relative to the larger norm, or both nothing but rounding."""
     return (a - b).norm() <= tolerance * max(a.norm(), b.norm(), 1e-5)
 
 
 def compare(seed, folder):
-    """Hold a run of ours to the naive one. Returns the number of its updates."""
+    """Hold a run of ours to the naive one: losses, gradients, final weights. Returns its updates.
+
+    mu's log-probs are recorded nowhere: the naive trainer evaluates the policy that drew."""
     c = drawn_config(seed)
     start, of_transformers = tiny(list(FAMILIES)[seed // 4 % 3])
     ours = our_run(c, start, folder)
