@@ -361,6 +361,15 @@ def test_an_old_checkpoint_is_hidden_before_it_is_removed(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    """config.json and the cut logs: at the moment of the rename both the old and the new text stand there in full."""
+    file, seen, replace = tmp_path / "config.json", [], os.replace
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda new, old: seen.append((Path(new).read_text(), Path(old).read_text())) or replace(new, old))
+    checkpoint.write_whole(file, "new")
+    assert seen == [("new", "old")] and file.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_count_of_bad_updates_comes_back_with_a_checkpoint(tmp_path):
     checkpoint.save_checkpoint(tmp_path, Progress(step=1, bad_steps=4), {"a": torch.ones(3)})
     progress, _ = checkpoint.load_checkpoint(tmp_path / "step-000001", {"a": torch.zeros(3)})
