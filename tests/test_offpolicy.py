@@ -509,6 +509,8 @@ def test_a_pass_without_a_trained_token_leaves_the_replay_ratio():
     one = learner_of(tiny(), adaptive_replay=True, replay_ratio=4)
     one.state.replay_ratio = 2.
     offpolicy.adapt(one, offpolicy.Drift())
+    rollout, rewards = drawn(one.model)
+    one.learn(rollout, 0 * rewards)
     assert one.state.replay_ratio == 2
     offpolicy.adapt(one, offpolicy.Drift(sequences=1., weight=1., weight2=1., tokens=3.))
     assert one.state.replay_ratio == pytest.approx(2.4)
