@@ -200,9 +200,9 @@ def groups_of(rollout, rewards):
     return groups
 
 
-def near(a, b, tolerance=1e-6):
+def near(a, b, tolerance=1e-5):
     """Whether two tensors are equal relative to the larger norm, or both nothing but rounding."""
-    return (a - b).norm() <= tolerance * max(a.norm(), b.norm(), 1e-5)
+    return (a - b).norm() <= tolerance * max(a.norm(), b.norm(), 1e-6)
 
 
 def compare(seed, folder):
@@ -216,9 +216,11 @@ def compare(seed, folder):
     for (rollout, rewards), draws in zip(ours.rollouts, ours.draws, strict=True):
         expected.step(groups_of(rollout, rewards), draws)
 
+    passes = getattr(c, "replay_ratio", 1) - 1          # fewer only where the buffer was empty
+    assert all(len(draws) == passes or draws == [[]] for draws in ours.draws), c
     assert len(ours.found) == len(expected.found) == expected.updates == ours.progress.updates, c
     for i, (mine, theirs) in enumerate(zip(ours.found, expected.found)):
-        assert mine[0] == pytest.approx(theirs[0], rel=1e-6, abs=1e-9), (i, c)
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-9), (i, c)
         assert mine[1].keys() == theirs[1].keys()
         for name in mine[1]:
             assert near(mine[1][name], theirs[1][name]), (i, name, c)
