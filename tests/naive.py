@@ -77,7 +77,8 @@ class Trainer:
                 group.version = self.version
                 for row in group.rows:
                     row.mu, _ = score(self.mu, row, c.temperature)
-                    row.ref = score(self.ref, row, c.temperature)[0] if c.algo != "gtpo" else None
+                    if getattr(c, "beta", 0):
+                        row.ref, _ = score(self.ref, row, c.temperature)
             self.compare(groups)
             if c.algo == "gtpo":
                 self.find_conflicts(groups)
@@ -115,17 +116,16 @@ class Trainer:
         """One optimizer step on the loss of these rows."""
         c = self.c
         tokens = sum(len(row.completion) for row in rows)
-        total = 0.0
         self.pi.zero_grad()
         for row in rows:
             logp, entropy = score(self.pi, row, c.temperature)
             per_token = (self.gtpo if c.algo == "gtpo" else self.grpo)(row, logp, entropy)  # (n,)
             count = {"token": tokens, "sequence": len(rows) * len(logp),
                      "constant": len(rows) * c.max_new_tokens}[c.aggregation]
-            loss = per_token.sum() / count
-            loss.backward()
-            total += loss.item()
+            row.loss = per_token.sum() / count
+            row.loss.backward()
 
+        total = sum(row.loss.item() for row in rows)
         self.found.append((total, {name: p.grad.clone() for name, p in self.parameters.items()}))
         self.adamw()
 
@@ -154,7 +154,7 @@ class Trainer:
         loss = -torch.minimum(ratio * A, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * A)
         if c.dual_clip and A < 0:
             loss = loss.clamp(max=-c.dual_clip * A)
-        d = row.ref - logp
+        d = row.ref - logp if c.beta else 0 * logp
         return (row.weight * loss + c.beta * (d.exp() - d - 1)) * row.replay_weight
 
     @torch.no_grad()

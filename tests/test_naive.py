@@ -101,6 +101,9 @@ def drawn_config(seed):
                    "priority": r.choice([0.0, 0.6])}
         if chosen["replay_ratio"] > 1 and chosen["advantage_scale"] == "batch":
             chosen["advantage_scale"] = "std"
+    updates = chosen["epochs"] * chosen["minibatches"] * chosen.get("replay_ratio", 1)
+    if updates > 2:
+        chosen["steps"] = 2             # enough, and fast
     return config.check(Config(algo=algo, **chosen))
 
 
