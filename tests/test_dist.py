@@ -319,6 +319,64 @@ def test_checkpoints_come_back_as_they_were_and_the_newest_stay(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "step-000002", {"another": torch.zeros(1)})
 
 
+def watched(monkeypatch):
+    """A list of what happens to a disk: ("sync", file or folder's inode, names beside it) and ("rename", old, new)."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def record_fsync(handle):
+        inside = {path.name for folder in watch for path in folder.glob(".part-*/*")}
+        events.append(("sync", os.fstat(handle).st_ino, inside))
+        fsync(handle)
+
+    def record_replace(old, new):
+        events.append(("rename", Path(old).name, Path(new).name))
+        replace(old, new)
+    watch = []
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    return events, watch
+
+
+def test_a_checkpoint_is_renamed_when_all_of_it_is_on_disk_and_then_the_rename_is_made_to_last(tmp_path, monkeypatch):
+    """A power cut keeps what was synced, in any order. So: each rank its own part, rank 0 all files and the hidden folder;
+    the rename; the folder that holds the new name."""
+    events, watch = watched(monkeypatch)
+    watch.append(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, Progress(step=3), {"a": torch.ones(3)}, {"buffer": [1]})
+    final = tmp_path / "step-000003"
+    renamed = events.index(("rename", ".part-000003", "step-000003"))
+    before, after = ({e[1] for e in part if e[0] == "sync"} for part in (events[:renamed], events[renamed:]))
+    assert {path.stat().st_ino for path in (*final.iterdir(), final)} <= before and len(before) >= 5
+    assert tmp_path.stat().st_ino in after
+    own = (final / "__0_0.distcp").stat().st_ino            # synced by its writer, before rank 0 adds state.json
+    assert any(e[:2] == ("sync", own) and "state.json" not in e[2] for e in events)
+
+
+def test_an_old_checkpoint_is_hidden_before_it_is_removed(tmp_path, monkeypatch):
+    """A kill in the middle of its removal leaves no half of it under a name that counts."""
+    checkpoint.save_checkpoint(tmp_path, Progress(step=1), {"a": torch.ones(3)})
+    removed, rmtree = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: removed.append(Path(path).name) or rmtree(path, **more))
+    checkpoint.save_checkpoint(tmp_path, Progress(step=2), {"a": torch.ones(3)}, keep=1)
+    assert removed == [".part-step-000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    """config.json and the cut logs: at the moment of the rename both the old and the new text stand there in full."""
+    file, seen, replace = tmp_path / "config.json", [], os.replace
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda new, old: seen.append((Path(new).read_text(), Path(old).read_text())) or replace(new, old))
+    checkpoint.write_whole(file, "new")
+    assert seen == [("new", "old")] and file.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_count_of_bad_updates_comes_back_with_a_checkpoint(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, Progress(step=1, bad_steps=4), {"a": torch.ones(3)})
+    progress, _ = checkpoint.load_checkpoint(tmp_path / "step-000001", {"a": torch.zeros(3)})
+    assert progress.bad_steps == 4
+
+
 def test_only_numbered_folders_are_checkpoints_and_they_go_by_their_number(tmp_path):
     for name in ("step-1000000", "step-999999", "step-000020.bad", "step-", ".part-000021"):
         (tmp_path / name).mkdir()

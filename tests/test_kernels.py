@@ -587,6 +587,15 @@ def test_chunked_log_probs_of_bfloat16_are_float32_of_the_same_logits(chunk):
         assert a.dtype == x.dtype and (a.float() - b.float()).abs().max() <= 2 ** -6 * b.float().abs().max()
 
 
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
+    """600 chunks of one token each add (1/2, -1/2). A sum in bfloat16, of 8 bits, would stop at 128."""
+    monkeypatch.setattr(logps_file, "LOGIT_CHUNK", 2)
+    hidden = torch.ones(600, 1, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    logps_file.chunked_logps(hidden, head, torch.zeros(600, dtype=torch.int64), 1.0)[0].sum().backward()
+    assert head.grad.dtype == torch.bfloat16 and head.grad.tolist() == [[300.0], [-300.0]]
+
+
 def test_gradient_of_the_log_prob_by_hand():
     """Logits 0 and ln 3: p = 1/4, 3/4. d log p(0) / d logits = (1 - 1/4, -3/4), over the temperature."""
     hidden = torch.tensor([[0.0, math.log(3)]], requires_grad=True)             # the weight is the identity

@@ -60,6 +60,76 @@ def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatc
     assert seen == [2 + 1 + 2 * (3 + 4 + 5)]
 
 
+def test_halves_of_the_gradient_variance_lie_within_each_minibatch():
+    """Six groups in two minibatches: 0 2 4 and 1 3 5. Every second one of a minibatch is in its second half."""
+    model, seen = small_model(), []
+    one = learner.Learner(Config(group_size=2, minibatches=2, variance_every=1), grpo, model, None, Progress())
+    out = Sampler(model, []).generate([[1, 2]] * 6, 2, 3)
+    one.update_in_halves = lambda batch, *halves: seen.append([sorted({row // 2 for row in rows}) for rows in halves[:2]])
+    one.passes(grpo.prepare(out, torch.tensor([[1.0, 0]] * 6), one.config), 6)
+    assert seen == [[[0, 4], [2]], [[1, 5], [3]]]
+
+
+# ------------------------------------------------------------------------------------------------ scoring and steps
+
+def test_the_reference_is_scored_at_the_temperature_of_the_run():
+    """Before the first update pi is the reference, so its log-probs are those that the tokens were drawn at."""
+    model = small_model()
+    config = Config(group_size=2, temperature=0.5, beta=0.1)
+    one = learner.Learner(config, grpo, model, None, Progress(), reference=small_model())
+    out = Sampler(model, []).generate([[1, 2], [3]], 2, 5, temperature=0.5)
+    batch = one.batch(out, torch.tensor([[1.0, 0], [0, 1]]))
+    torch.testing.assert_close(batch.ref_logp, out.logps, atol=1e-4, rtol=0)
+    assert (model.token_logps(out.tokens, batch.mask)[0] - out.logps).abs().max() > 0.1         # at temperature 1
+
+
+def test_two_steps_of_adam_by_hand():
+    """Gradients 1 and -2, betas .9 and .95: m = .9 x .1 - .2 = -.11, v = .95 x .05 + .2 = .2475, over 1 - .81 and 1 - .9025."""
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = learner.adamw(None, 0.1, weight_decay=0.5, parameters=[p])
+    first = 1.0 * (1 - 0.1 * 0.5) - 0.1
+    second = first * (1 - 0.1 * 0.5) + 0.1 * (0.11 / 0.19) / math.sqrt(0.2475 / 0.0975)
+    for gradient, expected in ((1.0, first), (-2.0, second)):
+        p.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert p.item() == pytest.approx(expected, abs=1e-6)
+
+
+def descending():
+    """A learner whose gradient is 1 everywhere, and its `descend`."""
+    model = small_model()
+    one = learner.Learner(Config(), grpo, model, learner.adamw(model, 1e-3), Progress(), say=lambda line: None)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return one
+
+
+@pytest.mark.parametrize("loss, factor", [(math.nan, 1), (math.inf, 1), (0.5, math.nan), (0.5, math.inf)])
+def test_a_loss_or_a_gradient_that_alone_is_not_finite_makes_no_step(loss, factor):
+    """The gradient is finite all the same where only a constant of the loss is not. A good update ends the count."""
+    one = descending()
+    before = [p.detach().clone() for p in one.model.parameters()]
+    next(one.model.parameters()).grad *= factor
+    assert math.isfinite(one.descend(loss)) == (factor == 1)
+    assert one.progress.bad_steps == 1 and one.progress.updates == 0
+    assert all(map(torch.equal, before, one.model.parameters()))
+
+    for p in one.model.parameters():
+        p.grad = torch.ones_like(p)
+    one.descend(0.5)
+    assert one.progress.bad_steps == 0 and one.progress.updates == 1
+    assert not any(map(torch.equal, before, one.model.parameters()))
+
+
+def test_only_five_bad_updates_in_a_row_end_the_run():
+    one = descending()
+    for loss in [math.nan] * 4 + [0.5] + [math.nan] * 4:
+        one.descend(loss)
+    with pytest.raises(ValueError, match="five non-finite updates in a row"):
+        one.descend(math.nan)
+    assert one.progress.updates == 1
+
+
 # ------------------------------------------------------------------------------------------- from the command line
 
 QUICK = ["--eval-every", "100", "--eval-problems", "2", "--eval-samples", "1"]

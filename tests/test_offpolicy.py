@@ -20,7 +20,8 @@ from model import ModelConfig, Transformer
 from offpolicy import ReplayBuffer, importance_weights
 from rollout import Rollout, Sampler
 from test_grpo import probed, random_batch
-from config import Config
+from config import Config, check
+from engine.checkpoint import Progress
 
 torch.set_num_threads(1)
 NAN = math.nan
@@ -452,3 +453,88 @@ def test_ranks_and_micro_batches_add_up_to_the_whole(config):
         total = sum(offpolicy.loss(m.logp, torch.zeros_like(m.logp), m, config, count)[0] for m in micros)
         gradients.append(torch.autograd.grad(total, logp)[0])
     close(gradients[1], gradients[0], 1e-12)
+
+
+# ------------------------------------------------------------------------------------------ the passes of a rollout
+
+def learner_of(model, progress=None, **settings_):
+    config = Config(algo="offpolicy", prompts_per_step=6, group_size=4, **settings_)
+    return learner.Learner(config, offpolicy, model, learner.adamw(model, 1e-3), progress or Progress(),
+                           state=offpolicy.State(config))
+
+
+def test_stale_fresh_groups_have_weights_also_without_replay():
+    """--replay-ratio 1 --sync-every 2: drawn by version 0, trained at version 1. W is the product of pi / mu, at most 2."""
+    model = tiny()
+    rollout, rewards = drawn(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += .05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    one = learner_of(model, Progress(updates=1), replay_ratio=1, sync_every=2)
+    batch = offpolicy.fresh_batch(one, rollout, rewards)
+    pi, mask = model.token_logps(rollout.tokens, batch.mask)[0].detach(), batch.mask * batch.active[:, None]
+    w = ((pi - rollout.logps) * mask).sum(1).exp()
+    close(batch.weight, w.clamp(max=2)[:, None] * mask, 1e-4)
+    assert 0 < w[batch.active].min() < .9 and w.max() > 2
+    rollout.version = 1                                     # pi's own: no weights
+    assert torch.equal(offpolicy.fresh_batch(one, rollout, rewards).weight, mask)
+
+
+def test_the_bias_correction_of_priorities_rises_from_its_start_to_1_at_the_last_step():
+    """.4 + .6 x step / 10, whatever the number of updates; it is what the draws are weighed back by."""
+    for step, expected in ((1, .46), (5, .7), (10, 1.)):
+        one = learner_of(tiny(), Progress(step=step, updates=3 * step), priority=.6, priority_beta=.4, steps=10)
+        betas = []
+        one.state.buffer.sample = lambda count, beta: betas.append(beta) or ([], None)
+        one.learn(*drawn(one.model))
+        assert betas == [pytest.approx(expected)]
+
+
+def test_an_adaptive_clip_moves_both_its_sides():
+    """.1 and .3, now at .12: the upper side is .36. It stays within a quarter of --clip-low and twice that."""
+    one = learner_of(tiny(), adaptive_clip=True, kl_limit=.03, clip_low=.1, clip_high=.3, replay_ratio=1)
+    one.state.clip, seen = .12, []
+    passes = one.passes
+    one.passes = lambda batch, count, config: seen.append((config.clip_low, config.clip_high)) or passes(batch, count, config)
+    one.learn(*drawn(one.model))
+    assert seen == [(.12, pytest.approx(.36))]
+    for kl, expected in ((0., .2), (1., .025)):
+        for _ in range(30):
+            offpolicy.adapt(one, offpolicy.Drift(tokens=1., kl=kl, oldest=1.))
+        assert one.state.clip == pytest.approx(expected)
+
+
+def test_a_pass_without_a_trained_token_leaves_the_replay_ratio():
+    """It says nothing of the drift: its ESS of 1 and KL of 0 are those of no sample."""
+    one = learner_of(tiny(), adaptive_replay=True, replay_ratio=4)
+    one.state.replay_ratio = 2.
+    offpolicy.adapt(one, offpolicy.Drift())
+    rollout, rewards = drawn(one.model)
+    one.learn(rollout, 0 * rewards)
+    assert one.state.replay_ratio == 2
+    offpolicy.adapt(one, offpolicy.Drift(sequences=1., weight=1., weight2=1., tokens=3.))
+    assert one.state.replay_ratio == pytest.approx(2.4)
+
+
+def test_the_effective_sample_size_of_a_group_is_that_of_whole_sequences():
+    """Every token's ratio is 2. Sequences of 1, 2, 1 and 1 tokens weigh 2, 4, 2, 2: 10^2 / 28 of 4. Roots would all weigh 2.
+    In the second group the two rows that are not trained do not count: 2 and 4, so 6^2 / 20 of 2."""
+    mask = torch.tensor([[1., 0.], [1., 1.], [1., 0.], [1., 0.]] * 2)
+    nothing, ones, groups = torch.zeros(8), torch.ones(8, dtype=torch.int64), stamped(0, 0)
+    batch = offpolicy.Batch(
+        tokens=mask.long(), prompt_lengths=0 * ones, lengths=2 * ones, mask=mask, rewards=nothing, advantages=nothing,
+        active=torch.tensor([True] * 6 + [False] * 2), old_logp=0 * mask, prox_logp=math.log(2) * mask, lag=nothing)
+    offpolicy.measure(learner_of(tiny()), batch, groups)
+    assert [g.ess for g in groups] == pytest.approx([100 / 28 / 4, 36 / 20 / 2])
+
+
+@pytest.mark.parametrize("changes, oldest", [
+    ({}, 18), ({"sync_every": 1}, 6), ({"sync_every": 3}, 30), ({"replay_ratio": 3}, 24), ({"epochs": 1}, 9)])
+def test_groups_may_not_be_too_old_when_they_enter_the_buffer(changes, oldest):
+    """2 epochs of 3 minibatches are 6 updates a pass; weights of the step before have missed its 2 passes and the fresh one: 18."""
+    given = {"epochs": 2, "minibatches": 3, "sync_every": 2, "replay_ratio": 2, **changes}
+    with pytest.raises(ValueError, match=f"^--max-staleness {oldest - 1}: fresh groups may be {oldest} updates old[^\n]*$"):
+        check(Config(algo="offpolicy", max_staleness=oldest - 1, **given))
+    for allowed in (oldest, 0):                             # 0: no bound
+        check(Config(algo="offpolicy", max_staleness=allowed, **given))
+    check(Config(algo="offpolicy", max_staleness=1, **given | {"replay_ratio": 1}))         # nothing enters

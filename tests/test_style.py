@@ -107,6 +107,12 @@ def test_sizes():
     assert (HERE / "LOG.md").stat().st_size <= 20_000
 
 
+def test_the_naive_trainer_is_short_and_uses_nothing_of_the_project():
+    naive = HERE / "tests" / "naive.py"
+    assert filled(naive) <= 200 and not imported(naive, everywhere=True)
+    assert max(map(len, lines_of(naive))) <= 100
+
+
 @pytest.mark.parametrize("word", ["SimpleNamespace", "eval(", "pickle.load", "trust_remote_code=True"])
 def test_words_that_do_not_occur(word):
     used = []

@@ -348,6 +348,39 @@ def test_a_non_finite_loss_is_skipped_and_five_in_a_row_end_the_run(start, tmp_p
     assert log_of(tmp_path / "run")[-1]["loss"] is None             # NaN is not JSON
 
 
+@pytest.fixture
+def ready(start, tmp_path):
+    """A run that is set up, with a second copy of the weights that draws."""
+    config = Config(algo="offpolicy", model=str(start), data=str(start.parent / "problems.jsonl"), sync_every=2, max_new_tokens=6,
+                    eval_problems=3, eval_samples=2, format_reward=.25, consistency_reward=.5)
+    yield train.start(config, tmp_path / "run", torch.device("cpu"))
+    checkpoint.release()
+
+
+def test_each_reward_has_its_own_weight(ready):
+    assert {name: weight for name, weight, _ in ready.rewards} == {"correct": 1, "format": .25, "consistency": .5}
+
+
+def test_evaluation_is_by_the_weights_that_are_trained(ready):
+    """Not by the older ones that draw. Here the trained ones never stop, and the older ones at once."""
+    assert ready.behaviour is not ready.sampler
+    ready.sampler.eos_ids, ready.behaviour.eos_ids = torch.tensor([], dtype=torch.int64), torch.arange(280)
+    assert train.evaluate_run(ready)["eval_length"] == 6
+
+
+def test_bad_updates_in_a_row_are_counted_over_a_resume(ready):
+    """Four before the checkpoint and one after it end the run."""
+    progress = ready.learner.progress
+    progress.step, progress.bad_steps = 1, 4
+    train.save(ready)
+    ready.learner.progress = checkpoint.Progress()
+    train.restore(ready)
+    for p in ready.learner.model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="five non-finite updates in a row at step 1"):
+        ready.learner.descend(float("nan"))
+
+
 @pytest.mark.parametrize("budget, lengths, expected", [
     (10, [3, 5, 2], [[2, 0, 1]]), (9, [3, 5, 2], [[2, 0], [1]]), (1, [3, 5], [[0], [1]]), (10, [], [])])
 def test_micro_batches_are_sorted_and_within_budget(budget, lengths, expected):
