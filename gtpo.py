@@ -249,8 +249,9 @@ def prepare(rollout, rewards, config):
     mask = rollout.completion_mask()        # also of the rows that mask_truncated drops
 
     # a reward at its group's mean has no sign but that of rounding
-    rounding = 1e-6 * rewards.abs().amax(1).clamp(min=1).repeat_interleave(G)
-    A = torch.where(batch.advantages.abs() <= rounding, 0.0, batch.advantages)
+    rounding = 1e-6 * rewards.abs().amax(1, keepdim=True).clamp(min=1)
+    at_mean = grpo.group_advantages(rewards, "none").abs() <= rounding      # (N, G)
+    A = torch.where(at_mean.flatten(), 0.0, batch.advantages)
 
     runs = conflict_runs(batch.tokens, mask, A, G)
     cap = None if config.gtpo_official else config.gtpo_cap or None

@@ -269,4 +269,5 @@ def write_whole(file, text):
     """Write a file such that there is never half of it."""
     part = file.with_name("." + file.name)
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, file)

@@ -36,7 +36,7 @@ class Row:
 class Group:
     """The completions of one prompt."""
     rows: list
-    version: int = 0            # optimizer updates that mu had seen
+    version: int = 0            # the step whose weights drew it
     uses: int = 0               # draws from the buffer
 
 
@@ -58,7 +58,7 @@ class Trainer:
         self.parameters = dict(self.pi.named_parameters())
         self.mean = dict.fromkeys(self.parameters, 0.0)         # Adam's moments
         self.square = dict.fromkeys(self.parameters, 0.0)
-        self.steps = self.updates = self.version = 0
+        self.steps = self.updates = self.version = self.behind = 0
         self.initial_entropy = None
         self.buffer = []
         self.found = []
@@ -70,7 +70,7 @@ class Trainer:
         self.lr = c.lr * min(1, self.steps / (c.warmup_steps + 1))
         if (self.steps - 1) % getattr(c, "sync_every", 1) == 0:
             self.mu.load_state_dict(self.pi.state_dict())
-            self.version = self.updates
+            self.version, self.behind = self.steps, self.updates
 
         with torch.no_grad():
             for group in groups:
@@ -83,7 +83,7 @@ class Trainer:
             if c.algo == "gtpo":
                 self.find_conflicts(groups)
 
-        self.one_pass(groups, stale=self.version < self.updates)
+        self.one_pass(groups, stale=self.behind < self.updates)
         if getattr(c, "replay_ratio", 1) > 1:
             self.replay(groups, draws)
 
@@ -140,7 +140,7 @@ class Trainer:
             self.square[name] = 0.95 * self.square[name] + 0.05 * g * g
             mean = self.mean[name] / (1 - 0.9 ** self.updates)
             square = self.square[name] / (1 - 0.95 ** self.updates)
-            p -= self.lr * (mean / (square.sqrt() + 1e-8) + self.c.weight_decay * p)
+            p -= self.lr * (mean / (square.sqrt() + 1e-8) + self.c.weight_decay * (p.ndim > 1) * p)
 
     # ------------------------------------------------------------------- GRPO, also off-policy
 
@@ -183,7 +183,7 @@ class Trainer:
 
         for prompts in draws:
             self.buffer = [g for g in self.buffer if g.uses < (c.max_reuse or math.inf) and
-                           self.updates - g.version <= (c.max_staleness or math.inf)]
+                           self.steps - g.version <= (c.max_staleness or math.inf)]
             self.buffer = self.buffer[-c.buffer_groups:]
             assert len(prompts) == min(c.prompts_per_step, len(self.buffer))
             self.one_pass(self.draw(prompts), stale=True)
@@ -192,9 +192,9 @@ class Trainer:
         """The groups of these prompts, with weights that undo the priorities they were drawn by."""
         c = self.c
         for group in self.buffer:
-            age = self.updates - group.version
+            age = self.steps - group.version
             std = pstdev(row.reward for row in group.rows)
-            group.priority = (std * math.exp(-age / 16) + 1e-3) ** c.priority
+            group.priority = (std * math.exp(-age / 8) + 1e-3) ** c.priority
 
         least = min((group.priority for group in self.buffer), default=None)
         beta = c.priority_beta + (1 - c.priority_beta) * self.steps / c.steps

@@ -306,14 +306,16 @@ def test_the_initial_entropy_is_measured_once_over_completions_that_count(mask_t
         torch.testing.assert_close(batch.initial_entropy, torch.full((4,), .25))
 
 
-@pytest.mark.parametrize("rewards", [[0., .4, .5, .7], [0., .7, 1., 1.1], [.1, .4, .4, .7], [100., 100.4, 100.5, 100.7]])
-def test_a_reward_at_the_mean_of_its_group_has_no_sign(rewards):
+@pytest.mark.parametrize("scale", ["none", "std", "batch", "loo"])
+@pytest.mark.parametrize("rewards", [[0., .4, .5, .7], [0., .7, 1., 1.1], [.1, .4, .4, .7], [100., 100.4, 100.5, 100.7],
+                                     [1., 1.0004, 1.0005, 1.0007]])
+def test_a_reward_at_the_mean_of_its_group_has_no_sign(rewards, scale):
     """In float32 it is a rounding error above or below: such a row is neither amplified nor protected, nor makes conflicts."""
     at_mean = [abs(r - sum(rewards) / 4) < 1e-5 for r in rewards]
     tokens = torch.tensor([[7, 1, 2]] * 4)
     twos = torch.full((4,), 1)
     rollout = Rollout(tokens, twos, 3 * twos, torch.zeros(4, 3), twos > 0)
-    batch = gtpo.prepare(rollout, torch.tensor([rewards]), Config(algo="gtpo", group_size=4))
+    batch = gtpo.prepare(rollout, torch.tensor([rewards]), Config(algo="gtpo", group_size=4, advantage_scale=scale))
     expected = [[0., *[1. if middle else 2. if r > sum(rewards) / 4 else 0.] * 2] for r, middle in zip(rewards, at_mean)]
     assert any(at_mean) and (batch.advantages[at_mean] != 0).all() and batch.conflict.tolist() == expected
 

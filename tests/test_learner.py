@@ -85,12 +85,12 @@ def test_the_reference_is_scored_at_the_temperature_of_the_run():
 
 def test_two_steps_of_adam_by_hand():
     """Gradients 1 and -2, betas .9 and .95: m = .9 x .1 - .2 = -.11, v = .95 x .05 + .2 = .2475, over 1 - .81 and 1 - .9025."""
-    p = torch.nn.Parameter(torch.tensor([1.0]))
+    p = torch.nn.Parameter(torch.tensor([[1.0]]))       # a matrix, so it decays
     optimizer = learner.adamw(None, 0.1, weight_decay=0.5, parameters=[p])
     first = 1.0 * (1 - 0.1 * 0.5) - 0.1
     second = first * (1 - 0.1 * 0.5) + 0.1 * (0.11 / 0.19) / math.sqrt(0.2475 / 0.0975)
     for gradient, expected in ((1.0, first), (-2.0, second)):
-        p.grad = torch.tensor([gradient])
+        p.grad = torch.tensor([[gradient]])
         optimizer.step()
         assert p.item() == pytest.approx(expected, abs=1e-6)
 

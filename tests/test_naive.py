@@ -97,7 +97,7 @@ def drawn_config(seed):
                    "importance": r.choice(["none", "standard", "truncated"]),
                    "importance_level": r.choice(["token", "sequence", "geometric"]),
                    "importance_cap": r.choice([1.1, 2.0]), "max_reuse": r.choice([0, 1, 2]),
-                   "buffer_groups": r.choice([2, 512]), "max_staleness": r.choice([0, 32]),
+                   "buffer_groups": r.choice([3, 512]), "max_staleness": r.choice([0, 32]),
                    "priority": r.choice([0.0, 0.6])}
         if chosen["replay_ratio"] > 1 and chosen["advantage_scale"] == "batch":
             chosen["advantage_scale"] = "std"
@@ -179,6 +179,7 @@ def our_run(c, start, folder):
 
     sampler = behaviour = Sampler(model, STOPS)
     if getattr(c, "sync_every", 1) > 1:
+        ours.behaviour = lagging.requires_grad_(False)
         behaviour = Sampler(lagging, STOPS)
     rewards = [("correct", 1.0, parity), ("brevity", 0.25, brevity)]
     run = train.Run(learner=ours, sampler=sampler, behaviour=behaviour, stream=Prompts(),
