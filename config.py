@@ -200,6 +200,9 @@ class Common:
     max_new_tokens: int = setting(64, least=1)          # a longer completion is cut,
                                                         # and counted in truncated_frac
 
+    refill: int = setting(0, least=0)   # further rounds, at most, until --prompts-per-step groups
+                                        # are neither all right nor all wrong (refill.py)
+
     max_prompt_tokens: int = setting(512, least=1)      # problems with longer prompts are dropped
     temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)    # of rollouts and training
     rows_at_once: int = setting(1024, least=1)          # completions drawn together, at most;
@@ -210,7 +213,12 @@ class Common:
                                         # {"enable_thinking": false} switches Qwen3's thinking off
 
     # rewards (reward.py): 1 for a verified answer, plus
-    reward: str = ""                    # NAME=WEIGHT,...: more functions of reward.REWARDS
+    reward: str = ""                    # NAME=WEIGHT,...: more functions of reward.REWARDS, or
+                                        # FILE.py:FUNCTION in TRL's signature (user_reward.py)
+
+    overlong_buffer: int = setting(0, least=0)      # tokens before the limit in which a right or
+                                        # cut completion loses up to 1; 0: none
+
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result
     # optimisation (learner.py)
@@ -407,6 +415,9 @@ def check(c):
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step "
                          f"{c.prompts_per_step} (groups stay whole)")
+    if c.overlong_buffer > c.max_new_tokens:
+        raise ValueError(f"--overlong-buffer {c.overlong_buffer}: at most --max-new-tokens "
+                         f"{c.max_new_tokens}")
     if hasattr(c, "check"):
         c.check()           # of the objective's own settings
     return c

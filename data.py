@@ -21,6 +21,7 @@ import tasks
 from extraction import extract_answer
 from reward import verifies_itself
 
+TAKEN = ("prompt", "messages", "check", "task")     # fields of a problem that we fill ourselves
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus")
@@ -172,6 +173,8 @@ def normalize(row, name):
 
     problem = {"problem": question, "answer": answer, "solution": solution,
                "level": row.get("level"), "id": row.get("id", name)}
+    others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
+    problem = {**others, **problem}     # reward functions of the user's may read them
     for field, text in problem.items():
         if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')

@@ -307,6 +307,20 @@ def together(act):
     return result
 
 
+def each(act):
+    """Let every rank act, without collectives. Each gets its own result, or raises the first error
+    that any of them met."""
+    result = problem = None
+    try:
+        result = act()
+    except Exception as error:
+        problem = first_line(error)
+    problem = next(filter(None, gather_objects(problem)), None)
+    if problem:
+        raise Agreed(problem)
+    return result
+
+
 # --------------------------------------------------------------------------------------- watching
 
 class Watchdog(threading.Thread):

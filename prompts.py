@@ -114,17 +114,19 @@ def prompt_text(question, tokenizer, template="auto"):
     return prompt_texts([question], tokenizer, template)[0]
 
 
+def conversation(question, template):
+    """Returns a question as the messages that a chat template is given."""
+    system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
 def prompt_texts(questions, tokenizer, template):
     """Returns the text that a completion continues, for each question."""
-    system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
     if uses_chat(tokenizer, template):
-        conversations = []
-        for question in questions:
-            conversations.append([{"role": "system", "content": system},
-                                  {"role": "user", "content": question}])
+        conversations = [conversation(question, template) for question in questions]
         return render(tokenizer, conversations, add_generation_prompt=True)
     if template == "reasoning":
-        return [f"{system}\n\n{question}\n" for question in questions]
+        return [f"{REASONING_PROMPT}\n\n{question}\n" for question in questions]
     return [question + "\n" for question in questions]
 
 
@@ -162,12 +164,16 @@ def encode_prompts(problems, tokenizer, template):
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
     """Returns the problems with "prompt" (token ids) added, without those above max_length tokens.
 
-    report is a function that takes the line with the count of dropped problems. Raises ValueError
-    when no problem is left."""
+    Where the prompt is a chat, "messages" is added too, for users' reward functions. report is a
+    function that takes the line with the count of dropped problems. Raises ValueError when no
+    problem is left."""
     kept = []
+    is_chat = uses_chat(tokenizer, template)
     for problem, ids in zip(problems, encode_prompts(problems, tokenizer, template)):
         if len(ids) <= max_length:
             kept.append({**problem, "prompt": ids})
+            if is_chat:
+                kept[-1]["messages"] = conversation(problem["problem"], template)
 
     dropped = len(problems) - len(kept)
     if dropped:

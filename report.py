@@ -32,39 +32,44 @@ PANELS = (          # of curve.png: (title, keys of the log)
 
 # ----------------------------------------------------------------------------- of one run
 
-def rollout_metrics(learner, rollout, rewards, parts, seconds):
-    """Means over all ranks of what was drawn in this step; its tokens are counted.
+def rollout_metrics(learner, drawn, seconds):
+    """Means over all ranks of what was drawn in this step; its tokens and completions are counted.
 
-    rewards (n, G); parts: {name of a reward function: (n, G)}; seconds: of the rollout."""
+    drawn: a list of train.Drawn, one a round; seconds: of the rollout."""
     c, progress = learner.config, learner.progress
-    drawn = (rollout.lengths - rollout.prompt_lengths).float()
-    sums = dist.all_reduce({
-        "rows": rewards.numel(),
-        "reward": rewards.sum(),
-        "spread": rewards.std(1, correction=0).sum(),
-        "flat_groups": (~grpo.informative(rewards)).sum(),
-        "drawn": drawn.sum(),
-        "cut": (~rollout.finished).sum(),
-        "tokens": rollout.lengths.sum(),
-        "entropy": -rollout.logps.sum(),
-        "solved": (parts["correct"] > 0).any(1).sum(),
-        **{f"rewards/{name}": part.sum() for name, part in parts.items()},
-    }, learner.device)
+    here = {}
+    for d in drawn:
+        tokens = (d.rollout.lengths - d.rollout.prompt_lengths).float()
+        sums = {
+            "rows": d.rewards.numel(),
+            "reward": d.rewards.sum(),
+            "spread": d.rewards.std(1, correction=0).sum(),
+            "flat_groups": (~grpo.informative(d.rewards)).sum(),
+            "drawn": tokens.sum(),
+            "cut": (~d.rollout.finished).sum(),
+            "tokens": d.rollout.lengths.sum(),
+            "entropy": -d.rollout.logps.sum(),
+            "solved": (d.parts["correct"] > 0).any(1).sum(),
+            **{f"rewards/{name}": part.sum() for name, part in d.parts.items()},
+        }
+        here = {name: here.get(name, 0) + value for name, value in sums.items()}
+    sums = dist.all_reduce(here, learner.device)
 
     # a rank may hold no prompt at all, so every mean is taken over the sums of all ranks
     rows = sums["rows"]
     groups = rows / c.group_size
     progress.num_tokens += int(sums["tokens"])
+    progress.num_samples += int(rows)
     return {
         "step": progress.step,
         "reward": sums["reward"] / rows,
         "reward_std": sums["spread"] / groups,
         "frac_reward_zero_std": sums["flat_groups"] / groups,
-        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in parts},
+        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in drawn[0].parts},
         "completion_length": sums["drawn"] / rows,
         "truncated_frac": sums["cut"] / rows,
         "num_tokens": progress.num_tokens,
-        "num_samples": progress.step * c.prompts_per_step * c.group_size,
+        "num_samples": progress.num_samples,
         "entropy": sums["entropy"] / sums["drawn"],     # the sampler's; `learn` may have a better
         "pass@G": sums["solved"] / groups,
         "rollout_time": seconds,

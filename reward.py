@@ -268,22 +268,31 @@ REWARDS = {
 def weighted(text="", **weights):
     """Return the reward functions of a run, [(name, weight, function)]; correctness is among them.
 
-    text is NAME=WEIGHT,NAME=WEIGHT; weights are the same by name. Those of weight 0 are left out.
-    Raises ValueError, in one line, for a name that is not in REWARDS or is given twice, and for a
-    weight that is no finite number.
+    text is NAME=WEIGHT,FILE.py:FUNCTION=WEIGHT,...; without =WEIGHT it is 1. weights are the same
+    by name. Those of weight 0 are left out. Raises ValueError, in one line, for a name that is not
+    in REWARDS or is given twice, and for a weight that is no finite number.
     """
     chosen = {"correct": 1.0, **weights}
+    functions = dict(REWARDS)
     given = [name for name, weight in weights.items() if weight]
     for item in filter(None, text.split(",")):
         name, _, weight = item.partition("=")
-        if name not in REWARDS:
-            raise ValueError(f"--reward {item}: choose {', '.join(REWARDS)}, each with =WEIGHT")
+        if ":" in name:
+            from user_reward import load
+            name, function = load(name)
+            if name in REWARDS:
+                raise ValueError(f"--reward {item}: {name} is the name of a function here; "
+                                 "give yours another")
+            functions.setdefault(name, function)
+        if name not in functions:
+            raise ValueError(f"--reward {item}: choose {', '.join(REWARDS)} or FILE.py:FUNCTION, "
+                             "each with =WEIGHT")
         if name in given:
             raise ValueError(f"--reward {item}: {name} is given twice")
         given.append(name)
         chosen[name] = finite(item, weight or "1")
 
-    return [(name, weight, REWARDS[name]) for name, weight in chosen.items()
+    return [(name, weight, functions[name]) for name, weight in chosen.items()
             if weight or name == "correct"]
 
 
@@ -298,19 +307,24 @@ def finite(item, text):
     return number
 
 
-def parts(functions, problems, groups, group_size):
+def parts(functions, problems, groups, group_size, rollout=None):
     """Return what each reward function says, before its weight: {name: (N, G) float64 tensor}.
 
-    functions are those of `weighted`; N may be 0. Raises ValueError, which names the function, when
-    one fails or gives something else.
+    functions are those of `weighted`; N may be 0; functions of the user's see the rollout. Raises
+    ValueError, which names the function, when one fails or gives something else.
     """
     import torch                        # here, so that whoever only verifies does not wait for it
     found, shape = {}, (len(problems), group_size)
     for name, _, function in functions:
         try:
-            numbers = torch.tensor(function(problems, groups), dtype=torch.float64)
+            own = getattr(function, "sees_rollout", False)
+            seen = (problems, groups, rollout) if own else (problems, groups)
+            numbers = function(*seen)
+            numbers = torch.tensor(numbers, dtype=torch.float64)
         except Exception as error:
-            raise ValueError(f"reward {name}: {type(error).__name__}: {error}") from error
+            kind = "" if own else f"{type(error).__name__}: "
+            raise ValueError(f"reward {name}: {kind}{error}") from error
+
         if not problems:
             numbers = numbers.view(shape)
         if numbers.shape != shape or not numbers.isfinite().all():
@@ -318,3 +332,15 @@ def parts(functions, problems, groups, group_size):
                              f"finite; (prompts, completions) = {shape} finite numbers are needed")
         found[name] = numbers
     return found
+
+
+def overlong(lengths, finished, correct, limit, buffer):
+    """Return DAPO's soft punishment of long completions, 0 to -1 (arXiv 2503.14476, equation 13).
+
+    It is 0 up to limit - buffer tokens, and falls in a line to -1 at the limit. Only completions
+    that are right or were cut pay it: else a wrong one would gain by giving up early. lengths,
+    finished, correct: (N, G) tensors.
+    """
+    excess = (lengths - (limit - buffer)) / buffer
+    pays = (correct > 0) | ~finished
+    return -excess.clamp(0, 1) * pays

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import dist
 import prompts
+import tasks
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from dist import together
@@ -264,6 +265,19 @@ def warm_start(config, progress=True):
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
     dist.barrier()
     return model, tokenizer
+
+
+def check_default_start(c):
+    """Raise ValueError for settings of a run that the built-in model cannot serve."""
+    if c.data not in tasks.TASKS:
+        raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
+                         f"to make a small one: python sft.py --data {c.data} --out DIR")
+
+    room, asked = ModelConfig.max_position_embeddings, c.max_prompt_tokens + c.max_new_tokens
+    if asked > room:
+        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens "
+                         f"{c.max_new_tokens} leave the context of {room} tokens of the built-in "
+                         "model")
 
 
 def default_start(c, folder, device):

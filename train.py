@@ -25,20 +25,21 @@ from tqdm import tqdm
 
 import data
 import dist
+import heldout
 import prompts
+import refill
 import report
 import reward
 import sft
-import tasks
 from config import objective, parse, parse_levels, parse_template_kwargs
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
 from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
                     remember, stopped_line)
 from learner import Learner, adamw
-from model import ModelConfig, trainable
+from model import trainable
 from policies import load_policies, needs_source, save_model
-from rollout import Sampler, check_request, draw_groups
+from rollout import Rollout, Sampler, check_request, draw_groups
 
 BEGIN = time.perf_counter()
 
@@ -71,22 +72,19 @@ def train_step(run):
     # draw a group of completions of each problem, by the weights of this step or of an earlier one
     dist.phase(f"step {progress.step}: rollout")
     refresh_behaviour(run)
-    problems = run.stream.next(c.prompts_per_step)
-    mine = dist.split(len(problems))            # this rank's share, which may be empty
-    problems = [problems[i] for i in mine]
-    seeds = [(c.seed, progress.step, i) for i in mine]
     with run.behaviour.loaded():                # every rank: the weights are gathered here, once
-        rollout, groups = draw_groups(run.behaviour, run.tokenizer, problems, c.group_size,
-                                      c.max_new_tokens, c.temperature, seeds)
+        drawn = [draw(run)]
+        while len(drawn) <= c.refill and not refill.enough(drawn, c.prompts_per_step):
+            drawn.append(draw(run, len(drawn)))
 
-    # reward them
-    parts = reward.parts(run.rewards, problems, groups, c.group_size)
-    scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
-    rewards = scores.float().to(learner.device)
-    drawn_in = time.perf_counter() - begin
-    line = report.rollout_metrics(learner, rollout, rewards, parts, drawn_in)
+    line = report.rollout_metrics(learner, drawn, time.perf_counter() - begin)
+    rollout, rewards = drawn[0].rollout, drawn[0].rewards
+    if c.refill:
+        rollout, rewards, more = refill.chosen(drawn, c.prompts_per_step)
+        line.update(more)
     if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
-        report.write_samples(run.folder, progress.step, problems[:2], groups, scores.tolist())
+        one = drawn[0]
+        report.write_samples(run.folder, progress.step, one.problems[:2], one.groups, one.scores)
 
     # learn from them
     dist.phase(f"step {progress.step}: training")
@@ -98,6 +96,40 @@ def train_step(run):
     line.update(dist.all_reduce(peak, learner.device, "max"), train_time=end - middle,
                 step_time=end - begin)
     return line
+
+
+@dataclass
+class Drawn:
+    """This rank's n problems of a step, which may be none, and their completions."""
+    problems: list
+    rollout: Rollout
+    groups: list                # n lists of G texts
+    parts: dict                 # {reward function: (n, G) float64}, before its weight
+    scores: torch.Tensor        # (n, G) float64, weighted sums
+    rewards: torch.Tensor       # (n, G) the same in float32, on the device
+
+
+def draw(run, number=0):
+    """Draw completions of the next problems, and reward them. number: of the round in the step."""
+    c, step = run.learner.config, run.learner.progress.step
+    problems = run.stream.next(c.prompts_per_step)
+    mine = dist.split(len(problems))
+    problems = [problems[i] for i in mine]
+    seeds = [(c.seed, step, number * c.prompts_per_step + i) for i in mine]
+    rollout, groups = draw_groups(run.behaviour, run.tokenizer, problems, c.group_size,
+                                  c.max_new_tokens, c.temperature, seeds)
+
+    parts = dist.each(
+        lambda: reward.parts(run.rewards, problems, groups, c.group_size, rollout))
+    scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
+    if c.overlong_buffer:
+        shape, lengths = scores.shape, rollout.lengths - rollout.prompt_lengths
+        parts["overlong"] = reward.overlong(
+            lengths.cpu().view(shape), rollout.finished.cpu().view(shape), parts["correct"],
+            c.max_new_tokens, c.overlong_buffer)
+        scores = scores + parts["overlong"]
+    rewards = scores.float().to(run.learner.device)
+    return Drawn(problems, rollout, groups, parts, scores, rewards)
 
 
 def refresh_behaviour(run):
@@ -114,39 +146,6 @@ def refresh_behaviour(run):
     progress.behaviour_step = progress.step
 
 
-# -------------------------------------------------------------------------------------- evaluation
-
-def evaluate(sampler, tokenizer, held_out, config):
-    """Held-out accuracy: greedy, and pass@1 of eval_samples draws; with their mean length.
-
-    Every rank enters."""
-    dist.phase("evaluation")
-    with sampler.loaded():
-        greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)
-        drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples,
-                          config.temperature)
-    return {"eval_pass@1": drawn["right"] / drawn["rows"],
-            "eval_greedy": greedy["right"] / greedy["rows"],
-            "eval_length": drawn["tokens"] / drawn["rows"]}
-
-
-def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
-    """Counts of right completions, of all, and of their tokens, over all ranks."""
-    mine = dist.split(len(held_out))
-    problems = [held_out[i] for i in mine]
-    rollout, groups = draw_groups(sampler, tokenizer, problems, samples, config.max_new_tokens,
-                                  temperature, [(0, i) for i in mine])
-    right = reward.correct(problems, groups)
-    return dist.all_reduce({
-        "right": sum(map(sum, right)),
-        "rows": len(rollout.lengths),
-        "tokens": (rollout.lengths - rollout.prompt_lengths).sum()}, sampler.model.device)
-
-
-def evaluate_run(run):
-    return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config)
-
-
 # ---------------------------------------------------------------------------------------- the loop
 
 def loop(run, interrupt):
@@ -158,12 +157,19 @@ def loop(run, interrupt):
     with bar:
         if learner.progress.step == 0:
             bar.set_description("first evaluation")
-            learner.progress.first = evaluate_run(run)
+            learner.progress.first = heldout.evaluate_run(run)
             report.write_line(run.folder, {"step": 0, **learner.progress.first})
 
         while learner.progress.step < c.steps:
             bar.set_description(c.algo)
-            line = train_step(run)
+            before = replace(learner.progress, cursor=run.stream.cursor)
+            try:
+                line = train_step(run)
+            except dist.Agreed:         # such as a reward that fails: the step before is saved
+                if before.step and learner.progress.updates == before.updates:
+                    learner.progress, run.stream.cursor = before, before.cursor
+                    save(run)
+                raise
             for warning in report.warnings_of(line, c):
                 learner.say(warning)
 
@@ -171,7 +177,7 @@ def loop(run, interrupt):
             evaluates = last or line["step"] % c.eval_every == 0
             if evaluates:
                 bar.set_description("evaluation")
-                run.latest = evaluate_run(run)
+                run.latest = heldout.evaluate_run(run)
                 line.update(run.latest)
             report.write_line(run.folder, line)
             bar.update()
@@ -193,7 +199,7 @@ def finish(run):
     """Write the model in HF format and the last line."""
     progress = run.learner.progress
     first = progress.first
-    last = run.latest or evaluate_run(run)      # a resumed run without a step left has none
+    last = run.latest or heldout.evaluate_run(run)      # a resumed run without a step left has none
     dist.phase("writing the model")
     c = run.learner.config
     save_model(c, run.learner.model, run.folder, c.model or run.folder / "warm_start")
@@ -251,7 +257,10 @@ def restore(run):
 def start(c, folder, device):
     """Everything that the loop needs. The folder is claimed when the input has proved readable."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
-    check_surroundings(c, device)
+    if c.graph == "on" and device.type == "cpu":
+        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
+    if not c.model:
+        sft.check_default_start(c)
     functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
 
     train, held_out = data.load_split(c.data, c.eval_data, c.seed, parse_levels(c.levels),
@@ -297,21 +306,6 @@ def start(c, folder, device):
     return Run(learner=learner, sampler=sampler, behaviour=behaviour,
                stream=data.Stream(train, c.seed), held_out=held_out, rewards=functions,
                tokenizer=tokenizer, folder=folder)
-
-
-def check_surroundings(c, device):
-    """Raise ValueError for settings that cannot work here, before anything is read or written."""
-    if c.graph == "on" and device.type == "cpu":
-        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
-    if not c.model and c.data not in tasks.TASKS:
-        raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
-                         f"to make a small one: python sft.py --data {c.data} --out DIR")
-
-    room, asked = ModelConfig.max_position_embeddings, c.max_prompt_tokens + c.max_new_tokens
-    if not c.model and asked > room:
-        raise ValueError(f"--max-prompt-tokens {c.max_prompt_tokens} and --max-new-tokens "
-                         f"{c.max_new_tokens} leave the context of {room} tokens of the built-in "
-                         "model")
 
 
 # ------------------------------------------------------------------------------------- the program

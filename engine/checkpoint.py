@@ -39,6 +39,7 @@ class Progress:
     behaviour_step: int = 0         # the step that they were taken at
     cursor: int = 0                 # problems taken from the stream
     num_tokens: int = 0             # of prompts and completions, over all ranks
+    num_samples: int = 0            # completions
     bad_steps: int = 0              # non-finite updates in a row
     seconds: float = 0.0            # of all starts of the run together
     first: dict = field(default_factory=dict)       # evaluation before the first step

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import evaluate
 import reward
 import sft
-import train
+import heldout
 from config import Config
 from evaluate import majority_at_k, pass_at_k, subsets, vote_labels
 from report import standard_error
@@ -276,7 +276,7 @@ def test_the_training_log_and_this_file_agree(folder, first):
     c = evaluate.EvalConfig(model=str(folder / "model"), data=str(folder / "problems.jsonl"),
                             device="cpu", threads=1)
     sampler, tokenizer, problems, _ = evaluate.start(c)
-    line = train.evaluate(sampler, tokenizer, problems, Config(max_new_tokens=8, eval_samples=4))
+    line = heldout.evaluate(sampler, tokenizer, problems, Config(max_new_tokens=8, eval_samples=4))
     assert line["eval_greedy"] == pytest.approx(first["strict"]["greedy"]["mean"])
     assert line["eval_pass@1"] == pytest.approx(first["strict"]["pass@1"]["mean"])
     assert line["eval_length"] == pytest.approx(first["sampled"]["completion_length"])

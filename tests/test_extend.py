@@ -11,6 +11,7 @@ import config
 import reward
 import tasks
 import train
+from model import Transformer
 from test_train import HERE, fast, log_of, start         # start is a fixture
 from test_train import stored
 
@@ -30,7 +31,7 @@ def test_an_objective_is_a_file_and_a_word(start, tmp_path, reinforce):
     assert all(line["kept"] == 1 and line["entropy"] > 0 for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines)
     first, second = (stored(tmp_path / "run", step) for step in (2, 2))
-    before = train.Transformer.from_pretrained(start)
+    before = Transformer.from_pretrained(start)
     assert any(not torch.equal(p, first["model." + n]) for n, p in before.named_parameters())
 
 

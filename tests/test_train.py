@@ -19,6 +19,7 @@ import data
 import grpo
 import dist
 import sft
+import heldout
 import train
 import learner
 from config import Config, parse
@@ -354,7 +355,7 @@ def ready(start, tmp_path):
     config = Config(algo="offpolicy", model=str(start), data=str(start.parent / "problems.jsonl"), sync_every=2, max_new_tokens=6,
                     eval_problems=3, eval_samples=2, format_reward=.25, consistency_reward=.5)
     yield train.start(config, tmp_path / "run", torch.device("cpu"))
-    checkpoint.release()
+    folder.release()
 
 
 def test_each_reward_has_its_own_weight(ready):
@@ -365,7 +366,7 @@ def test_evaluation_is_by_the_weights_that_are_trained(ready):
     """Not by the older ones that draw. Here the trained ones never stop, and the older ones at once."""
     assert ready.behaviour is not ready.sampler
     ready.sampler.eos_ids, ready.behaviour.eos_ids = torch.tensor([], dtype=torch.int64), torch.arange(280)
-    assert train.evaluate_run(ready)["eval_length"] == 6
+    assert heldout.evaluate_run(ready)["eval_length"] == 6
 
 
 def test_bad_updates_in_a_row_are_counted_over_a_resume(ready):

@@ -1,0 +1,159 @@
+"""Reward functions of a user's file, in TRL's signature; and the punishment of long completions."""
+import json
+
+import pytest
+import torch
+
+import reward
+import train
+import user_reward
+from rollout import Rollout
+from test_train import fast, log_of, start         # start is a fixture
+
+# three functions of the kinds in TRL's documentation, written anew
+THEIRS = '''
+import re
+from helper_of_mine import SCALE
+
+def reward_tokens(completion_ids, **kwargs):
+    """Longer completions score higher."""
+    return [float(len(ids)) for ids in completion_ids]
+
+def reward_format(completions, **kwargs):
+    """A conversation's completion that thinks and then answers."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.match(r"^<think>.*?</think><answer>.*?</answer>$", text) else 0.0 for text in texts]
+
+def reward_truth(prompts, completions, answer, kind, **kwargs):
+    """Against a column of the data, and only for the problems that it is meant for."""
+    return [SCALE * (gold in text) if k == "number" else None for text, gold, k in zip(completions, answer, kind)]
+
+def plain(completions, prompts):
+    return [len(text) - len(prompt) for text, prompt in zip(completions, prompts)]
+'''
+PROBLEMS = [{"problem": "1 + 1?", "answer": "2", "kind": "number", "prompt": [1]},
+            {"problem": "Sky?", "answer": "blue", "kind": "word", "prompt": [2]}]
+GROUPS = [["2", "it is 2", "3"], ["blue", "red", ""]]
+IDS = [[5], [5, 6, 7], [5, 6], [1, 1, 1, 1], [2], [3]]
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "helper_of_mine.py").write_text("SCALE = 2.0\n")
+    (tmp_path / "mine.py").write_text(THEIRS)
+    return tmp_path / "mine.py"
+
+
+def rollout():
+    lengths = torch.tensor([len(ids) + 1 for ids in IDS])
+    tokens = torch.zeros(6, 5, dtype=torch.int64)
+    for row, ids in enumerate(IDS):
+        tokens[row, 1:1 + len(ids)] = torch.tensor(ids)
+    return Rollout(tokens, torch.ones(6, dtype=torch.int64), lengths, torch.zeros(6, 5), torch.ones(6, dtype=torch.bool))
+
+
+def parts(text, problems=PROBLEMS, groups=GROUPS):
+    functions = reward.weighted(text)
+    return {name: part.tolist() for name, part in reward.parts(functions, problems, groups, 3, rollout()).items()}
+
+
+def test_functions_written_for_trl_work_unchanged(file):
+    found = parts(f"{file}:reward_tokens=0.5,{file}:reward_truth,{file}:plain")
+    assert found["reward_tokens"] == [[1, 3, 2], [4, 1, 1]]
+    assert found["reward_truth"] == [[2, 2, 0], [0, 0, 0]]          # None: nothing from it
+    assert found["plain"] == [[-5, 1, -5], [0, -1, -4]]
+    assert found["correct"] == [[0, 0, 0], [0, 0, 0]]               # no mark
+    assert [(name, weight) for name, weight, _ in reward.weighted(f"{file}:reward_tokens=0.5")] == [
+        ("correct", 1.0), ("reward_tokens", 0.5)]
+
+
+def test_a_chat_gives_messages(file):
+    problems = [{**p, "check": len, "messages": [{"role": "user", "content": p["problem"]}]} for p in PROBLEMS]
+    groups = [["<think>a</think><answer>2</answer>", "2", "<think>"], ["", "x", "<think></think><answer></answer>"]]
+    assert parts(f"{file}:reward_format", problems, groups)["reward_format"] == [[1, 0, 0], [0, 0, 1]]
+    seen = user_reward.columns(problems, groups, IDS)
+    assert seen["prompts"][0] == [{"role": "user", "content": "1 + 1?"}] and seen["kind"] == ["number"] * 3 + ["word"] * 3
+    assert not {"prompt", "check", "messages"} & set(seen) and seen["completion_ids"] == IDS
+
+
+def test_a_rank_without_prompts_asks_nothing(file):
+    functions = reward.weighted(f"{file}:reward_tokens")
+    assert reward.parts(functions, [], [], 3, rollout())["reward_tokens"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("nowhere.py:f", "there is no file nowhere.py"), ("{file}:nothing", "has no function nothing.*; it has reward_tokens, reward_format"),
+    ("{file}:SCALE", "has no function SCALE"), ("{file}:plain=much", "'much' is not a finite number"),
+    ("{file}:plain,{file}:plain", "plain is given twice"), ("tone", "choose correct, format, consistency or FILE.py:FUNCTION")])
+def test_what_cannot_be_loaded_is_one_line(text, message, file):
+    with pytest.raises(ValueError, match=message) as stop:
+        reward.weighted(text.format(file=file))
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("body, message", [
+    ("def f(: pass", "SyntaxError"), ("import no_such_module", "bad.py:1: ModuleNotFoundError"), ("raise SystemExit(3)", "SystemExit"),
+    ("async def f(**k): return 1", "has no function f"), ("def correct(**k): return []", "correct is the name of a function here")])
+def test_a_file_that_fails_is_one_line(body, message, tmp_path):
+    (tmp_path / "bad.py").write_text(body)
+    name = "correct" if "correct" in body else "f"
+    with pytest.raises(ValueError, match=message) as stop:
+        reward.weighted(f"{tmp_path}/bad.py:{name}")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("body, message", [
+    ("return [1.0] * 5", "reward f: gave 5 numbers for 6 completions"), ("return 1.0", "gave '1.0', not a list"),
+    ("return ['a'] * 6", "not a list of numbers"), ("return [float('nan')] * 6", "not finite"),
+    ("x = {}\n    return x['gold']", "reward f: .*bad.py:3: KeyError: 'gold'"), ("raise ValueError('two\\nlines')", "ValueError: two$")])
+def test_a_function_that_fails_is_one_line_with_its_place(body, message, tmp_path):
+    (tmp_path / "bad.py").write_text(f"def f(completions, **kwargs):\n    {body}\n")
+    with pytest.raises(ValueError, match=message) as stop:
+        parts(f"{tmp_path}/bad.py:f")
+    assert "\n" not in str(stop.value)
+
+
+def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_path):
+    """What was learned before is saved, and the run goes on when the function is mended."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("count = 0\n\ndef length(completions, id, **columns):\n    global count\n    count += 1\n"
+                    "    if count > 3:\n        raise KeyError('gold')\n    return [len(text) for text in completions]\n")
+    out = tmp_path / "run"
+    arguments = ["--model", str(start), "--out", str(out), *fast(start), "--save-every", "100", "--reward", f"{mine}:length=0.01"]
+    with pytest.raises(SystemExit, match="reward length: .*mine.py:7: KeyError: 'gold'"):
+        train.main(arguments)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000003"]
+    mine.write_text("def length(completions, **columns):\n    return [len(text) for text in completions]\n")
+    train.main(["--resume", "--out", str(out)])
+    train.main([*arguments[:3], str(tmp_path / "whole"), *arguments[4:]])
+    assert log_of(out) == log_of(tmp_path / "whole")
+    assert all(line["rewards/length"] > 0 for line in log_of(out)[1:])
+
+
+# ----------------------------------------------------------------------------------------------------- overlong
+
+def test_the_punishment_of_long_completions_by_hand():
+    """Limit 10, buffer 4: 6 tokens pay nothing, 8 half, 10 all. A wrong answer that stopped pays nothing, however long."""
+    lengths = torch.tensor([[1, 6, 8], [10, 10, 9], [8, 10, 10]])
+    finished = torch.tensor([[True, True, True], [True, False, True], [True, True, False]])
+    correct = torch.tensor([[1., 1., 1.], [1., 0., 1.], [0., 0., 1.]])
+    expected = [[0, 0, -0.5], [-1, -1, -0.75], [0, 0, -1]]
+    assert reward.overlong(lengths, finished, correct, 10, 4).tolist() == expected
+
+
+def test_it_is_part_of_the_reward(start, tmp_path):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--overlong-buffer", "8"])
+    for line in log_of(tmp_path / "run")[1:]:
+        assert line["rewards/overlong"] < 0
+        assert line["reward"] == pytest.approx(line["rewards/correct"] + line["rewards/overlong"], abs=1e-6)
+    with pytest.raises(SystemExit, match="--overlong-buffer 9: at most --max-new-tokens 8"):
+        train.main(["--model", str(start), "--out", str(tmp_path / "no"), *fast(start), "--overlong-buffer", "9"])
+
+
+def test_columns_of_the_data_file_reach_the_function(tmp_path):
+    import data
+    file = tmp_path / "d.jsonl"
+    rows = [{"problem": "a?", "answer": 1, "kind": "number", "weights": [1, 2], "prompt": "theirs"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    [problem] = data.load_problems(str(file), "train", 0, (1, 2))
+    assert problem["kind"] == "number" and problem["weights"] == [1, 2] and "prompt" not in problem

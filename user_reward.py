@@ -1,0 +1,123 @@
+"""A reward function from a file of the user's own, in TRL's signature.
+
+    python train.py --reward mine.py:length=0.1,mine.py:has_boxes ...
+
+    def length(completions, **kwargs):          # TRL's GRPOTrainer takes the same function
+        return [-len(text) / 1000 for text in completions]
+
+A function gets lists with an entry for each completion and returns a list of as many numbers:
+
+    prompts, completions    as TRL gives them: texts or, when the model speaks a chat template,
+                            lists of messages [{"role": ..., "content": ...}]
+    completion_ids          lists of token ids, the stop token included
+    problem, answer, solution, level, id, and each further field of the data file
+
+None says that the function does not apply to a completion, which then gets nothing from it. Of a
+function without **kwargs only the arguments that it names are given. Errors are one line with the
+function's name and the place in its file. Left out: async functions and TRL's trainer_state.
+The file is run as a program, so it must be one that you trust.
+"""
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from pathlib import Path
+
+OURS = ("prompt", "messages", "check")      # fields of a problem that are no columns of its data
+
+
+def load(text):
+    """Load FILE.py:FUNCTION. Returns (name, reward function of reward.py).
+
+    Raises ValueError, one line, when there is no such file or function, or the file fails."""
+    path, _, name = text.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"--reward {text}: there is no file {file}")
+
+    spec = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))        # for what it imports from beside it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:              # whatever a user's program may raise
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(f"--reward {text}: {where(error, file)}") from None
+    finally:
+        sys.path.pop(0)
+
+    function = getattr(module, name, None)
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        found = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"--reward {text}: {file} has no function {name}, which is called as it "
+                         f"is; it has {', '.join(found) or 'none'}")
+    return name, UserReward(function, file)
+
+
+class UserReward:
+    """A user's function as one of reward.py's: (problems, groups, rollout) -> (N, G)."""
+
+    sees_rollout = True
+
+    def __init__(self, function, file):
+        self.function = function
+        self.file = file
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.takes = {p.name for p in parameters}
+
+    def __call__(self, problems, groups, rollout):
+        """Return the function's numbers, (N, G); 0 where it does not apply.
+
+        Raises ValueError, one line, when the function fails or gives something else."""
+        if not problems:
+            return []
+        arguments = columns(problems, groups, rollout.completions())
+        if not self.takes_all:
+            arguments = {name: arguments[name] for name in arguments if name in self.takes}
+        count = sum(map(len, groups))
+
+        try:
+            numbers = self.function(**arguments)
+        except Exception as error:
+            raise ValueError(where(error, self.file)) from None
+
+        try:
+            numbers = [0.0 if number is None else float(number) for number in numbers]
+        except (TypeError, ValueError):
+            raise ValueError(f"gave {str(numbers)[:100]!r}, not a list of numbers") from None
+        if len(numbers) != count:
+            raise ValueError(f"gave {len(numbers)} numbers for {count} completions")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("gave a number that is not finite")
+
+        G = count // len(problems)
+        return [numbers[start:start + G] for start in range(0, count, G)]
+
+
+def columns(problems, groups, ids):
+    """The arguments of a function in TRL's signature: {name: list of N x G}."""
+    found = {"prompts": [], "completions": [], "completion_ids": list(ids)}
+    names = {name for problem in problems for name in problem if name not in OURS}
+    found |= {name: [] for name in names}
+
+    for problem, texts in zip(problems, groups):
+        messages = problem.get("messages")
+        for text in texts:
+            answered = [{"role": "assistant", "content": text}]
+            found["prompts"].append(messages or problem["problem"])
+            found["completions"].append(answered if messages else text)
+            for name in names:
+                found[name].append(problem.get(name))
+    return found
+
+
+def where(error, file):
+    """One line: the error, and the last line of the file that it came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if Path(frame.filename) == file]
+    place = f"{file}:{lines[-1]}: " if lines else f"{file}: "
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{place}{type(error).__name__}: {reason}"
