@@ -15,7 +15,6 @@ import importlib
 import inspect
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import lru_cache
@@ -421,9 +420,3 @@ def check(c):
     if hasattr(c, "check"):
         c.check()           # of the objective's own settings
     return c
-
-
-def refuse_torchrun(program):
-    """Raise ValueError when a program of one process was started as one of several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{program} is one process: start it with python, not torchrun")

@@ -14,8 +14,10 @@ verdict for both.
     python evaluate.py --model runs/NAME/model --data arithmetic --samples 8 --json eval.json
 
 A problem's completions depend on --seed and its place in the file, not on what shares its batch
-(up to rounding, which can decide between two nearly equal logits). Needs rollout.py to draw and
-reward.py to grade. Left out: several processes, few-shot prompts, several seeds in one run.
+(up to rounding, which can decide between two nearly equal logits). So problems are split over the
+ranks of torchrun, and with --json an evaluation that was stopped goes on by the same command: what
+is done lies in .FILE.part-RANK beside it. --model may also be a run's adapter/ folder. Needs
+rollout.py to draw and reward.py to grade. Left out: few-shot prompts, several seeds in one run.
 """
 import functools
 import itertools
@@ -38,7 +40,9 @@ import dist
 import prompts
 import reward
 from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
-                    parse_template_kwargs, refuse_torchrun, setting)
+                    parse_template_kwargs, setting)
+from engine.checkpoint import write_whole
+from folder import fingerprint_of_problems
 from model import Transformer
 from report import standard_error
 from rollout import Sampler, draw_groups
@@ -61,6 +65,9 @@ class EvalConfig:
     top_p: float = setting(1.0, above=0, most=1)    # of the samples; below 1: nucleus sampling
     top_k: int = setting(0, least=0)                # of the samples; 0: the whole vocabulary
     max_new_tokens: int = setting(256, least=1)     # a longer completion is cut and counted
+    also_at: int = setting(0, least=0)              # a smaller limit: the same completions, cut
+                                                    # there, are graded too; 0: none
+
     max_prompt_tokens: int = setting(512, least=1)  # problems with longer prompts are dropped
     limit: int = setting(0, least=0)                # only the first problems;
                                                     # 0: all (of a built-in task 1000)
@@ -193,7 +200,9 @@ def check(config):
     parse_template_kwargs(config.chat_template_kwargs)
     if not config.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
-    refuse_torchrun("evaluate.py")
+    if config.also_at >= config.max_new_tokens:
+        raise ValueError(f"--also-at {config.also_at}: must be below --max-new-tokens "
+                         f"{config.max_new_tokens}")
 
     # now, not after hours of sampling
     if config.json and Path(config.json).exists():
@@ -222,10 +231,10 @@ def start(config):
     # a problem's seed follows from its place in the file, also when others are dropped
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
 
-    model = Transformer.from_pretrained(config.model, device, getattr(torch, config.dtype))
+    model, source = load_model(config.model, device, getattr(torch, config.dtype))
     prompts.follow_run(config)
     options = parse_template_kwargs(config.chat_template_kwargs)
-    tokenizer = prompts.load_tokenizer(config.model, options)
+    tokenizer = prompts.load_tokenizer(source, options)
     prompts.report_template(tokenizer, config.template, warn)
     kept = prompts.tokenize_prompts(
         problems, tokenizer, config.template, config.max_prompt_tokens, warn)
@@ -236,53 +245,127 @@ def start(config):
     return sampler, tokenizer, kept, len(problems) - len(kept)
 
 
+def load_model(name, device, dtype):
+    """Load a checkpoint, or an adapter on the model that it names. Returns (model, what has the
+    tokenizer)."""
+    settings = Path(name) / "adapter_config.json"
+    if not settings.exists():
+        return Transformer.from_pretrained(name, device, dtype), name
+
+    import lora
+    base = json.loads(settings.read_text())["base_model_name_or_path"]
+    model = Transformer.from_pretrained(base, device, dtype)
+    return lora.load_adapter(model, name), base
+
+
 def warn(line):
     """Print a line on stderr, above the bar; stdout holds the table alone."""
-    tqdm.write(line, file=sys.stderr)
+    if dist.rank() == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------- completions
 
-def complete(config, sampler, tokenizer, problems, samples, temperature, bar):
-    """Draw and grade `samples` completions of every problem, while the bar shows how far it is.
+class Kept:
+    """The rows of problems that are done, in memory and, with --json, in a file as they come.
 
-    Returns the grades of each problem (`grade`) in the file's order, and a dict of statistics over
-    all completions: completion_length, truncated_frac and tokens_per_s."""
-    grades = [None] * len(problems)
-    drawn = {"completions": 0, "right": 0, "cut": 0, "tokens": 0}
-    begin = time.perf_counter()
+    A row is {"kind": "greedy" | "sampled", "index": of the problem, "lengths", "cut": of its
+    completions, "grades", "also": see `grade`}. Files that other ranks left are read as well."""
 
-    # the longest prompts come first, so that memory peaks at once
-    order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["prompt"]))
-    # a batch is larger than what is in the cache at once: its completions take turns there
-    size = max(1, 4 * config.rows_at_once // samples)
+    def __init__(self, config, problems):
+        self.rows = {}
+        self.file = None
+        if not config.json:
+            return
+        target = Path(config.json)
+        place = {"json", "device", "threads", "rows_at_once"}       # these change no result
+        settings = {k: v for k, v in asdict(config).items() if k not in place}
+        header = json.dumps([settings, fingerprint_of_problems(problems)])
 
-    for first in range(0, len(order), size):
-        batch = order[first:first + size]
-        chosen = [problems[i] for i in batch]
-        seeds = [(config.seed, problem["index"]) for problem in chosen]
+        for path in sorted(target.parent.glob(f".{target.name}.part-*")):
+            lines = path.read_text().split("\n")
+            if lines[0] != header:
+                raise ValueError(f"{path} is a part of another evaluation: remove it, or choose "
+                                 "another --json")
+            for line in lines[1:-1]:        # the last one is empty, or cut by a crash
+                row = json.loads(line)
+                self.rows[row["kind"], row["index"]] = row
+
+        # all in a file of this rank's own, so that a crash leaves no more than half a line
+        dist.barrier()
+        self.file = target.with_name(f".{target.name}.part-{dist.rank()}")
+        write_whole(self.file, "\n".join([header, *map(json.dumps, self.rows.values())]) + "\n")
+
+    def add(self, rows):
+        self.rows |= {(row["kind"], row["index"]): row for row in rows}
+        if self.file:
+            with open(self.file, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def remove(self):
+        """Remove the files of all ranks, when the result is written."""
+        for path in self.file.parent.glob(self.file.name.rpartition("-")[0] + "-*"):
+            path.unlink()
+
+
+FIRST_BATCH = 64        # completions; later batches grow until one takes BATCH_SECONDS
+BATCH_SECONDS = 30.0
+
+
+def complete(config, sampler, tokenizer, problems, samples, temperature, kept, bar):
+    """Draw and grade `samples` completions of the problems that are not kept yet, and keep them.
+
+    The bar shows how far it is. Returns tokens drawn, and seconds."""
+    kind = "greedy" if temperature == 0 else "sampled"
+    todo = [p for p in problems if (kind, p["index"]) not in kept.rows]
+    bar.update(samples * (len(problems) - len(todo)))
+    begin, tokens = time.perf_counter(), 0
+
+    # the longest prompts come first, so that memory peaks soon
+    todo.sort(key=lambda problem: -len(problem["prompt"]))
+    most = max(1, 4 * config.rows_at_once // samples)       # they take turns in the cache
+    size = max(1, min(most, FIRST_BATCH // samples))
+    while todo:
+        batch, todo = todo[:size], todo[size:]
+        batch_begin = time.perf_counter()
+        seeds = [(config.seed, problem["index"]) for problem in batch]
         rollout, groups = draw_groups(
-            sampler, tokenizer, chosen, samples, config.max_new_tokens, temperature, seeds,
+            sampler, tokenizer, batch, samples, config.max_new_tokens, temperature, seeds,
             top_k=config.top_k, top_p=config.top_p)
 
-        for i, texts in zip(batch, groups):
-            grades[i] = grade(texts, problems[i]["answer"], problems[i].get("check"))
-            drawn["right"] += sum(grades[i]["strict"]["right"])
-        drawn["completions"] += len(rollout.lengths)
-        drawn["cut"] += int((~rollout.finished).sum())
-        drawn["tokens"] += int((rollout.lengths - rollout.prompt_lengths).sum())
+        kept.add(rows_of(config, sampler, tokenizer, batch, rollout, groups, kind))
+        tokens += int((rollout.lengths - rollout.prompt_lengths).sum())
+        if time.perf_counter() - batch_begin < BATCH_SECONDS:
+            size = min(most, 2 * size)
 
-        tokens_per_s = drawn["tokens"] / (time.perf_counter() - begin)
-        accuracy = drawn["right"] / drawn["completions"]
-        bar.set_postfix(accuracy=f"{accuracy:.3f}", tok_s=f"{tokens_per_s:.0f}", refresh=False)
+        done = [row for row in kept.rows.values() if row["kind"] == kind]
+        right = sum(sum(row["grades"]["strict"]["right"]) for row in done)
+        bar.set_postfix(accuracy=f"{right / (samples * len(done)):.3f}",
+                        tok_s=f"{tokens / (time.perf_counter() - begin):.0f}", refresh=False)
         bar.update(len(rollout.lengths))
+    return tokens, time.perf_counter() - begin
 
-    if drawn["cut"] == drawn["completions"]:
-        warn(f"warning: every completion was cut at --max-new-tokens {config.max_new_tokens}")
-    statistics = {"completion_length": drawn["tokens"] / drawn["completions"],
-                  "truncated_frac": drawn["cut"] / drawn["completions"],
-                  "tokens_per_s": tokens_per_s}
-    return grades, statistics
+
+def rows_of(config, sampler, tokenizer, problems, rollout, groups, kind):
+    """The rows of some problems, see Kept, from what was drawn for them."""
+    lengths = (rollout.lengths - rollout.prompt_lengths).view(len(problems), -1).tolist()
+    cut = (~rollout.finished).view(len(problems), -1).tolist()
+    shorter = groups
+    if config.also_at:
+        ids = [completion[:config.also_at] for completion in rollout.completions()]
+        texts = prompts.decode(tokenizer, ids, sampler.eos_ids.tolist())
+        n = len(groups[0])
+        shorter = [texts[start:start + n] for start in range(0, len(texts), n)]
+
+    rows = []
+    for i, problem in enumerate(problems):
+        gold, check = problem["answer"], problem.get("check")
+        row = {"kind": kind, "index": problem["index"], "lengths": lengths[i], "cut": cut[i],
+               "grades": grade(groups[i], gold, check)}
+        if config.also_at:
+            row["also"] = grade(shorter[i], gold, check)
+        rows.append(row)
+    return rows
 
 
 def grade(texts, gold, check=None):
@@ -309,29 +392,53 @@ def grade(texts, gold, check=None):
 
 
 def evaluate(config):
-    """Run the whole evaluation. Returns the dict that --json receives."""
+    """Run the whole evaluation. Every rank enters. Returns the dict that --json receives."""
     sampler, tokenizer, problems, dropped = start(config)
+    kept = Kept(config, problems)
+    mine = problems[dist.rank()::dist.world()]
 
-    total = len(problems) * (1 + config.samples)
-    with tqdm(total=total, unit=" completions") as bar, sampler.loaded():
+    total = len(mine) * (1 + config.samples)
+    hidden = dist.rank() > 0
+    with tqdm(total=total, unit=" completions", disable=hidden) as bar, sampler.loaded():
         bar.set_description("greedy")
-        greedy, greedy_statistics = complete(config, sampler, tokenizer, problems, 1, 0.0, bar)
+        greedy_speed = complete(config, sampler, tokenizer, mine, 1, 0.0, kept, bar)
         bar.set_description(f"{config.samples} samples")
-        sampled, sampled_statistics = complete(
-            config, sampler, tokenizer, problems, config.samples, config.temperature, bar)
+        sampled_speed = complete(config, sampler, tokenizer, mine, config.samples,
+                                 config.temperature, kept, bar)
 
-    rows = []
-    for problem, one, many in zip(problems, greedy, sampled):
-        rows.append({
-            "id": problem["id"], "greedy_correct": one["strict"]["right"][0],
-            "n": config.samples, "c": sum(many["strict"]["right"]),
-            "greedy_correct_lenient": one["lenient"]["right"][0],
-            "c_lenient": sum(many["lenient"]["right"])})
+    rows = {}
+    for of_rank in dist.gather_objects(kept.rows):
+        rows |= of_rank
+    greedy = [rows["greedy", p["index"]] for p in problems]
+    sampled = [rows["sampled", p["index"]] for p in problems]
+    result = {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped}
+    for kind in KINDS:
+        result[kind] = metrics(*[[row["grades"] for row in rows] for rows in (greedy, sampled)],
+                               kind)
+        if config.also_at:
+            result[f"{kind}_at_{config.also_at}"] = metrics(
+                *[[row["also"] for row in rows] for rows in (greedy, sampled)], kind)
 
-    return {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped,
-            "strict": metrics(greedy, sampled, "strict"),
-            "lenient": metrics(greedy, sampled, "lenient"),
-            "greedy": greedy_statistics, "sampled": sampled_statistics, "problems": rows}
+    result["greedy"] = statistics(config, greedy, greedy_speed)
+    result["sampled"] = statistics(config, sampled, sampled_speed)
+    result["problems"] = [
+        {"id": problem["id"], "greedy_correct": one["grades"]["strict"]["right"][0],
+         "n": config.samples, "c": sum(many["grades"]["strict"]["right"]),
+         "greedy_correct_lenient": one["grades"]["lenient"]["right"][0],
+         "c_lenient": sum(many["grades"]["lenient"]["right"])}
+        for problem, one, many in zip(problems, greedy, sampled)]
+    return result, kept
+
+
+def statistics(config, rows, speed):
+    """Length, truncation and speed of all completions; speed: (tokens, seconds) of this rank."""
+    lengths = [length for row in rows for length in row["lengths"]]
+    cut = [was_cut for row in rows for was_cut in row["cut"]]
+    if all(cut):
+        warn(f"warning: every completion was cut at --max-new-tokens {config.max_new_tokens}")
+    tokens_per_s = sum(tokens / seconds for tokens, seconds in dist.gather_objects(speed))
+    return {"completion_length": sum(lengths) / len(lengths),
+            "truncated_frac": sum(cut) / len(cut), "tokens_per_s": tokens_per_s}
 
 
 # -------------------------------------------------------------------------------------- output
@@ -356,6 +463,12 @@ def table(result):
             cells.append(f"{mean:9.4f} ± {shown}")
         lines.append(f"{name:12}" + "  ".join(cells))
 
+    if config["also_at"]:
+        at = config["also_at"]
+        for name, cell in result[f"strict_at_{at}"].items():
+            lenient = result[f"lenient_at_{at}"][name]["mean"]
+            lines.append(f"{name} at {at} tokens: {cell['mean']:.4f} strict, {lenient:.4f} lenient")
+
     lines.append(f"{'':12}{'greedy':>18}{'sampled':>20}")
     for name, digits in (("completion_length", 1), ("truncated_frac", 4), ("tokens_per_s", 0)):
         greedy = result["greedy"][name]
@@ -375,13 +488,16 @@ def show(result):
 
 
 def main(argv=None):
-    with machine.program(lambda: "interrupted: no result written"):
+    with machine.program(lambda: "interrupted: with --json the same command goes on"):
         config = parse(argv)
-        result = evaluate(config)
+        result, kept = evaluate(config)
+        if dist.rank() > 0:
+            return
         if config.json:
             # "x" never overwrites, also when the file appeared in the meantime
             with open(config.json, "x", encoding="utf-8") as file:
                 file.write(json.dumps(result, indent=1) + "\n")
+            kept.remove()
         show(result)
 
 

@@ -37,6 +37,7 @@ import dist
 from engine.checkpoint import Progress
 from engine.logps import gradients_in_place
 from model import trainable
+from progress import bar
 
 
 def adamw(model, lr, weight_decay=0.0, parameters=None):
@@ -171,7 +172,7 @@ class Learner:
             rows = batch.active.nonzero()[:, 0].tolist()
 
         out = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
-        for part, micro in parts_of(batch, rows, self.config):
+        for part, micro in bar(parts_of(batch, rows, self.config), "scoring, micro-batches"):
             dist.detail("scoring")
             both = torch.stack(forward(model, micro, part, self.config))    # (2, rows, T of part)
             out[:, part, :both.shape[2]] = both * micro.mask
@@ -233,7 +234,7 @@ class Learner:
     def accumulate(self, batch, rows, config, normalizer, sums):
         """Add these rows to the model's gradient and to sums, micro-batch by micro-batch."""
         parts = parts_of(batch, rows, config)
-        for i, (part, micro) in enumerate(parts):
+        for i, (part, micro) in enumerate(bar(parts, "training, micro-batches")):
             dist.detail(f"micro-batch {i + 1} of {len(parts)}")
             # a switch: only the last backward also sums gradients over copies of the weights
             dist.reduce_over_copies(self.model, now=i == len(parts) - 1)

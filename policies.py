@@ -40,6 +40,8 @@ def needs_source(c):
 def load_policies(c, device, source, begins_at):
     """Load what the run needs. source: the starting model; begins_at: it, or the run's own folder
     of shapes and tokenizer when a checkpoint will bring the weights."""
+    if c.graph == "on" and device.type == "cpu":
+        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
     dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
     with_reference = getattr(c, "beta", 0) > 0

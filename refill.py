@@ -28,11 +28,13 @@ def enough(drawn, wanted):
     return dist.all_reduce({"informative": here}, device)["informative"] >= wanted
 
 
-def chosen(drawn, wanted):
-    """Choose the groups of a step from all its rounds.
+def chosen(drawn, c):
+    """Choose --prompts-per-step groups from all rounds of a step; without --refill there is one.
 
     drawn: this rank's part of each round. Returns (Rollout, rewards (n, G)) of this rank's share of
-    the `wanted` groups, and numbers for the log."""
+    the groups, and numbers for the log."""
+    if not c.refill:
+        return drawn[0].rollout, drawn[0].rewards, {}
     # (round, rank, group of that rank's part), in the order of the problems
     flags = dist.gather_objects([grpo.informative(d.parts["correct"]).tolist() for d in drawn])
     useful, others = [], []
@@ -40,7 +42,7 @@ def chosen(drawn, wanted):
         for rank, of_rank in enumerate(flags):
             for i, informative in enumerate(of_rank[number]):
                 (useful if informative else others).append((number, rank, i))
-    places = (useful + others)[:wanted]
+    places = (useful + others)[:c.prompts_per_step]
 
     # each rank brings what it drew of them, and takes what falls to it
     mine = {}

@@ -26,6 +26,7 @@ from engine.batching import (ContinuousBatch, Request, check_request, parameter_
 from engine.decode import InferenceModel
 from engine.machine import give_memory_back
 from engine.sampling import draw, row_uniforms
+from progress import RolloutBar
 from prompts import decode
 
 
@@ -167,10 +168,12 @@ class Sampler:
             # refill lets the finished go and the waiting in, whose prompts go through the model
             # once and have a seat in the cache while any completion of theirs runs; advance draws a
             # token for every row that is running
-            checked = False
+            checked, bar = False, RolloutBar(len(limits))
             while batch.refill():
                 checked = checked or check_finite(batch.slots)      # once: a look waits
+                bar.look(batch.schedule)
                 batch.advance()
+            bar.close()
 
         self.kept = batch.memory_to_keep()
         self.graph = batch.graph        # a device that refused once is not asked again

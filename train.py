@@ -78,10 +78,8 @@ def train_step(run):
             drawn.append(draw(run, len(drawn)))
 
     line = report.rollout_metrics(learner, drawn, time.perf_counter() - begin)
-    rollout, rewards = drawn[0].rollout, drawn[0].rewards
-    if c.refill:
-        rollout, rewards, more = refill.chosen(drawn, c.prompts_per_step)
-        line.update(more)
+    rollout, rewards, more = refill.chosen(drawn, c)
+    line.update(more)
     if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
         one = drawn[0]
         report.write_samples(run.folder, progress.step, one.problems[:2], one.groups, one.scores)
@@ -257,8 +255,6 @@ def restore(run):
 def start(c, folder, device):
     """Everything that the loop needs. The folder is claimed when the input has proved readable."""
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
-    if c.graph == "on" and device.type == "cpu":
-        raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
     if not c.model:
         sft.check_default_start(c)
     functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)

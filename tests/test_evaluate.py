@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -215,6 +216,7 @@ def options(folder, *more):
 
 def run(folder, tmp_path, *more):
     """The JSON of one evaluation, without what may differ between equal runs."""
+    tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
     evaluate.main(options(folder, *more, "--json", file))
     result = json.loads(file.read_text())
@@ -384,6 +386,83 @@ def test_a_result_is_never_overwritten(folder, tmp_path, capsys):
     assert (tmp_path / "old.json").read_text() == "precious"
 
 
-def test_not_under_torchrun(folder, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in fails(capsys, options(folder))
+# ------------------------------------------------------------------------------ stopped, and on ranks
+
+class Stop(Exception):
+    pass
+
+
+def test_an_evaluation_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
+    """After two of the batches it is killed; the second start draws the rest only, and gives the same result."""
+    monkeypatch.setattr(evaluate, "FIRST_BATCH", 4)
+    monkeypatch.setattr(evaluate, "BATCH_SECONDS", 0.0)
+    whole = run(folder, tmp_path / "whole")
+    drawn, real = [], evaluate.draw_groups
+
+    def counted(sampler, tokenizer, problems, *args, **named):
+        if len(drawn) == 2:
+            raise Stop
+        drawn.append(len(problems))
+        return real(sampler, tokenizer, problems, *args, **named)
+
+    monkeypatch.setattr(evaluate, "draw_groups", counted)
+    (tmp_path / "b").mkdir()
+    arguments = options(folder, "--json", tmp_path / "b" / "a.json")
+    with pytest.raises(Stop):
+        evaluate.main(arguments)
+    part = tmp_path / "b" / ".a.json.part-0"
+    before = part.read_text()
+    part.write_text(before + '{"kind": "gre')           # a crash cuts the last line
+    drawn.clear()
+    drawn.append(0)
+
+    def rest(sampler, tokenizer, problems, samples, *args, **named):
+        drawn.append(len(problems) * samples)
+        return real(sampler, tokenizer, problems, samples, *args, **named)
+
+    monkeypatch.setattr(evaluate, "draw_groups", rest)
+    evaluate.main(arguments)
+    result = json.loads((tmp_path / "b" / "a.json").read_text())
+    kept = before.count('"kind"')
+    assert kept and sum(drawn) < 5 * result["num_problems"] and not part.exists()
+    for name in ("strict", "lenient", "problems"):
+        assert result[name] == whole[name]
+
+
+def test_a_part_of_another_evaluation_is_refused(folder, tmp_path, capsys):
+    (tmp_path / ".a.json.part-0").write_text('[{"model": "another"}, ""]\n')
+    assert "is a part of another evaluation" in fails(capsys, options(folder, "--json", tmp_path / "a.json"))
+
+
+def test_the_same_completions_at_a_smaller_limit(folder, tmp_path):
+    """Cut at 3 tokens, graded again: as an evaluation with that limit."""
+    long = run(folder, tmp_path / "long", "--also-at", 3)
+    short = run(folder, tmp_path / "short", "--max-new-tokens", 3)
+    assert long["strict_at_3"] == short["strict"] and long["lenient_at_3"] == short["lenient"]
+
+
+def test_it_must_be_smaller(folder, capsys):
+    assert "--also-at 8: must be below --max-new-tokens 8" in fails(capsys, options(folder, "--also-at", 8))
+
+
+@pytest.mark.slow
+def test_ranks_give_the_result_of_one_process(folder, tmp_path):
+    (tmp_path / "one").mkdir(), (tmp_path / "three").mkdir()
+    evaluate.main(options(folder, "--json", tmp_path / "one" / "a.json"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(HERE / "evaluate.py"),
+               *options(folder, "--json", tmp_path / "three" / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, three = (json.loads((tmp_path / name / "a.json").read_text()) for name in ("one", "three"))
+    for name in ("strict", "lenient", "problems", "num_problems"):
+        assert one[name] == three[name]
+    assert done.stdout.count("problems, 4 samples") == 1 and len(list((tmp_path / "three").iterdir())) == 1
+
+
+def test_an_adapter_is_evaluated_on_its_base(folder, tmp_path):
+    import lora
+    from model import Transformer
+    model = lora.attach(Transformer.from_pretrained(folder / "model"), 4)
+    lora.save_adapter(model, tmp_path / "adapter", base=folder / "model")
+    plain, live = run(folder, tmp_path / "a"), run(folder, tmp_path / "b", "--model", tmp_path / "adapter")
+    assert plain["problems"] == live["problems"]

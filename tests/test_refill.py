@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-import grpo
 import refill
 import train
+from config import Config
 from rollout import Rollout
-from test_train import fast, log_of, run_train, same_on_ranks, start         # start is a fixture
+from test_train import fast, log_of, same_on_ranks, start         # start is a fixture
 
 
 def drawn(rewards, correct=None, first=0, width=6):
@@ -27,7 +27,7 @@ RIGHT, WRONG, MIXED = [1., 1.], [0., 0.], [1., 0.]
 def test_informative_groups_come_first_in_the_order_of_their_problems():
     rounds = [drawn([RIGHT, MIXED, WRONG]), drawn([MIXED, WRONG, MIXED], first=3, width=9)]
     assert not refill.enough(rounds[:1], 3) and refill.enough(rounds, 3) and not refill.enough(rounds, 4)
-    rollout, rewards, line = refill.chosen(rounds, 3)
+    rollout, rewards, line = refill.chosen(rounds, Config(refill=1, prompts_per_step=3))
     assert rewards.tolist() == [MIXED, MIXED, MIXED] and rollout.version == 7
     assert rollout.tokens[::2, 0].tolist() == [2, 4, 6] and rollout.tokens[1::2, 0].tolist() == [2, 4, 6]
     assert line == {"refill_rounds": 1, "refill_dropped": 0.5}
@@ -36,7 +36,7 @@ def test_informative_groups_come_first_in_the_order_of_their_problems():
 
 
 def test_without_enough_the_first_others_fill_up():
-    rollout, rewards, line = refill.chosen([drawn([RIGHT, WRONG]), drawn([WRONG, MIXED], first=2)], 3)
+    rollout, rewards, line = refill.chosen([drawn([RIGHT, WRONG]), drawn([WRONG, MIXED], first=2)], Config(refill=1, prompts_per_step=3))
     assert rewards.tolist() == [MIXED, RIGHT, WRONG] and rollout.tokens[::2, 0].tolist() == [4, 1, 2]
     assert line["refill_dropped"] == 0.25
 
@@ -44,7 +44,7 @@ def test_without_enough_the_first_others_fill_up():
 def test_informative_is_what_differs_in_correctness_not_in_the_shaped_reward():
     shaped = drawn([[0.1, 0.2], [1.1, 0.3]], correct=[[0., 0.], [1., 0.]])
     assert not refill.enough([shaped], 2) and refill.enough([shaped], 1)
-    _, rewards, _ = refill.chosen([shaped], 1)
+    _, rewards, _ = refill.chosen([shaped], Config(refill=1, prompts_per_step=1))
     torch.testing.assert_close(rewards, torch.tensor([[1.1, 0.3]]))
 
 
