@@ -93,6 +93,8 @@ def parser():
     scale.add_argument("--predict", action="store_true",
                        help="the model's figures alone; nothing is run")
     scale.add_argument("--shard", type=int, default=0, help="under torchrun: as of train.py")
+    scale.add_argument("--lora-rank", type=int, default=0,
+                       help="memory: of adapters; 0: all weights are trained")
     scale.add_argument("--steps", type=int, default=2, help="GRPO steps of memory")
     scale.add_argument("--no-files", dest="files", action="store_false",
                        help="memory starts from random weights and writes nothing")

@@ -1,6 +1,6 @@
 """Formulas of what a run needs, before it is run: bytes on a chip, and communication of a step.
 
-    python bench.py memory --predict         full fine-tuning at 0.5B to 14B on 1, 8 and 20 chips
+    python bench.py memory --predict         0.5B to 14B on 1, 8 and 20 chips, full and with LoRA
     python bench.py comm --predict           4B, 8B and 14B on 20 Ascend 910B, for each mesh
 
 A step has two phases, whose memory is not needed at the same time:
@@ -42,6 +42,7 @@ class Load:
     micro_batch_tokens: int
     mean_tokens: float = 0.0    # of a completion; 0: half of new_tokens
     checkpointing: bool = True
+    lora_rank: int = 0          # 0: all weights are trained
 
     def prompts_of_rank(self, world):
         """Returns the prompts of the rank that has most of them."""
@@ -84,6 +85,15 @@ def counts(c):
     return Counts(c.num_hidden_layers * block + root, block, root)
 
 
+def adapter_parameters(c, rank):
+    """Returns how many numbers the adapters of rank r have: r (in + out) a layer (lora.py)."""
+    queries = c.num_attention_heads * c.head_dim
+    keys = c.num_key_value_heads * c.head_dim
+    attention = (c.hidden_size + queries) * 2 + (c.hidden_size + keys) * 2      # q and o, k and v
+    mlp = (c.hidden_size + c.intermediate_size) * 3
+    return c.num_hidden_layers * rank * (attention + mlp)
+
+
 def ceil_div(a, b):
     """Returns a / b, rounded up."""
     return -(-a // b)
@@ -115,17 +125,21 @@ def memory(c, load, world, shard, size, whole=False, on_cpu=False):
     kept = activations(c, tokens, size, load.checkpointing)
     logits = 3 * 4 * min(logit_chunk("cpu" if on_cpu else "cuda"), tokens * c.vocab_size)
 
+    trained, frozen = everything, 0
+    if load.lora_rank:
+        trained, frozen = adapter_parameters(c, load.lora_rank), everything
+
     parts = {
-        "weights": MASTER * everything / shard,
-        "moments": 2 * MASTER * everything / shard,
+        "weights": (MASTER * trained + size * frozen) / shard,
+        "moments": 2 * MASTER * trained / shard,
         "inference_copy": size * copied_parameters(c, whole, on_cpu),
         "kv_cache": own_keys + prompt_keys,
         "kv_kept": own_keys if on_cpu and own_keys <= KEEP_BYTES else 0,
         "sampling": 3 * 4 * rows * c.vocab_size,                        # three float32 (rows, V)
-        "gradients": MASTER * everything / shard,
+        "gradients": MASTER * trained / shard,
         "activations": kept,
         "logits": logits,                                               # three float32 chunks
-        "gathered": 0 if whole else gathered(c, size, kept, logits),
+        "gathered": 0 if whole else gathered(c, size, kept, logits, frozen > 0),
     }
 
     stay = sum(parts[name] for name in STAY)
@@ -183,14 +197,17 @@ def first_copies(c, size, on_cpu):
     return size * (3 * root + apart)
 
 
-def gathered(c, size, activations, logits):
+def gathered(c, size, activations, logits, frozen=False):
     """Returns the bytes that gathered weights and their gradients add to the training's peak.
 
     The weights outside of the blocks need most at one of two times. At the loss there is lm_head's
     gradient, in float32 and then in the compute dtype, beside activations and logits. At the end
-    there are the gradients of all of them, for the reduction. A block comes on top."""
+    there are the gradients of all of them, for the reduction. A block comes on top. Frozen weights
+    have no gradients: there are the outermost ones, and two blocks, of which one is prefetched."""
     _, block, root = counts(c)
     head = c.vocab_size * c.hidden_size
+    if frozen:
+        return size * (root + 2 * block)
 
     at_the_loss = MASTER * head + size * (root + head) + activations + logits
     at_the_end = (2 * size + MASTER) * root

@@ -4,9 +4,12 @@ Measured are seconds and peak memory of each phase of a run, and calls, bytes an
 collective. With --predict nothing is run, and the formulas of capacity.py are printed for models of
 published shapes on 1 to 20 chips.
 """
+import functools
+import itertools
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ import torch.distributed as c10d
 
 import dist
 import grpo
+import lora
 from config import Config
 from engine import machine, weights
 from measure import capacity
@@ -136,6 +140,8 @@ def build(args, device, place, phases):
 
     With --no-files its weights are random at once. Raises ValueError for files on several ranks:
     the rank that wrote them would have its peak there."""
+    if not args.files and args.lora_rank:
+        raise ValueError("memory --lora-rank begins with files: leave --no-files out")
     if not args.files:
         return random_model(args, device, place)
     if dist.world() > 1:
@@ -147,7 +153,10 @@ def build(args, device, place, phases):
         written.save_pretrained(folder, torch.bfloat16)
         del written         # its memory is free again before the files are read
         phases.done("write", shards=len(list(Path(folder).glob("*.safetensors"))))
-        return Transformer.from_pretrained(folder, place.home, shard=place)
+        if not args.lora_rank:
+            return Transformer.from_pretrained(folder, place.home, shard=place)
+        adapt = functools.partial(lora.attach, rank=args.lora_rank, dtype=place.dtype)
+        return lora.reset(Transformer.from_pretrained(folder, place.home, shard=place, adapt=adapt))
 
 
 def save(model, phases):
@@ -169,6 +178,7 @@ def load_of(args):
         micro_batch_tokens=args.micro_batch_tokens,
         mean_tokens=sum(lengths) / len(lengths),
         checkpointing=args.checkpointing,
+        lora_rank=args.lora_rank,
     )
 
 
@@ -178,18 +188,22 @@ def size_of(args):
 
 
 def predicted_memory(args):
-    """Returns GB a chip at the USUAL load: bfloat16 with float32 masters, fully sharded."""
-    printed = ("shape", "chips", "rollout_phase", "training_phase", "peak")
+    """Returns GB a chip at the USUAL load: bfloat16 with float32 masters, fully sharded.
+
+    It is that of full fine-tuning and of LoRA, each without and with checkpointing."""
+    printed = ("shape", "chips", "lora_rank", "checkpointing", "rollout_phase", "training_phase",
+               "peak")
     rows = []
-    for shape in TABLE:
+    for shape, chips, lora_rank, checkpointing in itertools.product(
+            TABLE, (1, 8, 20), (0, 16), (False, True)):
         c = config_of(shape)
-        for chips in (1, 8, 20):
-            parts = capacity.memory(c, USUAL, world=chips, shard=chips, size=2)
-            gigabytes = {name: round(value / capacity.GB, 2) for name, value in parts.items()}
-            row = {"shape": shape, "parameters": capacity.counts(c).everything, "chips": chips,
-                   **gigabytes}
-            print_row({name: row[name] for name in printed})
-            rows.append(row)
+        load = replace(USUAL, lora_rank=lora_rank, checkpointing=checkpointing)
+        parts = capacity.memory(c, load, world=chips, shard=chips, size=2)
+        gigabytes = {name: round(value / capacity.GB, 2) for name, value in parts.items()}
+        row = {"shape": shape, "parameters": capacity.counts(c).everything, "chips": chips,
+               "lora_rank": lora_rank, "checkpointing": checkpointing, **gigabytes}
+        print_row({name: row[name] for name in printed})
+        rows.append(row)
     return {"load": vars(USUAL), "unit": "GB a chip", "rows": rows}
 
 
