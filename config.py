@@ -177,6 +177,13 @@ def source(config_class):
 
 # ---------------------------------------------------------------------- settings that every run has
 
+# conditions without which a setting would do nothing: (of the config, what to give)
+BUILT_IN_TASK = (lambda c: not c.data.endswith((".jsonl", ".json")) and c.data not in HUB_DATA,
+                 "a built-in task as --data")
+NO_MODEL = (lambda c: not c.model, "no --model: it is of the built-in model's start")
+WITH_LORA = (lambda c: c.lora_rank, "--lora-rank")
+HUB_DATA = ("gsm8k", "math")
+
 @dataclass
 class Common:
     # what
@@ -240,7 +247,7 @@ class Common:
     lora_rank: int = setting(0, least=0)        # of the change of each linear layer; 0: all weights
                                                 # are trained. --lr is then 10 x as large by default
 
-    lora_alpha: float = setting(32.0, above=0, needs=[(lambda c: c.lora_rank, "--lora-rank")])
+    lora_alpha: float = setting(32.0, above=0, needs=[WITH_LORA])
                                                 # the change counts alpha / rank
     # evaluation and output
     eval_every: int = setting(10, least=1)      # steps; also before the first and after the last
@@ -252,8 +259,9 @@ class Common:
                                                 # variance; 0: none
 
     # the built-in task
-    levels: str = "4-6"                 # fewest-most steps of a story
-    warm_start_steps: int = setting(480, least=7)      # supervised steps before the default run
+    levels: str = setting("4-6", needs=[BUILT_IN_TASK])     # fewest-most steps of a story
+    warm_start_steps: int = setting(480, least=7, needs=[NO_MODEL])     # supervised steps before
+                                                            # the default run
     # machine
     kv_memory_mb: float = setting(0.0, least=0)     # for keys and values while sampling, a process;
                                                     # 0: 80 % of what is free
@@ -414,6 +422,10 @@ def check(c):
     if c.minibatches > c.prompts_per_step:
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step "
                          f"{c.prompts_per_step} (groups stay whole)")
+
+    if c.variance_every > c.steps:
+        raise ValueError(f"--variance-every {c.variance_every}: above --steps {c.steps}, so there "
+                         "would be no estimate")
     if c.overlong_buffer > c.max_new_tokens:
         raise ValueError(f"--overlong-buffer {c.overlong_buffer}: at most --max-new-tokens "
                          f"{c.max_new_tokens}")

@@ -98,6 +98,9 @@ def rope_settings(raw):
 
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    original = "original_max_position_embeddings"
+    if original in raw:         # beside the others it counts, and hides the one among them
+        rope[original] = raw[original]
     if "partial_rotary_factor" in raw:
         rope.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))

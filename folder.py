@@ -16,13 +16,13 @@ import math
 import os
 import shutil
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from dist import Agreed, gather_objects, together
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
-from engine.weights import find_checkpoint, weight_files
+from engine.weights import find_checkpoint, read_json, weight_files
 
 
 # ------------------------------------------------------------------------------- who writes there
@@ -148,10 +148,43 @@ def fingerprint_of_model(folder):
     return f"{crc:08x}"
 
 
+def sources_of(folder):
+    """What sources.json says; nothing where there is none.
+
+    Raises ValueError for another content."""
+    file = folder / "sources.json"
+    if not file.exists():
+        return {}
+    found = read_json(file)
+    if set(found) != {"model", "data", "eval_data"}:
+        raise ValueError(f"{file} is not what a run has written: start another --out")
+    return found
+
+
+def fingerprint_of_run(c, folder):
+    """A checksum of the settings that decide the numbers, of sources.json and of start/."""
+    free = {"resume", "out", "steps"} | {f.name for f in fields(c) if f.metadata.get("on_resume")}
+    settings = {name: value for name, value in asdict(c).items() if name not in free}
+    crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    for file in (folder / "sources.json", *sorted((folder / "start").glob("*"))):
+        crc = checksum(file, crc)
+    return f"{crc:08x}"
+
+
+def check_run(progress, c, folder, say):
+    """Raise ValueError when the run's own files are not those that the checkpoint was made with.
+
+    Says so when no step is left."""
+    if progress.run and progress.run != fingerprint_of_run(c, folder):
+        raise Agreed(f"--resume: config.json, sources.json or start/ in {folder} have changed "
+                     "since the checkpoint was written: put them back, or start another --out")
+    if progress.step >= c.steps:
+        say(f"--steps {c.steps}: the run has made {progress.step} steps, so none is left to make")
+
+
 def check_data(c, folder, train, held_out):
     """Raise ValueError when the problems are not those that the run in the folder began with."""
-    file = folder / "sources.json"
-    known = together(lambda: json.loads(file.read_text()) if file.exists() else {})
+    known = together(lambda: sources_of(folder))
     now = {"data": fingerprint_of_problems(train), "eval_data": fingerprint_of_problems(held_out)}
     for name, source in (("data", c.data), ("eval_data", c.eval_data or c.data)):
         if name in known and known[name] != now[name]:
@@ -166,12 +199,10 @@ def check_model(c, folder, source, needed, say):
 
     Raises ValueError when it is another, or gone, and is needed, as with --beta. Otherwise only
     says so."""
-    file = folder / "sources.json"
-
     def look():
-        if not file.exists():
+        known = sources_of(folder).get("model")
+        if known is None:
             return None, None
-        known = json.loads(file.read_text())["model"]
         try:
             return known, fingerprint_of_model(source)
         except (OSError, ValueError):
@@ -193,14 +224,19 @@ def remember(folder, model, source, train, held_out):
     def write():
         if (folder / "sources.json").exists():
             return
+
         part = folder / ".start"
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder / "start", ignore_errors=True)
-        model.save_description(part)
-        os.replace(part, folder / "start")
         sources = {"model": fingerprint_of_model(source), "data": fingerprint_of_problems(train),
                    "eval_data": fingerprint_of_problems(held_out)}
-        write_whole(folder / "sources.json", json.dumps(sources, indent=2) + "\n")
+        try:
+            model.save_description(part)
+            os.replace(part, folder / "start")
+            write_whole(folder / "sources.json", json.dumps(sources, indent=2) + "\n")
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written to ({error}): mend it, then --resume "
+                          f"--out {folder}") from None
     together(write)
 
 

@@ -198,13 +198,18 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
 # setting(): a default, bounds or choices, and what it needs to mean anything; it becomes a flag,
 # whose help is the comment behind it (config.py).
 
+# conditions without which a setting would do nothing: (of the config, what to give)
+WITH_STD = (lambda c: c.advantage_scale in ("std", "batch"), "--advantage-scale std or batch")
+WITH_BETA = (lambda c: c.beta > 0, "--beta above 0")
+
+
 @dataclass
 class GroupSettings:
     # objective: advantages and averaging (grpo.py)
     advantage_scale: str = setting("std", choices=SCALES)       # std, none (Dr. GRPO), loo (RLOO),
                                                                 # batch
 
-    unbiased_std: bool = False                                  # std with G - 1, as TRL and verl
+    unbiased_std: bool = setting(False, needs=[WITH_STD])       # std with G - 1, as TRL and verl
     aggregation: str = setting("token", choices=AGGREGATIONS)   # token (DAPO), sequence
                                                                 # (DeepSeekMath), constant (Dr.
                                                                 # GRPO)
@@ -213,9 +218,6 @@ class GroupSettings:
                                                                     # keep (in the normalizer)
 
     mask_truncated: bool = False            # leave cut completions out of the loss
-
-
-WITH_BETA = (lambda c: c.beta > 0, "--beta above 0")        # else a setting would do nothing
 
 
 @dataclass

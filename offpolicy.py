@@ -299,6 +299,8 @@ HAS_LOW = scheme_in(("clipped", "masked"))
 HAS_TRACE = scheme_in(TRACES)
 IN_REGION = (lambda c: c.trust_region, "--trust-region")
 REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
+OLD = (lambda c: c.replay_ratio > 1 or c.sync_every > 1,
+       "samples of older weights: --replay-ratio or --sync-every above 1")
 REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
                  "--replay-ratio above 1 or --adaptive-clip")
 BY_PRIORITY = (lambda c: c.priority, "--priority")
@@ -314,7 +316,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     correction: str = setting("decoupled", choices=CORRECTIONS)     # decoupled (ratio to prox,
                                                 # importance weights), bypass (ratio to mu)
 
-    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED])  # none, standard,
+    importance: str = setting("truncated", choices=SCHEMES,
+                                needs=[DECOUPLED, OLD])  # none, standard,
                                                 # clipped, truncated, masked, self_normalized,
                                                 # retrace, tempered
 
@@ -342,7 +345,9 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])  # nats a token: above this
                                                 # KL(pi||mu) the reuse of a step ends; 0: never
 
-    adaptive_clip: bool = False                 # widen and narrow the clip to hold --kl-limit
+    adaptive_clip: bool = setting(False, needs=[OLD])       # widen and narrow the clip to hold
+                                                            # --kl-limit
+
     adaptive_replay: bool = setting(False, needs=[REUSE])   # let ESS (below half) and --kl-limit
                                                             # choose K, up to --replay-ratio
 
@@ -359,8 +364,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     min_ess: float = setting(0.0, least=0, most=1, needs=[REUSE])   # least share of effective
                                                 # sequences at its last replay, else it leaves
 
-    priority: float = setting(0.0, least=0, needs=[REUSE])      # alpha: draw by (reward std x
-                                                # exp(-age / 8 rollouts))^alpha; usual 0.6
+    priority: float = setting(0.0, least=0, most=10, needs=[REUSE])     # alpha: draw by (reward std
+                                                # x exp(-age / 8 rollouts))^alpha; usual 0.6
 
     priority_beta: float = setting(0.4, least=0, most=1, needs=[BY_PRIORITY])   # its bias
                                                 # correction at the start, rising to 1 at --steps
@@ -380,6 +385,10 @@ class Settings(grpo.Settings):          # those of GRPO, and these
         if self.importance in ("clipped", "masked") and least > self.importance_cap:
             raise ValueError(f"--importance-cap {self.importance_cap}: "
                              f"below the least weight, {least:g}")
+
+        if self.importance == "masked" and not least <= 1 <= self.importance_cap:
+            raise ValueError(f"--importance masked keeps weights from {least:g} to "
+                             f"{self.importance_cap:g}, not that of unchanged tokens, 1")
 
         if self.replay_ratio > 1:
             oldest = self.sync_every - 1        # on entry

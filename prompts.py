@@ -106,7 +106,7 @@ def follow_run(config):
     if config.template == "auto":
         config.template = settings.get("template", "auto")
     if not config.chat_template_kwargs and config.template != "plain":
-        config.chat_template_kwargs = settings.get("chat_template_kwargs", "")
+        config.chat_template_kwargs = str(settings.get("chat_template_kwargs", ""))
 
 
 def prompt_text(question, tokenizer, template="auto"):
@@ -345,11 +345,10 @@ def stop_ids(model, tokenizer):
 def decode(tokenizer, completions, stops):
     """Returns the texts of completions (lists of ids), each up to its first stop id.
 
-    stops: the ids that end a completion. They and padding are taken away, and what stands behind
-    the first one, which nobody asked for. All other special tokens stay: <answer> may be one."""
-    padding = getattr(tokenizer, "pad_token_id", None)
+    stops: the ids that end a completion. The first one is taken away, and what stands behind it,
+    which nobody asked for. All other special tokens stay: <answer> may be one."""
     kept = []
     for ids in completions:
         end = min((ids.index(i) for i in stops if i in ids), default=len(ids))
-        kept.append([i for i in ids[:end] if i != padding])
+        kept.append(ids[:end])
     return tokenizer.batch_decode(kept, skip_special_tokens=False)

@@ -292,6 +292,8 @@ def weighted(text="", **weights):
         given.append(name)
         chosen[name] = finite(item, weight or "1")
 
+    if not any(chosen.values()):
+        raise ValueError("--reward: every weight is 0, so there is nothing to learn from")
     return [(name, weight, functions[name]) for name, weight in chosen.items()
             if weight or name == "correct"]
 

@@ -34,8 +34,8 @@ import sft
 from config import objective, parse, parse_levels, parse_template_kwargs
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
-from folder import (agree_on_run, check_data, check_model, claim, cut_log, is_under_way, release,
-                    remember, stopped_line)
+from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log,
+                    fingerprint_of_run, is_under_way, release, remember, stopped_line)
 from learner import Learner, adamw
 from model import trainable
 from policies import load_policies, needs_source, save_model
@@ -223,7 +223,7 @@ def save(run):
     dist.phase(f"step {progress.step}: checkpoint")
     progress.cursor = run.stream.cursor
     seconds = progress.seconds + time.perf_counter() - BEGIN
-    now = replace(progress, seconds=seconds)
+    now = replace(progress, seconds=seconds, run=fingerprint_of_run(learner.config, run.folder))
     extra = learner.state.state_dict() if learner.state else {}
     save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra,
                     learner.config.keep_checkpoints)
@@ -238,6 +238,7 @@ def restore(run):
     found = dist.broadcast_object(checkpoints(run.folder / "checkpoints"))
     if found:
         learner.progress, extra = load_checkpoint(found[-1], tensors(run))
+        check_run(learner.progress, learner.config, run.folder, learner.say)
         run.stream.cursor = learner.progress.cursor
         run.behaviour.version = learner.progress.behaviour_version
         if learner.state:
@@ -310,9 +311,6 @@ def train(c, folder, device):
     """Set up, make all steps, write the model. Returns False when an interrupt came before."""
     run = start(c, folder, device)
     restore(run)
-    if run.learner.progress.step >= c.steps:
-        run.learner.say(f"--steps {c.steps}: the run has made {run.learner.progress.step} steps, "
-                        "so none is left to make")
     with machine.Interrupt() as interrupt:
         done = loop(run, interrupt)
     if done:

@@ -10,7 +10,7 @@ A checkpoint is written into a hidden folder and renamed when every rank's part 
 whole or absent. Tensors are saved by torch.distributed.checkpoint under their names, whatever part
 of them a rank held, so any number of ranks can go on from them. Several nodes need a folder that
 all of them see. No file of a checkpoint can run code: tensors are read with weights_only, and the
-index, which is a pickle, by an Unpickler that knows the few classes of an index and no others.
+index, which is a pickle, into stand-ins, from whose numbers and names it is made anew.
 """
 import json
 import os
@@ -20,12 +20,15 @@ import shutil
 import sys
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex,
+                                                   StorageMeta, TensorProperties,
+                                                   TensorStorageMetadata)
 
 from dist import Agreed, barrier, first_line, gather_objects, rank, together, world
 
@@ -43,6 +46,14 @@ class Progress:
     bad_steps: int = 0              # non-finite updates in a row
     seconds: float = 0.0            # of all starts of the run together
     first: dict = field(default_factory=dict)       # evaluation before the first step
+    run: str = ""                   # a checksum of what the run was started with (folder.py)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (int, float) if f.type is float else f.type):
+                raise ValueError(f"state.json: {f.name} is {value!r}, not of type "
+                                 f"{f.type.__name__}")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -207,43 +218,113 @@ def checksum(file, crc=0):
 
 # ------------------------------------------------------------------- the index, which is a pickle
 
-METADATA = "torch.distributed.checkpoint.metadata"
-CLASSES = {         # of an index, by module; nothing else is ever looked up
-    METADATA: ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-               "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+CLASSES = {         # of an index, by module; of other modules nothing is allowed
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch": ("Size", "float32", "bfloat16", "float16", "int64"),
-    "torch.serialization": ("_get_layout",),        # by its name
+    "torch.serialization": ("_get_layout",),
     "pathlib": ("PosixPath",)}
+OPCODES = (         # of pickle, that an index is written with
+    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET STACK_GLOBAL NEWOBJ REDUCE BUILD EMPTY_DICT "
+    "SETITEM SETITEMS EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 NONE "
+    "NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE").split()
 
 
-class IndexUnpickler(pickle.Unpickler):
-    """Reads the index of a checkpoint.
+class Inert:
+    """Stands for whatever class or function an index names: keeps what it is given, and no more."""
 
-    Not among its classes is BytesStorageMetadata: what is stored as bytes would be unpickled."""
+    def __new__(cls, *given):
+        self = object.__new__(cls)
+        self.given = given
+        return self
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class IndexUnpickler(pickle._Unpickler):        # in Python: its memo takes no more than is in it
+    """Reads the index of a checkpoint into stand-ins. So nothing that it names is ever called."""
+
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+                for name in OPCODES}
 
     def find_class(self, module, name):
         if name not in CLASSES.get(module, ()):
             raise ValueError(f".metadata names {module}.{name}, which no checkpoint needs: it is "
                              "not of this program, and could run code")
-        return super().find_class(module, name)
+        return type(name, (Inert,), {})
+
+    def set_items(self):
+        self.put(self.pop_mark())
+
+    def set_item(self):
+        value = self.stack.pop()
+        self.put([self.stack.pop(), value])
+
+    def put(self, items):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, (str, Inert)):       # a nested tuple takes for ever to hash
+                raise ValueError(".metadata is no index of tensors")
+            self.stack[-1][key] = value
+
+    dispatch[pickle.SETITEMS[0]] = set_items
+    dispatch[pickle.SETITEM[0]] = set_item
 
 
 def read_index(path):
-    """The index of a checkpoint, as dcp's Metadata.
+    """The index of a checkpoint as dcp's Metadata, made anew from the numbers and names in it.
 
-    Raises an error when it is something else, or points to a file that is no checkpoint's."""
+    Raises an error when it is something else, points to a file that is no checkpoint's, or leaves
+    a part of a tensor out."""
     with open(path / ".metadata", "rb") as file:
-        index = IndexUnpickler(file).load()
+        try:
+            index = IndexUnpickler(file).load().state
+        except (KeyError, IndexError, TypeError, AttributeError, EOFError) as error:
+            raise ValueError(f".metadata is no index of tensors ({error!r})") from None
 
-    tensors, places = index.state_dict_metadata, index.storage_data
-    if not all(isinstance(tensor, TensorStorageMetadata) for tensor in tensors.values()):
-        raise ValueError(".metadata is no index of tensors")
-    for stored in places.values():
-        name = stored.relative_path
-        if not re.fullmatch(r"__\d+_\d+\.distcp", name) or stored.transform_descriptors:
-            raise ValueError(f".metadata points to {name!r}, which is no file of a checkpoint")
-    return index
+    tensors = {}
+    for name, tensor in index["state_dict_metadata"].items():
+        if type(tensor).__name__ != "TensorStorageMetadata":
+            raise ValueError(f".metadata: {name} is no tensor")
+        size = size_of(tensor.state["size"])
+        dtype = getattr(torch, tensor.state["properties"].state[0].__name__)
+        chunks = [(size_of(chunk.state["offsets"]), size_of(chunk.state["sizes"]))
+                  for chunk in tensor.state["chunks"]]
+        check_whole(name, size, chunks)
+        tensors[name] = TensorStorageMetadata(
+            TensorProperties(dtype), size, [ChunkStorageMetadata(*chunk) for chunk in chunks])
+
+    places = {}
+    for key, stored in index["storage_data"].items():
+        file, key = stored.state["relative_path"], key.state
+        transformed = stored.state.get("transform_descriptors")
+        if not re.fullmatch(r"__\d+_\d+\.distcp", file) or transformed:
+            raise ValueError(f".metadata points to {file!r}, which is no file of a checkpoint")
+        place = MetadataIndex(key["fqn"], size_of(key["offset"]), key["index"])
+        places[place] = _StorageInfo(file, int(stored.state["offset"]), int(stored.state["length"]))
+    return Metadata(tensors, {name: (name,) for name in tensors}, places)
+
+
+def size_of(stand_in):
+    """A torch.Size of an index, checked to be one."""
+    [numbers] = stand_in.given
+    if type(stand_in).__name__ != "Size" or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(".metadata: a size is none")
+    return torch.Size(numbers)
+
+
+def check_whole(name, size, chunks):
+    """Raise ValueError unless the chunks are the rows of the tensor, each row once."""
+    filled = sorted(chunk for chunk in chunks if 0 not in chunk[1])
+    row = 0
+    for offsets, sizes in filled:
+        if len(size) and (offsets[0] != row or any(offsets[1:]) or sizes[1:] != size[1:]):
+            raise ValueError(f".metadata: the parts of {name} do not make it whole")
+        row += sizes[0] if len(size) else 1
+    if 0 not in size and row != (size[0] if len(size) else 1):
+        raise ValueError(f".metadata: the parts of {name} do not make it whole")
 
 
 class IndexReader(dcp.FileSystemReader):

@@ -146,7 +146,8 @@ def program(stopped=lambda: "interrupted: nothing was written"):
     stopped() gives the line that says after Ctrl-C how to go on. Every rank leaves the process
     group at the end."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Shown(sys.stdout), Shown(sys.stderr)
+    nowhere = open(os.devnull, "w")             # for a stream that was closed before the start
+    sys.stdout, sys.stderr = Shown(sys.stdout or nowhere), Shown(sys.stderr or nowhere)
     try:
         yield
 

@@ -257,10 +257,10 @@ def ids_of(tokenizer, text):
     ("<think>a</think><answer>4</answer>", "<think>a</think><answer>4</answer>"),
     ("4<|im_end|>\n<|im_start|>user\n5", "4"),
     ("4<|endoftext|>5<|im_end|>", "4"),
-    ("<pad>4<pad><pad>", "4"),
+    ("<pad>4<pad>", "<pad>4<pad>"),         # a completion has no padding: "0" may be that token
     ("<|im_end|>4", ""), ("", ""), ("<|im_start|>4", "<|im_start|>4"),
 ])
-def test_stop_tokens_and_padding_are_taken_away_and_nothing_else(base, text, seen):
+def test_the_stop_token_is_taken_away_and_nothing_else(base, text, seen):
     base.pad_token = "<pad>"
     stops = prompts.stop_ids(small_model(base), base)
     assert prompts.decode(base, [ids_of(base, text)], stops) == [seen]

@@ -96,6 +96,44 @@ def test_the_index_names_no_file_outside_of_the_checkpoint(name, tmp_path):
         load(path)
 
 
+def test_nothing_of_the_program_is_changed_by_an_index(tmp_path):
+    """BUILD sets attributes: here that of every path of the process, which would lead each write to the victim."""
+    path, victim = saved(tmp_path), tmp_path / "victim"
+    victim.write_text("precious")
+    name, text = (b"X" + len(x).to_bytes(4, "little") + x for x in (b"_str", str(victim).encode()))
+    patch = b"\x8c\x07pathlib\x8c\tPosixPath\x93" + b"N}(" + name + text + b"u\x86b0"
+    whole = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(whole[:2] + patch + whole[2:] if whole[2:3] != b"\x95" else whole[:2] + patch + whole[11:])
+    sign(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(path)
+    assert str(type(tmp_path)("a")) == "a" and victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda t: t.chunks.clear(), lambda t: t.chunks.append(t.chunks[0]), lambda t: setattr(t, "size", torch.Size([21, 30])),
+    lambda t: setattr(t.chunks[0], "sizes", torch.Size([20, 29])), lambda t: setattr(t.chunks[0], "offsets", torch.Size([1, 0]))])
+def test_the_parts_of_a_tensor_make_it_whole(spoil, tmp_path):
+    """Else memory that was never written would be taken for weights."""
+    path = saved(tmp_path)
+    index = index_of(path)
+    spoil(index.state_dict_metadata["model.a"])
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    sign(path)
+    with pytest.raises(ValueError, match="parts of model.a do not make it whole|cannot be read"):
+        load(path)
+
+
+@pytest.mark.parametrize("index", [b"\x80\x02Nr" + (2 ** 30).to_bytes(4, "little") + b".", b"\x80\x05\x96" + (2 ** 33).to_bytes(8, "little"),
+                                   b"\x80\x04}(" + b")" + b"\x85\x94" * 3 + b"Nu.", b"\x80\x04N(K\x01K\x02u."])
+def test_an_index_takes_no_memory_beyond_its_size(index, tmp_path):
+    path = saved(tmp_path)
+    (path / ".metadata").write_bytes(index)
+    sign(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(path)
+
+
 @pytest.mark.parametrize("index", [b"", b"\x80\x04", pickle.dumps({}), pickle.dumps([1, 2]), b"\x00" * 50])
 def test_an_index_that_is_none_is_one_line(index, tmp_path):
     path = saved(tmp_path)
@@ -218,3 +256,36 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):
     train_further(folder)
     with pytest.raises(SystemExit, match="has changed since the run began, and this run needs it"):
         go_on(folder)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda run: edit(run / "config.json", lambda c: c.update(group_size=2)), lambda run: edit(run / "config.json", lambda c: c.update(seed=5)),
+    lambda run: (run / "sources.json").write_text(json.dumps({"model": "", "data": "", "eval_data": ""})),
+    lambda run: edit(run / "start" / "config.json", lambda c: c.update(rms_norm_eps=0.1)),
+    lambda run: edit(run / "config.json", lambda c: c.update(algo="offpolicy"))])
+def test_files_of_the_run_that_were_edited_are_refused(spoil, begun):
+    folder = begun()
+    spoil(folder / "run")
+    with pytest.raises(SystemExit, match="have changed since|is not a run of this version"):
+        go_on(folder)
+    assert log_of(folder / "run")[-1]["step"] == 2
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"model": 1}'])
+def test_a_broken_list_of_sources_is_named(content, begun):
+    folder = begun()
+    (folder / "run" / "sources.json").write_text(content)
+    with pytest.raises(SystemExit, match="sources.json"):
+        go_on(folder)
+
+
+@pytest.mark.parametrize("name, value", [("step", "3"), ("step", 3.5), ("updates", None), ("first", []), ("run", 3)])
+def test_progress_of_another_type_is_one_line(name, value):
+    with pytest.raises(ValueError, match=f"state.json: {name} is"):
+        Progress(**{name: value})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import grpo
 import train
 import learner
-from config import Config
+from config import Config, parse
 from model import Transformer
 from engine.checkpoint import Progress
 from offpolicy import ReplayBuffer
@@ -275,3 +275,18 @@ def test_several_ranks_give_the_run_of_one_process(start, tmp_path, nproc, promp
                "--priority .6 --trust-region second_moment --trust-delta 1e-3 --adaptive-replay --variance-every 2".split()]
     lines = same_on_ranks([nproc], start, tmp_path, *QUICK, *options)
     assert any(x["staleness"] > 0 for x in lines[1:])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--algo offpolicy --replay-ratio 1 --importance clipped", "--importance needs samples of older weights"),
+    ("--algo offpolicy --replay-ratio 1 --adaptive-clip --kl-limit 1", "--adaptive-clip needs samples of older weights"),
+    ("--algo offpolicy --importance masked --importance-cap 0.5", "keeps weights from 0 to 0.5"),
+    ("--algo offpolicy --importance masked --importance-low 1.5", "keeps weights from 1.5 to 2"),
+    ("--algo offpolicy --priority 1e4", "--priority 10000.0: must be at most 10"),
+    ("--advantage-scale none --unbiased-std", "--unbiased-std needs --advantage-scale std or batch"),
+    ("--model x --warm-start-steps 99", "--warm-start-steps needs no --model"),
+    ("--model x --data y.jsonl --levels 2-2", "--levels needs a built-in task"),
+    ("--steps 5 --variance-every 6", "above --steps 5")])
+def test_settings_that_would_do_nothing_or_something_else_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(flags.split())

@@ -58,6 +58,14 @@ def test_a_run_is_saved_when_its_pipe_and_terminal_go(ending, start, tmp_path):
     assert int(saved.name[5:]) >= 2
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_was_closed_before_the_start_ends_nothing(closed, start, tmp_path):
+    command = " ".join([sys.executable, str(HERE / "train.py"), "--model", str(start), "--out", str(tmp_path / "run"), *fast(start),
+                        "--steps", "1"])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").exists()
+
+
 def test_a_backend_of_a_notebook_ends_no_run(start, tmp_path):
     done = subprocess.run([sys.executable, str(HERE / "train.py"), "--model", str(start), "--out", str(tmp_path / "run"),
                            *fast(start)], capture_output=True, text=True,
