@@ -6,12 +6,14 @@ Golden numbers were made by running TRL 1.16 and verl 0.9.1 in float64 on the sm
 import itertools
 import math
 from dataclasses import make_dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dist
 import grpo
 from rollout import Rollout
 from config import Config, check
@@ -60,6 +62,17 @@ def test_batch_scale_divides_by_the_std_of_all_rewards():
     r = torch.tensor([[1., 0.], [1., 1.]])          # all: mean 3/4, population std sqrt(3)/4
     A = grpo.group_advantages(r, "batch")
     torch.testing.assert_close(A, torch.tensor([[.5, -.5], [0., 0.]]) / (math.sqrt(3) / 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("unbiased, std", [(False, math.sqrt(3) / 4), (True, .5)])
+def test_the_batch_scale_of_several_ranks_is_the_std_of_the_rewards_of_all(unbiased, std, monkeypatch):
+    """Rank 0 has 1 1, this rank 1 0. The squares around 3/4 add up to 3/4, over 4 or, unbiased, over 3."""
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [torch.tensor([[1., 1.]]), mine])
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    config = Config(advantage_scale="batch", unbiased_std=unbiased, group_size=2)
+    batch = grpo.prepare(rollout_of(N=1, G=2), torch.tensor([[1., 0.]]), config)
+    grpo.complete(SimpleNamespace(config=config, reference=None), batch)
+    torch.testing.assert_close(batch.advantages, torch.tensor([.5, -.5]) / std, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.3, 0.7, 10 / 3, 1e6])

@@ -228,6 +228,12 @@ def test_sft_teaches_the_end_of_the_turn_in_use(base):
     assert end(base) == end(base, template="plain") == prompts.EOS
     assert end(base, template="chat") == "<|im_end|>"
 
+    chatml = base.chat_template      # where the last turn ends otherwise, the eos among both ends is taught
+    base.chat_template = "{% for m in messages %}{{ m.content }}{{ '<pad>' if loop.last else eos_token }}{% endfor %}"
+    assert base.convert_ids_to_tokens(prompts.turn_ends(base)) == ["<pad>", prompts.EOS]
+    assert end(base, template="chat") == prompts.EOS
+    base.chat_template = chatml
+
     base.eos_token = None
     assert end(base, template="chat") == "<|im_end|>"
     with pytest.raises(ValueError, match="no stop token: the tokenizer has no eos_token"):

@@ -313,6 +313,13 @@ def test_held_out_stories_never_occur_in_training_even_with_other_words():
     assert not train & test
 
 
+def test_held_out_problems_of_a_task_are_the_same_for_every_seed_of_a_run():
+    """Else the accuracies of two seeds would be of two exams."""
+    (train, held_out), (other_train, same) = [data.load_split("arithmetic", "", seed, (4, 6), 20) for seed in (0, 1)]
+    texts = [[p["problem"] for p in problems] for problems in (held_out, same, train[:20], other_train[:20])]
+    assert texts[0] == texts[1] and texts[2] != texts[3]
+
+
 def test_the_task_depends_on_its_seed_alone_and_has_many_surface_forms():
     first, again, other = (tasks.arithmetic(50, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -572,3 +579,16 @@ def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path, muon
     trained = -model.token_logps(tokens, mask)[0].sum() / mask.sum()
     fresh, _ = sft.build(problems, config)
     assert trained < 0.9 * -fresh.token_logps(tokens, mask)[0].sum() / mask.sum()
+
+
+def test_a_token_weighs_the_same_in_a_batch_of_terse_solutions():
+    """Nine tokens and one, over the five of the mean batch: a token's gradient is 1/5 in both, whatever the normalizer."""
+    config = sft.SFTConfig()
+    config.batch_tokens = 5.0
+    for length in (9, 1):
+        batch = sft.collate([([1, 2], [3] * length)], torch.device("cpu"))
+        logp = torch.full(batch.mask.shape, -.5, requires_grad=True)
+        total, sums = sft.loss(logp, None, batch, config, float(length))
+        total.backward()
+        torch.testing.assert_close(logp.grad, batch.mask / -5)
+        assert total.item() == pytest.approx(.5 * length / 5) and sums["tokens"] == length

@@ -392,6 +392,17 @@ def test_a_disk_that_fills_up_with_the_replay_buffer_is_no_whole_checkpoint(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
+def test_ranks_share_in_order_and_alike_and_rank_0_has_the_most(monkeypatch):
+    for count, ranks in itertools.product(range(12), range(1, 6)):
+        monkeypatch.setattr(dist, "world", lambda: ranks)
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "rank", lambda: rank)
+            parts.append(list(dist.split(count)))
+        assert sum(parts, []) == list(range(count))
+        assert len(parts[0]) == max(map(len, parts)) == -(-count // ranks) and min(map(len, parts)) == count // ranks
+
+
 def test_the_watchdog_names_rank_and_phase(capfd, monkeypatch):
     monkeypatch.setattr(dist, "_watchdog", None)
     dist.watch(0.2)

@@ -214,6 +214,17 @@ def test_a_reference_that_is_gone_is_refused(begun):
         go_on(folder)
 
 
+@pytest.mark.parametrize("spoil, says", [(train_further, "has changed since the run began"),
+                                         (lambda folder: shutil.rmtree(folder / "model"), "is not there any more")])
+def test_the_model_under_an_adapter_is_needed(spoil, says, begun):
+    """A checkpoint with LoRA holds the adapter alone."""
+    folder = begun("--lora-rank", "2")
+    spoil(folder)
+    with pytest.raises(SystemExit, match=f"the starting model .* {says}, and this run needs it"):
+        go_on(folder)
+    assert log_of(folder / "run")[-1]["step"] == 2
+
+
 @pytest.mark.parametrize("spoil, says", [(train_further, "has changed since"),
                                          (lambda folder: shutil.rmtree(folder / "model"), "is not there any more"),
                                          (lambda folder: (folder / "model" / "config.json").write_text("{"), "has changed since")])

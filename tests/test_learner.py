@@ -72,6 +72,18 @@ def test_halves_of_the_gradient_variance_lie_within_each_minibatch():
 
 # ------------------------------------------------------------------------------------------------ scoring and steps
 
+def test_the_log_of_two_updates_by_hand():
+    """Sums over 10 and 30 tokens are divided by 40; loss and norm are plain means. How far pi is from the sampler's mu is said
+    of the first update alone: in the second pi has moved."""
+    first = {"loss": 1.0, "grad_norm": 2.0, "tokens": 10.0, "rows": 2.0, "entropy": 5.0, "kl": 1.0, "clip_ratio": 0.0,
+             "ratio_mean_dev": 1.0, "ratio_max_dev": 0.5}
+    second = {"loss": 3.0, "grad_norm": 4.0, "tokens": 30.0, "rows": 2.0, "entropy": 15.0, "kl": 3.0, "clip_ratio": 6.0,
+              "ratio_mean_dev": 60.0, "ratio_max_dev": 7.0}
+    one = learner.Learner(Config(), grpo, None, None, Progress())
+    assert one.means([first, second]) == pytest.approx({
+        "entropy": 0.5, "kl": 0.1, "clip_ratio": 0.15, "loss": 2.0, "grad_norm": 3.0, "ratio_mean_dev": 0.1, "ratio_max_dev": 0.5})
+
+
 def test_the_reference_is_scored_at_the_temperature_of_the_run():
     """Before the first update pi is the reference, so its log-probs are those that the tokens were drawn at."""
     model = small_model()

@@ -255,6 +255,13 @@ def test_files_come_back(tmp_path):
     assert torch.equal(logits(lora.load_adapter(small_model(), tmp_path / "a")), want)
 
 
+def test_an_adapter_brings_its_scale_along(tmp_path):
+    """Also to a model that has adapters of another alpha: what they counted is nothing to the one that is read."""
+    model = changed(adapted(alpha=6.0))
+    lora.save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(lora.load_adapter(adapted(alpha=1.0), tmp_path / "a")), logits(model))
+
+
 def test_an_adapter_of_some_layers_leaves_the_others(tmp_path):
     model = changed(adapted())
     lora.save_adapter(model, tmp_path / "a")

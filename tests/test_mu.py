@@ -132,11 +132,11 @@ def test_in_float32_the_samplers_value_stays():
     assert batch.old_logp is out.logps and batch.drawn_logp is None
 
 
-@pytest.mark.parametrize("epochs, more", [(1, 0), (2, 1)])
-def test_one_scoring_pass_at_most(epochs, more, monkeypatch):
+@pytest.mark.parametrize("epochs, minibatches, more", [(1, 1, 0), (2, 1, 1), (1, 2, 1)])
+def test_one_scoring_pass_at_most(epochs, minibatches, more, monkeypatch):
     """None where the rollout has one update, one where it has several."""
     model, calls = model_of(), []
-    one = learner_of(model, epochs=epochs)
+    one = learner_of(model, epochs=epochs, minibatches=minibatches)
     score = learning.Learner.score
     monkeypatch.setattr(learning.Learner, "score", lambda *args, **named: calls.append(1) or score(*args, **named))
     one.learn(drawn(model), REWARDS)

@@ -276,6 +276,12 @@ def test_who_enters_and_who_leaves_the_buffer():
     assert len(buffer) == 1                                                         # drawing counts as a use
 
 
+def test_a_group_that_a_rule_takes_away_takes_no_place_of_another():
+    """Room for two: the second was drawn as often as it may be, so the first stays beside the third."""
+    groups = [replace(g, uses=u) for g, u in zip(stamped(2, 3, 4), (0, 1, 0))]
+    assert [g.version for g in filled(groups, 4, capacity=2, max_reuse=1).groups] == [2, 4]
+
+
 VERSIONS, REWARDS = (0, 4, 8, 12, 16), {0: 2., 4: 1., 8: 4., 12: 1., 16: 1.}
 
 
@@ -418,6 +424,20 @@ def test_a_trust_region_takes_gradients_but_not_the_denominator(kind, delta):
     assert gradients[1].any() and not torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("kind, delta, region", [("sequence", .1, offpolicy.sequence_mask), ("token", .05, offpolicy.token_mask)])
+def test_a_trust_region_lies_around_mu_also_where_the_ratio_is_to_prox(kind, delta, region):
+    """At the start of a pass pi is prox, so that nothing would ever have left a region around prox."""
+    _, batch = batch_of(5)
+    logp, gradients = batch.prox_logp.clone().requires_grad_(), []
+    for name in ("", kind):
+        config = settings_of("none", trust_region=name, trust_delta=delta)
+        offpolicy.correct(batch, config)
+        gradients.append(value_and_gradient(offpolicy, logp, batch, config)[1])
+    stays = region(logp, batch.old_logp, batch.advantages, batch.mask, delta)
+    close(gradients[1], gradients[0] * stays)
+    assert gradients[1].any() and not torch.equal(*gradients)
+
+
 def test_the_second_moment_is_that_of_the_tokens_that_are_trained():
     """Row 0 has squares of .09 against a limit of .04; the rows of equal rewards, not trained, are still at mu."""
     _, batch = batch_of()
@@ -502,6 +522,15 @@ def test_an_adaptive_clip_moves_both_its_sides():
         for _ in range(30):
             offpolicy.adapt(one, offpolicy.Drift(tokens=1., kl=kl), old=True)
         assert one.state.clip == pytest.approx(expected)
+
+
+def test_samples_of_pi_itself_say_nothing_of_the_clip():
+    """They meet a KL of 0 whatever the clip is: it would widen at every step until it is at its bound."""
+    one = learner_of(tiny(), adaptive_clip=True, kl_limit=.03, replay_ratio=1)
+    assert one.learn(*drawn(one.model))["kl_last"] < .02 and one.state.clip == one.config.clip_low
+    one.progress.step += 1                                  # now the weights that drew are a rollout old
+    one.learn(*drawn(one.model))
+    assert one.state.clip > one.config.clip_low
 
 
 def test_a_pass_without_a_trained_token_leaves_the_replay_ratio():

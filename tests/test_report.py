@@ -4,8 +4,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import report
+from engine.checkpoint import Progress
+from rollout import Rollout
 
 
 def write(path, values, **more):
@@ -44,6 +47,24 @@ def test_samples_are_the_first_completions_of_each_problem(tmp_path):
     assert [s["completion"] for s in samples] == ["a", "b", "c", "d", "é"]
     assert samples[4] == {
         "step": 7, "problem": "é?", "answer": "3", "completion": "é", "reward": .5}
+
+
+def test_the_means_of_a_rollout_by_hand():
+    """Two rounds of a group of two: rewards 1 0 and 1 1, completions of 1 2 and 3 4 tokens behind prompts of 2, one of them
+    cut. The standard deviation within a group is that of its G rewards, 1/2 and 0."""
+    def round_of(lengths, finished, rewards):
+        rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), torch.full((2,), 2), torch.tensor(lengths),
+                          torch.full((2, 6), -.25), torch.tensor(finished))
+        rewards = torch.tensor([rewards])
+        return SimpleNamespace(rollout=rollout, rewards=rewards, parts={"correct": rewards - .5})
+
+    learner = SimpleNamespace(config=SimpleNamespace(group_size=2), device=torch.device("cpu"),
+                              progress=Progress(step=3, num_tokens=100, num_samples=8))
+    drawn = [round_of([3, 4], [True, True], [1., 0.]), round_of([5, 6], [False, True], [1., 1.])]
+    assert report.rollout_metrics(learner, drawn, 5.0) == pytest.approx({
+        "step": 3, "reward": .75, "reward_std": .25, "frac_reward_zero_std": .5, "rewards/correct": .25,
+        "completion_length": 2.5, "truncated_frac": .25, "num_tokens": 118, "num_samples": 12, "entropy": 24 * .25 / 10,
+        "pass@G": 1, "rollout_time": 5, "rollout_tokens_per_s": 2})
 
 
 @pytest.mark.parametrize("step, solved, cut, expected", [

@@ -1135,3 +1135,16 @@ def test_many_marks_of_thoughts_are_read():
     for text in ("<think>" * 150_000, "</think>" * 130_000, "<think" * 170_000, "hink" * 250_000):
         assert not reward.verify(text, "5")
         assert reward.verify(text + "</think> #### 5", "5")
+
+
+def test_correctness_of_weight_0_is_still_computed():
+    """The log's pass@G and rewards/correct are read from it; any other function of weight 0 is left out."""
+    kept = [(name, weight) for name, weight, _ in reward.weighted("correct=0,format=0,consistency=2")]
+    assert kept == [("correct", 0.0), ("consistency", 2.0)]
+
+
+def test_only_what_stands_before_the_first_end_of_text_is_read():
+    """Whichever of the marks it is: behind the end of a turn the model goes on by itself, until it ends the text."""
+    for ends in (("<|im_end|>", "<|endoftext|>"), ("<|endoftext|>", "<|im_end|>"), ("</s>", "<|eot_id|>")):
+        completion = "The answer is 18.{}\nThe answer is 20.{}".format(*ends)
+        assert extract_answer(completion) == "18" and not reward.verify(completion, "20")

@@ -369,6 +369,21 @@ def test_evaluation_is_by_the_weights_that_are_trained(ready):
     assert heldout.evaluate_run(ready)["eval_length"] == 6
 
 
+def test_a_held_out_problem_is_drawn_alike_on_any_rank(ready, monkeypatch):
+    """Its seed is its number in the set, not its place among those of a rank."""
+    drawn, generate = [], ready.sampler.generate
+
+    def recorded(*args, **more):
+        drawn.append(generate(*args, **more))
+        return drawn[-1]
+    monkeypatch.setattr(ready.sampler, "generate", recorded)
+    for mine in (range(3), range(1, 3)):
+        monkeypatch.setattr(dist, "split", lambda count: mine)
+        heldout.evaluate_run(ready)
+    _, sampled, _, of_the_last_two = [rollout.completions() for rollout in drawn]
+    assert of_the_last_two == sampled[2:]
+
+
 def test_bad_updates_in_a_row_are_counted_over_a_resume(ready):
     """Four before the checkpoint and one after it end the run."""
     progress = ready.learner.progress
