@@ -99,7 +99,7 @@ def parse_template_kwargs(text):
     if not isinstance(kwargs, dict):
         raise ValueError(f"{given}: must be a JSON object, {{NAME: VALUE}}")
     for name, value in kwargs.items():
-        number = isinstance(value, (int, float)) and math.isfinite(value)
+        number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
         if not (number or value is None or isinstance(value, str)):
             raise ValueError(f"{given}: {name} must be true, false, null, a number or a text")
         if not name.isidentifier() or name in TEMPLATE_OWN:

@@ -42,6 +42,7 @@ import reward
 from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from engine.checkpoint import write_whole
+from engine.weights import read_json
 from folder import fingerprint_of_problems
 from model import Transformer
 from report import standard_error
@@ -253,7 +254,9 @@ def load_model(name, device, dtype):
         return Transformer.from_pretrained(name, device, dtype), name
 
     import lora
-    base = json.loads(settings.read_text())["base_model_name_or_path"]
+    base = read_json(settings).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{settings} does not name its base_model_name_or_path")
     model = Transformer.from_pretrained(base, device, dtype)
     return lora.load_adapter(model, name), base
 

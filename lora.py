@@ -270,7 +270,9 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder}: an adapter with {', '.join(refused) or 'no LoRA'} "
                          "is not supported")
 
-    rank, alpha = settings["r"], settings["lora_alpha"]
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1 or not alpha > 0:
+        raise ValueError(f"{folder}: r {rank!r} and lora_alpha {alpha!r} must be numbers above 0")
     if not adapters(model):
         attach(model, rank, alpha)
     reset(model)

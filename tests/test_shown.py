@@ -47,15 +47,18 @@ def test_a_run_is_saved_when_its_pipe_and_terminal_go(ending, start, tmp_path):
                         "--steps", "4000", "--eval-every", "4000", "--save-every", "4000"])
     process = subprocess.Popen(["bash", "-c", f"{command} 2>&1 | tee {tmp_path}/log > /dev/null"], start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while time.time() < deadline and not ((out / "log.jsonl").exists() and len(log_of(out)) > 2):
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT if ending == "interrupt" else signal.SIGHUP)
-    process.wait(timeout=120)
-    while time.time() < deadline and not list((out / "checkpoints").glob("step-*")):
-        time.sleep(0.1)                 # tee's end is bash's, not the trainer's
-    [saved] = (out / "checkpoints").glob("step-*")
-    assert int(saved.name[5:]) >= 2
+    deadline = time.time() + 240
+    try:
+        while time.time() < deadline and not ((out / "log.jsonl").exists() and len(log_of(out)) > 2):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT if ending == "interrupt" else signal.SIGHUP)
+        process.wait(timeout=120)
+        while time.time() < deadline and not list((out / "checkpoints").glob("step-*")):
+            time.sleep(0.1)                 # tee's end is bash's, not the trainer's
+        [saved] = (out / "checkpoints").glob("step-*")
+        assert int(saved.name[5:]) >= 2
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(out)])
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
