@@ -50,7 +50,7 @@ _THOUGHT = re.compile(
 _END = re.compile(
     r"<\|(?:im_end|endoftext|eot(?:_id)?|end_of_text|return|user|im_start\|>\s*user"
     r"|start_header_id\|>\s*user|end\|>(?!<\|start\|>assistant))|</s>|<end_of_turn>"
-    r"|\n\n(?:User|Human):")
+    r"|\n\nUser:")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?:\{([^{}\\]*)\}|(\{)|([^\s{}$.,\\]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TAG = re.compile(r"<(/?)answer>", re.I)
@@ -70,7 +70,7 @@ _SAID = re.compile(
     r"|^[ \t#*_>-]*final answer[*_]*[ \t]+(?=[-$\\0-9])"
     r"|\bcorrect[ \t]+(?:option|choice)[ \t]+is\b"
     r"|(?:(?<=[.!?}$)] )|\*\*|__)[*_]*answer[*_]*[ \t]*:", re.I | re.M)
-_ANNOUNCING = ("nswer", "NSWER", "ns:", "ption is", "hoice is")
+_ANNOUNCING = ("ns:", "NS:", "ption is", "hoice is")    # looked for where there is no "answer"
 _HEADING = re.compile(
     r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
 _OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
@@ -92,28 +92,31 @@ _VALUE = re.compile(
 
 # a negation, and the words that may stand between it and the mark that it denies
 _DENIALS = frozenset(b"""
-    not cannot never nor no don doesn didn isn wasn aren couldn won wouldn shouldn t hardly
-    anything everything rather instead unlikely impossible fail fails different far false wrong
-    incorrect untrue rejected mistake trap doubt deny other all any ne neq lnot neg sout st cancel
-    xcancel bcancel del s strike""".split())
+    not cannot never nor don doesn didn isn wasn aren couldn won wouldn shouldn can hardly except
+    than but instead way longer means unlikely impossible fail fails different far false wrong no
+    incorrect untrue mistake trap doubt deny ne neq lnot neg sout st cancel xcancel bcancel del
+    strike nope invalid rejected eliminated ruled error""".split())
 _LETTERS = bytes(c if 97 <= c < 123 else c + 32 if 65 <= c < 91 else 32 for c in range(256))
 _NEGATION = (
-    r"(?:(?<!or )(?<!if )(?<!why )"
-    r"\b(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)"
-    r"|(?<!no )(?<!any )(?<!without )(?<!without a )(?<!beyond )(?<!not )(?<!n['’]t )doubt"
-    r"|(?<!not )(?<!n['’]t )deny|far from|(?:anything|everything|all|any \w{1,9}) (?:but|except)"
-    r"|other than|rather than|instead of|different from|fails? to)\b(?! is\b)|\b(?:unlikely|false"
-    r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b"
-    r"|\b(?:mistake|trap) (?:is|would be)\b"
-    r"|(?<![^\n.!?*])\s*\b(?:wrong|incorrect|false|rejected)(?=:)|n['’]t\b(?! is\b)|≠"
-    r"|(?<=[\sa-jlo-qs-z])!=|(?<=[\s\w)}])<>|\\(?:neq?|l?not|neg)\b"
+    r"(?:\b(?=[acdefhinorw])(?:(?:(?:not|never|nor|cannot|can['’]t)"
+    r"(?<!or not)(?<!if not)(?<!why not)|hardly|no (?:longer|means|way)"
+    r"|doubt(?<!no doubt)(?<!any doubt)(?<!without doubt)"
+    r"(?<!without a doubt)(?<!beyond doubt)(?<!not doubt)(?<!n['’]t doubt)|deny(?<!not deny)"
+    r"(?<!n['’]t deny)|far from|(?:anything|everything|all|any \w{1,9}) (?:but|except)|other than"
+    r"|rather than|instead of|different from|fails? to)\b(?! is\b)|(?:unlikely|false"
+    r"|impossible|wrong|incorrect|untrue) (?:that|to|answer|value|result)\b"
+    r"|(?:wrong|incorrect|false|rejected)(?=:)(?<![a-z] wrong)"
+    r"(?<![a-z] incorrect)(?<![a-z] false)(?<![a-z] rejected))"
+    r"|\b(?:mistake|trap) (?:is|would be|that|to)\b|\buntrue that\b|\bunlikely (?:that|to)\b"
+    r"|n['’]t\b(?! is\b)|≠|!=(?<=[\sa-jlo-qs-z]!=)|<>(?<=[\s\w)}]<>)|\\(?:neq?|l?not|neg)\b"
     r"|\\(?:sout|st|[bx]?cancel)(?=\{)|<(?:del|s|strike)>)"
     r"(?:[-–— \t$*`:({\[=~_\"'“”‘’,;)]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
     r"|</?[a-z]{1,8}>|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b"
     r"|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value|result|solution"
-    r"|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply|just|actually|really|exactly|always|only|even|quite"
+    r"|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply|just|actually"
+    r"|really|exactly|always|only|even|quite"
     r"|possibly|necessarily|in fact|at all|close|near|anywhere|remotely)\b)*")
-_DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
+_DENIED_BEFORE = re.compile(_NEGATION + r"\Z")
 _NONE = re.compile(r"\b(?:no|none|nothing|nobody|only)\b[^.?!\n]*\Z", re.I)   # none other than 5
 _DENIES = re.compile(
     r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)
@@ -136,11 +139,12 @@ _DENIED_BEHIND = re.compile(
     r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?" + _RIGHT +
     r"|(?:clearly\s+|obviously\s+)?" + _WRONG + r")(?!\s+(?:that|to)\b)"
     r"|cannot\s+be\s+(?:the\s+)?(?:correct\s+)?" + _RIGHT +
+    r"|(?:wrong|incorrect|false|invalid|rejected)\s*(?:[).!,;]|\Z)"
     r"|(?:must|has to|seems|looks)\s+(?:be\s+)?" + _WRONG +
     r"|(?:does|do|did|wo|would)(?:\s+not|n['’]t)\s+(?:work|fit|hold|make sense|satisfy)\b))",
     re.I)
-_WRONG_BEHIND = re.compile(r"[\s$*)\]}.,;:\\—–-]*\(?" + _WRONG + r"\s*(?:[).!,;]|$)", re.I)
-_YES = re.compile(r"[\s$*)\]}\\]*\?[\s*]*(?:yes|yep|indeed|it is|correct|right|sure)\b", re.I)
+_QUESTION = re.compile(
+    r"[\s$*)\]}\\]*\?(?![\s*]*(?:yes|yep|indeed|it is|correct|right|sure)\b)", re.I)
 
 # what changes an answer and stands directly around its mark: -[5], 1/[5], \sqrt{[5]}, [5] million;
 # not "at least [5]" or "5 dozens of eggs", which good solutions say of the number asked for
@@ -151,7 +155,7 @@ _ATTACHED_BEFORE = re.compile(
     r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than)"
     r"(?:[ ]|\$|\\\(){0,3}\Z", re.I)
 _LAST_WORDS = ("than", "lt", "gt", "pm", "div", "sqrt", "sin", "cos", "tan", "log", "ln", "exp")
-_ATTACHED_FIRST = re.compile(r"[hmbtdlcpfsoqr^!π×·±/;:,-]", re.I)
+_FIRST_LETTERS = frozenset("hmbtdlcpfsoqrHMBTDLC^!π×·±/;:,-")
 _ATTACHED_BEHIND = re.compile(
     r"(?:[ ]|\\[ ,;:!)\]]|~|\$|\*\*|\\text\{|\\(?:mathrm|quad)\b\{?)*(?:"
     r"(?:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|(?:ten|hundred|thousand)th|third)s?"
@@ -182,8 +186,8 @@ def _ended(completion):
     """Return what stands before the first end-of-text token."""
     # a look for one character is ten times as fast as a look for a word, here and below
     if ("|" in completion and "<|" in completion or "/" in completion and "</s>" in completion
-            or "_" in completion and "<end_of_turn>" in completion
-            or ":" in completion and ("\n\nUser:" in completion or "\n\nHuman:" in completion)):
+            or ">" in completion and "_" in completion and "<end_of_turn>" in completion
+            or "U" in completion and "\n\nUser:" in completion):
         end = _END.search(completion)
         completion = completion[:end.start()] if end else completion
     return completion
@@ -196,8 +200,9 @@ def _after_thought(text):
     """
     if "<" not in text and "[" not in text and "◁" not in text:
         return text
-    if not ("hink" in text or "hought" in text or "easoning" in text or "<|channel" in text
-            or "K" in text and "HINK" in text or "G" in text and _THOUGHT.search(text)):
+    if not ("hink" in text or "hought" in text or "easoning" in text
+            or "|" in text and "<|channel" in text or "K" in text and "HINK" in text
+            or "G" in text and ("HOUGHT" in text or "EASONING" in text)):
         return text
 
     last = None
@@ -292,8 +297,10 @@ def _announcements(text, start):
         if not text[line:place].strip(" \t") and not _OPTIONS.match(text, place):
             found.append((line, place + 2, ""))
 
-    places = [_places(text, word, start) for word in _ANNOUNCING if word in text]
-    for place in sorted(sum(places, [])):
+    places = _places(text, "nswer", start) + _places(text, "NSWER", start)
+    if not (places or found):
+        places = [place for word in _ANNOUNCING for place in _places(text, word, start)]
+    for place in sorted(places):
         window = max(start, place - 25), place + 80
         said = _SAID.search(text, *window) or _HEADING.search(text, *window)
         if said:
@@ -362,37 +369,30 @@ def _bare(content):
 
 def _is_denied(text, mark):
     r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
-    # most texts hold no word of this kind, and need no look at a pattern
     begin = max(0, mark.start - 60)
     before = text[begin:mark.start]
-    if ("!=" in before or "<>" in before or not before.isascii()
-            or not _DENIALS.isdisjoint(before.encode().translate(_LETTERS).split())):
-        negation = _DENIED_BEFORE.search(before)
-        if negation and not ("ther than" in negation[0] and _NONE.search(before)):
-            return True
-    content = mark.content.strip()
-    if content[:1] in "~<\\$*" and _STRUCK.match(content):
-        return True
-
     behind = text[mark.end:mark.end + 60]
-    if len(behind) < 3 and "?" not in behind and "~" not in behind:
-        return False
-    return _is_denied_behind(before, content, behind)
-
-
-def _is_denied_behind(before, content, behind):
-    """Return whether the text behind a mark says that it is not the answer."""
-    # ~~5~~, and "Is it 5?" but not "Is it 5? Yes."
-    near = behind.lstrip("$* )}\\]")
-    if near.startswith("~~") and before.rstrip("$* (\\[").endswith("~~"):
+    content = mark.content
+    if content[:1] in "~<\\$* " and _STRUCK.match(content):
         return True
-    if near.startswith("?") and not _YES.match(behind) and _ASKS.search(before):
+    if "?" in behind and _QUESTION.match(behind) and _ASKS.search(before):
         return True
-    if _DENIED_BEHIND.match(behind) or _WRONG_BEHIND.match(behind):
+    if "~~" in behind and before.rstrip("$* (\\[").endswith("~~"):
+        return True
+
+    # most texts hold no word of this kind, and need no look at a pattern
+    both = before + " " + behind
+    if both.isascii() and "!=" not in before and "<>" not in before:
+        if _DENIALS.isdisjoint(both.encode().translate(_LETTERS).split()):
+            return False
+    negation = _DENIED_BEFORE.search(before.lower())
+    if negation and not ("ther than" in negation[0] and _NONE.search(before)):
+        return True
+    if _DENIED_BEHIND.match(behind):
         return True
 
     # the value may be said again: "5 is wrong"
-    said = behind.lstrip(" \n$*`)]}.,\\")
+    said = behind.lstrip(" \n$*`)]}.,\\") if content in behind else ""
     return said.startswith(content) and _DENIED_BEHIND.match(said, len(content)) is not None
 
 
@@ -404,11 +404,12 @@ def _attached(text, mark):
 
     # a look at one character is faster than a look for a pattern
     before = behind = None
-    near = text[max(0, mark.start - 40):mark.start].rstrip(" $\\(")
+    begin = max(0, mark.start - 40)
+    near = text[max(0, mark.start - 9):mark.start].rstrip(" $\\(")
     if near and (near[-1] in "-−/<>{" or near.endswith(_LAST_WORDS)):
-        before = _ATTACHED_BEFORE.search(text, max(0, mark.start - 40), mark.start)
-    near = text[mark.end:mark.end + 60].lstrip(" $*~)\\]{")
-    if near and near[0] not in ".,\n" and _ATTACHED_FIRST.match(near):
+        before = _ATTACHED_BEFORE.search(text, begin, mark.start)
+    near = text[mark.end:mark.end + 9].lstrip(" $*~)\\]{")
+    if near and near[0] in _FIRST_LETTERS:
         behind = _ATTACHED_BEHIND.match(text, mark.end, mark.end + 60)
     if not (behind or before):
         return content
