@@ -67,7 +67,7 @@ _SAID = re.compile(
     r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer[*_]*"
     rf"(?:[ \t]+(?:to|for)\b[^.\n:=]{{0,60}}?)?[ \t]*(?:{_IS}|{_IS_NOT})"
     r"|^[ \t#*_>-]*(?:answer|ans)[*_]*[ \t]*(?:[:=—–]|(?=\$|\\\())"
-    r"|^[ \t#*_>-]*final answer[*_]*[ \t]+(?=[-$\\0-9])"
+    r"|^[ \t#*_>-]*final answer[*_]*[ \t]+(?=[-$\\0-9]|[A-J]\W*$)"
     r"|\bcorrect[ \t]+(?:option|choice)[ \t]+is\b"
     r"|(?:(?<=[.!?}$)] )|\*\*|__)[*_]*answer[*_]*[ \t]*:", re.I | re.M)
 _ANNOUNCING = ("ns:", "NS:", "ption is", "hoice is")    # looked for where there is no "answer"
@@ -92,10 +92,9 @@ _VALUE = re.compile(
 
 # a negation, and the words that may stand between it and the mark that it denies
 _DENIALS = frozenset(b"""
-    not cannot never nor don doesn didn isn wasn aren couldn won wouldn shouldn can hardly except
-    than but instead way longer means unlikely impossible fail fails different far false wrong no
-    incorrect untrue mistake trap doubt deny ne neq lnot neg sout st cancel xcancel bcancel del
-    strike nope invalid rejected eliminated ruled error""".split())
+    not cannot never nor no hardly except but rather other instead longer unlikely impossible fail
+    fails different far false wrong incorrect untrue mistake trap doubt deny ne neq lnot neg sout st
+    cancel xcancel bcancel del strike nope invalid rejected eliminated ruled error""".split())
 _LETTERS = bytes(c if 97 <= c < 123 else c + 32 if 65 <= c < 91 else 32 for c in range(256))
 _NEGATION = (
     r"(?:\b(?=[acdefhinorw])(?:(?:(?:not|never|nor|cannot|can['’]t)"
@@ -155,7 +154,8 @@ _ATTACHED_BEFORE = re.compile(
     r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than)"
     r"(?:[ ]|\$|\\\(){0,3}\Z", re.I)
 _LAST_WORDS = ("than", "lt", "gt", "pm", "div", "sqrt", "sin", "cos", "tan", "log", "ln", "exp")
-_FIRST_LETTERS = frozenset("hmbtdlcpfsoqrHMBTDLC^!π×·±/;:,-")
+_FIRST_LETTERS = frozenset("""
+    hun tho mil bil tri doz lak cro ten thi hal squ cub fac per deg bel tim cdo div sqr fra tex mat""".split())
 _ATTACHED_BEHIND = re.compile(
     r"(?:[ ]|\\[ ,;:!)\]]|~|\$|\*\*|\\text\{|\\(?:mathrm|quad)\b\{?)*(?:"
     r"(?:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|(?:ten|hundred|thousand)th|third)s?"
@@ -382,7 +382,8 @@ def _is_denied(text, mark):
 
     # most texts hold no word of this kind, and need no look at a pattern
     both = before + " " + behind
-    if both.isascii() and "!=" not in before and "<>" not in before:
+    if (both.isascii() and "'t" not in both and "'T" not in both
+            and "!=" not in before and "<>" not in before):
         if _DENIALS.isdisjoint(both.encode().translate(_LETTERS).split()):
             return False
     negation = _DENIED_BEFORE.search(before.lower())
@@ -409,7 +410,8 @@ def _attached(text, mark):
     if near and (near[-1] in "-−/<>{" or near.endswith(_LAST_WORDS)):
         before = _ATTACHED_BEFORE.search(text, begin, mark.start)
     near = text[mark.end:mark.end + 9].lstrip(" $*~)\\]{")
-    if near and near[0] in _FIRST_LETTERS:
+    if near and (near[0] in "^!π×·±/" or near[:2] in ("pi", "pm", "or")
+                 or near[:3].lower() in _FIRST_LETTERS):
         behind = _ATTACHED_BEHIND.match(text, mark.end, mark.end + 60)
     if not (behind or before):
         return content
@@ -418,8 +420,9 @@ def _attached(text, mark):
         content = "{" + content + "}"
     if before:
         content = before[0].replace("$", "") + content
-        content += "}" * (content.count("{") - content.count("}"))
-    return content + (behind[0].replace("$", "") if behind else "")
+    if behind:
+        content += behind[0].replace("$", "")
+    return content + "}" * (content.count("{") - content.count("}"))
 
 
 def _is_joined(text, mark, following):

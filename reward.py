@@ -50,7 +50,7 @@ from verifier.latex import clean
 
 _DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _LETTER = re.compile("[A-Za-z°]")
-_LETTER_OR_TIME = re.compile("[A-Za-z:]")
+_WORDED = re.compile(r"[=:]|(?<![\\A-Za-z])[A-Za-z]{3,}|\\(?:text|mathrm|sum)")
 _ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
 _LETTER_UNIT = re.compile(                                           # 5 m, 5\,m/s^2, but not 5m
     r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)(?![A-Za-z])"
@@ -68,6 +68,7 @@ _SPELLINGS = [(re.compile(pattern), usual) for pattern, usual in (
     (r"\\(?:SI|qty)\{([^{}]*)\}\{([^{}\\]*)\}", r"\1\\text{ \2}"),
     (r"^(?:US|USD|Rs\.?|INR)\s*(?:\\?\$\s*)?(?=[0-9])", ""),
     (r"^(?:\\text\{)?(?:minus|negative)\s*\}?\s*(?=[0-9\\])", "-"))]
+_SPELLED = re.compile(r"\\(?:over(?![a-z])|SI|qty)|US|Rs|INR|minus|negative")
 _PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter may have,
 _USUAL_PARAMETERS = set("jklmn")      # and that it has where nothing says that it is an integer
 
@@ -173,6 +174,8 @@ def _same_choice(given, gold):
 
 def _same_respelled(given, gold):
     r"""Return whether two answers are equal once 1 \over 2, \SI{5}{cm} and US\$5 are rewritten."""
+    if not (_SPELLED.search(given) or _SPELLED.search(gold)):
+        return False
     respelled = [_respelled(s) for s in (given, gold)]
     return respelled != [given, gold] and answers.equal(*respelled)
 
@@ -296,7 +299,7 @@ def equal(given: str, gold: str) -> bool:
     An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
     """
     if answers.equal(given, gold):
-        worded = given != gold and (":" in gold or _LETTER_OR_TIME.search(given))
+        worded = given != gold and (":" in gold or _WORDED.search(given))
         return not (worded and _contradicts(given, gold))
     if not (isinstance(given, str) and isinstance(gold, str)) or given.isdigit() and gold.isdigit():
         return False
