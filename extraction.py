@@ -1,7 +1,7 @@
 r"""Extraction: find the final answer in the text of a completion. reward.py compares it.
 
-What is read: the text up to the first end-of-text token, and of it only what follows </think>. A
-thought that is still open has no answer. Four kinds of mark announce a final answer:
+What is read is what thoughts.py leaves: no thought, and nothing behind the end of the text. Four
+kinds of mark announce a final answer:
   box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
                                                  no answer)
   tag        <answer>x</answer>
@@ -15,8 +15,12 @@ ones. Ticks, code fences and bold type around an answer are taken away.
 
 A mark that the text denies is no answer: "is not \boxed{5}", "cannot be 5", "x \neq \boxed{5}",
 "\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing between but
-words such as "equal to" or "that the answer is". So "Those that do not fit are \boxed{5}" denies
+words such as "equal to" or "that the answer is". An answer that is struck out, or only asked ("Is
+it \boxed{5}?"), is denied too. So "Those that do not fit are \boxed{5}" denies
 nothing. An earlier mark with the value that a later one denies is no answer either.
+
+What is attached to a mark belongs to the answer: -\boxed{5} is -5, "\boxed{5} million" is not 5.
+Units and ordinary words are not attached, nor are "at least" and "dozens of".
 
 Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one answer, the list
 "3, 4". It is right when the gold answer is that list, and a hedge and wrong when the gold answer is
@@ -26,31 +30,21 @@ more tins."). lenient=True falls back to the last number in the text instead. It
 column in an evaluation, never for a reward.
 
 Every pattern is linear or reads a window, so the work grows with the text at most. This file needs
-verifier/ alone; reward.py and data.py need it.
+thoughts.py and verifier/ alone; reward.py and data.py need it.
 """
 
 import re
 from collections import namedtuple
 
+from thoughts import TAIL, ended, tail
 from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
 
-TAIL = 20_000        # characters of a completion that are searched, from its end
 MAX_PLACES = 50      # places of the word "answer", from the end, where a statement is looked for
 
 # -------------------------------------------------------------------------------------------- marks
 
 Mark = namedtuple("Mark", "start end content")      # of one answer in a text
 
-# the marks of a thought, in the spellings of the field; a slash or "end" closes it
-_THOUGHT = re.compile(
-    r"[<◁]\|?\s?(?P<closes>/|end_)?(?:seed:)?(?:think(?:ing)?|thoughts?|(?P<own>reasoning))"
-    r"(?:\s[^<>▷]{0,40})?\|?[>▷]|\[(?P<closed>/)?THINK\]"
-    r"|<\|(?:begin|(?P<ends>end))_of_thought\|>"
-    r"|<\|channel\|>\s*(?:(?P<final>final)|\w+)[^<>]{0,40}<\|message\|>", re.I)
-_END = re.compile(
-    r"<\|(?:im_end|endoftext|eot(?:_id)?|end_of_text|return|user|im_start\|>\s*user"
-    r"|start_header_id\|>\s*user|end\|>(?!<\|start\|>assistant))|</s>|<end_of_turn>"
-    r"|\n\nUser:")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?:\{([^{}\\]*)\}|(\{)|([^\s{}$.,\\]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TAG = re.compile(r"<(/?)answer>", re.I)
@@ -97,7 +91,7 @@ _DENIALS = frozenset(b"""
     cancel xcancel bcancel del strike nope invalid rejected eliminated ruled error""".split())
 _LETTERS = bytes(c if 97 <= c < 123 else c + 32 if 65 <= c < 91 else 32 for c in range(256))
 _NEGATION = (
-    r"(?:\b(?=[acdefhinorw])(?:(?:(?:not|never|nor|cannot|can['’]t)"
+    r"(?:\b(?=[acdefhinoruw])(?:(?:(?:not|never|nor|cannot|can['’]t)"
     r"(?<!or not)(?<!if not)(?<!why not)|hardly|no (?:longer|means|way)"
     r"|doubt(?<!no doubt)(?<!any doubt)(?<!without doubt)"
     r"(?<!without a doubt)(?<!beyond doubt)(?<!not doubt)(?<!n['’]t doubt)|deny(?<!not deny)"
@@ -106,7 +100,7 @@ _NEGATION = (
     r"|impossible|wrong|incorrect|untrue) (?:that|to|answer|value|result)\b"
     r"|(?:wrong|incorrect|false|rejected)(?=:)(?<![a-z] wrong)"
     r"(?<![a-z] incorrect)(?<![a-z] false)(?<![a-z] rejected))"
-    r"|\b(?:mistake|trap) (?:is|would be|that|to)\b|\buntrue that\b|\bunlikely (?:that|to)\b"
+    r"|\b(?:mistake|trap) (?:is|would be|that|to)\b"
     r"|n['’]t\b(?! is\b)|≠|!=(?<=[\sa-jlo-qs-z]!=)|<>(?<=[\s\w)}]<>)|\\(?:neq?|l?not|neg)\b"
     r"|\\(?:sout|st|[bx]?cancel)(?=\{)|<(?:del|s|strike)>)"
     r"(?:[-–— \t$*`:({\[=~_\"'“”‘’,;)]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
@@ -155,7 +149,8 @@ _ATTACHED_BEFORE = re.compile(
     r"(?:[ ]|\$|\\\(){0,3}\Z", re.I)
 _LAST_WORDS = ("than", "lt", "gt", "pm", "div", "sqrt", "sin", "cos", "tan", "log", "ln", "exp")
 _FIRST_LETTERS = frozenset("""
-    hun tho mil bil tri doz lak cro ten thi hal squ cub fac per deg bel tim cdo div sqr fra tex mat""".split())
+    hun tho mil bil tri doz lak cro ten thi hal squ cub fac per deg bel tim cdo div sqr fra tex
+    mat""".split())
 _ATTACHED_BEHIND = re.compile(
     r"(?:[ ]|\\[ ,;:!)\]]|~|\$|\*\*|\\text\{|\\(?:mathrm|quad)\b\{?)*(?:"
     r"(?:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|(?:ten|hundred|thousand)th|third)s?"
@@ -175,45 +170,6 @@ _SCALED = re.compile(
 _NUMBER = re.compile(
     r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|\.[0-9]+"
     r"|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?)")
-
-
-def _tail(completion):
-    """Return what is read: the last TAIL characters, of what follows a thought."""
-    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
-
-
-def _ended(completion):
-    """Return what stands before the first end-of-text token."""
-    # a look for one character is ten times as fast as a look for a word, here and below
-    if ("|" in completion and "<|" in completion or "/" in completion and "</s>" in completion
-            or ">" in completion and "_" in completion and "<end_of_turn>" in completion
-            or "U" in completion and "\n\nUser:" in completion):
-        end = _END.search(completion)
-        completion = completion[:end.start()] if end else completion
-    return completion
-
-
-def _after_thought(text):
-    """Return what follows the last thought: all of a text without one, nothing of an open one.
-
-    In a text with an <answer> the tags <reasoning> are this project's form and no thought.
-    """
-    if "<" not in text and "[" not in text and "◁" not in text:
-        return text
-    if not ("hink" in text or "hought" in text or "easoning" in text
-            or "|" in text and "<|channel" in text or "K" in text and "HINK" in text
-            or "G" in text and ("HOUGHT" in text or "EASONING" in text)):
-        return text
-
-    last = None
-    own_form = "<answer>" in text.lower()
-    for mark in _THOUGHT.finditer(text):
-        if not (own_form and mark["own"]):
-            last = mark
-    if last is None:
-        return text
-    closes = last["closes"] or last["closed"] or last["ends"] or last["final"]
-    return text[last.end():] if closes else ""
 
 
 def _closing_braces(text, start):
@@ -369,10 +325,9 @@ def _bare(content):
 
 def _is_denied(text, mark):
     r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
-    begin = max(0, mark.start - 60)
-    before = text[begin:mark.start]
-    behind = text[mark.end:mark.end + 60]
-    content = mark.content
+    start, end, content = mark
+    before = text[max(0, start - 50):start]
+    behind = text[end:end + 50]
     if content[:1] in "~<\\$* " and _STRUCK.match(content):
         return True
     if "?" in behind and _QUESTION.match(behind) and _ASKS.search(before):
@@ -488,7 +443,7 @@ def _conclusion(text):
 def _find(text):
     """Return the Mark of the final answer or None, and the marks behind it that the text denies."""
     kinds = []
-    if "\\" in text and ("\\boxed" in text or "box" in text):
+    if "\\" in text and "box" in text:
         kinds.append(_boxes(text))
     if ">" in text and ("nswer>" in text or "R" in text and "NSWER>" in text):
         kinds.append(_tags(text))
@@ -531,7 +486,7 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
     Args: completion, the model's text; lenient, whether to fall back to the last number in it.
     Returns: the answer as written (several adjacent ones joined by ", "), or None. Never raises.
     """
-    text = _tail(completion) if isinstance(completion, str) else ""
+    text = tail(completion) if isinstance(completion, str) else ""
     found, denied = _find(text)
     if found:
         return found.content
@@ -544,12 +499,12 @@ def answer_and_number_before(completion):
 
     The number may stand in the thought.
     """
-    text = _tail(completion)
+    text = tail(completion)
     found, _ = _find(text)
     if not found:
         return None, None
 
-    whole = _ended(completion).rstrip()
+    whole = ended(completion).rstrip()
     mark = len(whole) - len(text) + found.start
     numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
     return found.content, numbers[-1] if numbers else None

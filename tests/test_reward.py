@@ -418,7 +418,7 @@ def test_no_more_is_read_than_the_caps_allow(monkeypatch):
     assert 0 < seen["clean"] <= answers.MAX_ANSWER
     assert 0 < seen["value"] <= expression.MAX_TEXT
     assert 0 < seen["items"] <= answers.MAX_ITEMS
-    assert len(extraction._tail("x" * MEGABYTE)) == extraction.TAIL
+    assert len(extraction.tail("x" * MEGABYTE)) == extraction.TAIL
 
 
 def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer():
@@ -708,7 +708,8 @@ def test_what_is_attached_to_a_mark_is_part_of_the_answer(text, gold):
 
 
 @pytest.mark.parametrize("text", [
-    r"\boxed{5} cm", r"$\boxed{5}\%$", r"\boxed{5} because 2 + 3 = 5", r"\boxed{5}!", r"- \boxed{5}",
+    r"\boxed{5} cm", r"$\boxed{5}\%$", r"\boxed{5} because 2 + 3 = 5", r"\boxed{5}!",
+    r"- \boxed{5}",
     r"* \boxed{5}", r"the result - \boxed{5}", r"$2 + \boxed{5} = 7$", r"**\boxed{5}** (units)",
     r"She needs at least $\boxed{5}$ points.", r"$s \ge \boxed{5}$", r"\boxed{5} dozens of eggs",
     r"\boxed{5} quarters", r"$\boxed{5}_7$", r"$25 = 5 \cdot \boxed{5}$", r"<b>\boxed{5}</b>",
@@ -947,13 +948,15 @@ def test_a_gold_answer_that_no_completion_can_give_is_found(answer, right):
     assert verifies_itself(answer) is right
 
 
-# ------------------------------------------------------------------- what stands around equal values
+# ------------------------------------------------------------------ what stands around equal values
 
 @pytest.mark.parametrize("given, gold", [
     (r"\pi x^2", r"\pi r^2"), (r"\pi r^2 k", r"\pi r^2 h"), (r"\pi k^2", r"\pi n^2"),
     ("x_1=6, x_2=5", "x_1=5, x_2=6"), ("Tom: 6, Ann: 5", "Tom: 5, Ann: 6"),
-    ("6 boys and 5 girls", "5 boys and 6 girls"), ("5 cents", "5 dollars"), ("5 hours", "5 minutes"),
-    ("not=5", "5"), ("wrong=5", "5"), ("5=never", "5"), (r"\text{wrong}=5", "5"), ("Except: 5", "5"),
+    ("6 boys and 5 girls", "5 boys and 6 girls"), ("5 cents", "5 dollars"),
+    ("5 hours", "5 minutes"),
+    ("not=5", "5"), ("wrong=5", "5"), ("5=never", "5"), (r"\text{wrong}=5", "5"),
+    ("Except: 5", "5"),
     ("Opposite: 5", "5"), ("Rejected: 5", "5"), ("Guess: 5", "5"), ("C: rejected", "C"),
     ("C) eliminated", "C"), ("C. ruled out", "C"), ("C: cannot be", "C"), ("A: none", "A"),
     ("5 for every 3", "5"), ("5 for each x", "5"), ("f^{-1}(x)=2x", "f(x)=2x"), ("f'(x)=2x", "2x"),
@@ -967,8 +970,8 @@ def test_other_names_labels_and_coins_make_equal_values_different(given, gold):
 @pytest.mark.parametrize("given, gold", [
     ("x_2=6, x_1=5", "x_1=5, x_2=6"), ("Ann: 6, Tom: 5", "Tom: 5, Ann: 6"), ("BA=5", "AB=5"),
     ("6 girls and 5 boys", "5 boys and 6 girls"), ("5 minutes", "5 min"), ("Total: 5", "5"),
-    ("Area = 9", "9"), ("xyz=6", "6"), ("y=2x", "f(x)=2x"), ("f(z)=2z", "f(x)=2x"), ("C. Friday", "C"),
-    (r"\frac{(2k+1)\pi}{3}", r"\frac{(2n+1)\pi}{3}"), (r"k\pi, k\pi+1", r"n\pi, n\pi+1"),
+    ("Area = 9", "9"), ("xyz=6", "6"), ("y=2x", "f(x)=2x"), ("f(z)=2z", "f(x)=2x"),
+    ("C. Friday", "C"), (r"\frac{(2k+1)\pi}{3}", r"\frac{(2n+1)\pi}{3}"), (r"k\pi, k\pi+1", r"n\pi, n\pi+1"),
     (r"{1 \over 2}", "1/2"), (r"1 \over 2", "1/2"), (r"\nicefrac12", "1/2"), (r"\SI{5}{cm}", "5"),
     (r"\num{5}", "5"), (r"\underline{5}", "5"), (r"US\$5", "5"), ("Rs. 5", "5"), ("₹5", "5"),
     ("minus 3", "-3"), (r"\text{negative }3", "-3"), ("a_{37}=19, a_3=2", "a_3=2, a_{37}=19")])
@@ -1209,8 +1212,8 @@ THOUGHT = [     # (completion, gold, right): what is inside a thought is not the
      "#### 5<|return|>", "5", True)]
 THOUGHT += [(f"<{name}>#### 5", "5", False) for name in ("think ", "think\n", "|think|",
             "seed:think", "thoughts", "reasoning", 'think mode="a"')]
-THOUGHT += [(f"<{name}>#### 5</{name}>", "5", False) for name in ("think ", "seed:think", "thoughts",
-            "reasoning")]
+THOUGHT += [(f"<{name}>#### 5</{name}>", "5", False) for name in ("think ", "seed:think",
+            "thoughts", "reasoning")]
 THOUGHT += [(f"<{name}>#### 7</{name}> #### 5", "5", True) for name in ("think ", "seed:think",
             "thoughts", "reasoning")]
 THOUGHT += [("◁think▷#### 5", "5", False), ("◁think▷#### 7◁/think▷ #### 5", "5", True)]
