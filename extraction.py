@@ -147,10 +147,10 @@ _ATTACHED_BEFORE = re.compile(
     r"|\\(?:sin|cos|tan|log|ln|exp)\s*[({]?|\\[lg]t|(?:[\w)}]\s+|(?<![\w</])[A-Za-z0-9])[<>](?!=)"
     r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than)"
     r"(?:[ ]|\$|\\\(){0,3}\Z", re.I)
-_LAST_WORDS = ("than", "lt", "gt", "pm", "div", "sqrt", "sin", "cos", "tan", "log", "ln", "exp")
+_LAST_LETTERS = frozenset(r"han \lt \gt \pm div qrt sin cos tan log \ln exp".split())
 _FIRST_LETTERS = frozenset("""
     hun tho mil bil tri doz lak cro ten thi hal squ cub fac per deg bel tim cdo div sqr fra tex
-    mat""".split())
+    mat pi pm or""".split())
 _ATTACHED_BEHIND = re.compile(
     r"(?:[ ]|\\[ ,;:!)\]]|~|\$|\*\*|\\text\{|\\(?:mathrm|quad)\b\{?)*(?:"
     r"(?:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|(?:ten|hundred|thousand)th|third)s?"
@@ -358,16 +358,16 @@ def _attached(text, mark):
     if text[mark.end - 1] not in "}>":
         return content                                      # hashes and statements end a line
 
-    # a look at one character is faster than a look for a pattern
+    # a look at a few characters is faster than a look for a pattern
     before = behind = None
-    begin = max(0, mark.start - 40)
-    near = text[max(0, mark.start - 9):mark.start].rstrip(" $\\(")
-    if near and (near[-1] in "-−/<>{" or near.endswith(_LAST_WORDS)):
-        before = _ATTACHED_BEFORE.search(text, begin, mark.start)
-    near = text[mark.end:mark.end + 9].lstrip(" $*~)\\]{")
-    if near and (near[0] in "^!π×·±/" or near[:2] in ("pi", "pm", "or")
-                 or near[:3].lower() in _FIRST_LETTERS):
-        behind = _ATTACHED_BEHIND.match(text, mark.end, mark.end + 60)
+    start, end = mark.start, mark.end
+    near = text[start - 9 if start > 9 else 0:start].rstrip(" $\\(")
+    if near and near[-1] in "-−/<>{" or near[-3:] in _LAST_LETTERS:
+        before = _ATTACHED_BEFORE.search(text, max(0, start - 40), start)
+    near = text[end:end + 9].lstrip(" $*~)\\]{")
+    if near and near[0] not in ".,\n" and (near[:3].lower() in _FIRST_LETTERS
+                                           or near[0] in "^!π×·±/" or near[:2] in _FIRST_LETTERS):
+        behind = _ATTACHED_BEHIND.match(text, end, end + 60)
     if not (behind or before):
         return content
 
