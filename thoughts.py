@@ -9,13 +9,14 @@ needs it.
 import re
 
 TAIL = 20_000        # characters of a completion that are searched, from its end
+WINDOW = 4_000       # characters in which the last mark of a thought is looked for at once
 
 # the marks of a thought, in the spellings of the field; a slash or "end" closes it
 _THOUGHT = re.compile(
     r"[<◁]\|?\s?(?P<closes>/|end_)?(?:seed:)?(?:think(?:ing)?|thoughts?|(?P<own>reasoning))"
     r"(?:\s[^<>▷]{0,40})?\|?[>▷]|\[(?P<closed>/)?THINK\]"
     r"|<\|(?:begin|(?P<ends>end))_of_thought\|>"
-    r"|<\|channel\|>\s*(?:(?P<final>final)|\w+)[^<>]{0,40}<\|message\|>", re.I)
+    r"|<\|channel\|>\s?(?:(?P<final>final)|\w{1,20})[^<>]{0,40}<\|message\|>", re.I)
 _END = re.compile(
     r"<\|(?:im_end|endoftext|eot(?:_id)?|end_of_text|return|user|im_start\|>\s*user"
     r"|start_header_id\|>\s*user|end\|>(?!<\|start\|>assistant))|</s>|<end_of_turn>"
@@ -50,11 +51,15 @@ def after_thought(text):
             or "G" in text and ("HOUGHT" in text or "REASONING>" in text)):
         return text
 
+    # the last mark is in the last window that has one; windows overlap by the longest mark
     last = None
     own_form = "<answer>" in text.lower()
-    for mark in _THOUGHT.finditer(text):
-        if not (own_form and mark["own"]):
-            last = mark
+    for begin in range((len(text) - 1) // WINDOW * WINDOW, -1, -WINDOW):
+        for mark in _THOUGHT.finditer(text, begin, begin + WINDOW + 120):
+            if not (own_form and mark["own"]):
+                last = mark
+        if last:
+            break
     if last is None:
         return text
     closes = last["closes"] or last["closed"] or last["ends"] or last["final"]

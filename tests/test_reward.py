@@ -1243,3 +1243,10 @@ def test_many_marks_of_thoughts_are_read():
     for text in ("<think>" * 150_000, "</think>" * 130_000, "<think" * 170_000, "hink" * 250_000):
         assert not reward.verify(text, "5")
         assert reward.verify(text + "</think> #### 5", "5")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3_990, 3_999, 4_000, 4_001, 7_995, 8_000, 20_000])
+def test_a_mark_of_a_thought_is_found_wherever_it_stands(size):
+    assert not reward.verify("x" * size + "<think>#### 5", "5")
+    assert reward.verify("<think>#### 7" + "x" * size + "</think>\n#### 5", "5")
+    assert not reward.verify("#### 5\n</think>" + "x" * size, "5")
