@@ -1,7 +1,7 @@
 r"""Extraction: find the final answer in the text of a completion. reward.py compares it.
 
-What is read: the text up to the first end-of-text token, and of it only what follows </think>. A
-thought that is still open has no answer. Four kinds of mark announce a final answer:
+What is read is what thoughts.py leaves: no thought, and nothing behind the end of the text. Four
+kinds of mark announce a final answer:
   box        \boxed{x}, \fbox{x}, \boxed 2        (with balanced braces; an unclosed or empty box is
                                                  no answer)
   tag        <answer>x</answer>
@@ -15,8 +15,12 @@ ones. Ticks, code fences and bold type around an answer are taken away.
 
 A mark that the text denies is no answer: "is not \boxed{5}", "cannot be 5", "x \neq \boxed{5}",
 "\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing between but
-words such as "equal to" or "that the answer is". So "Those that do not fit are \boxed{5}" denies
+words such as "equal to" or "that the answer is". An answer that is struck out, or only asked ("Is
+it \boxed{5}?"), is denied too. So "Those that do not fit are \boxed{5}" denies
 nothing. An earlier mark with the value that a later one denies is no answer either.
+
+What is attached to a mark belongs to the answer: -\boxed{5} is -5, "\boxed{5} million" is not 5.
+Units and ordinary words are not attached, nor are "at least" and "dozens of".
 
 Marks of one kind that directly follow each other (\boxed{3} or \boxed{4}) are one answer, the list
 "3, 4". It is right when the gold answer is that list, and a hedge and wrong when the gold answer is
@@ -26,26 +30,22 @@ more tins."). lenient=True falls back to the last number in the text instead. It
 column in an evaluation, never for a reward.
 
 Every pattern is linear or reads a window, so the work grows with the text at most. This file needs
-verifier/ alone; reward.py and data.py need it.
+thoughts.py and verifier/ alone; reward.py and data.py need it.
 """
 
 import re
 from collections import namedtuple
 
+from thoughts import TAIL, ended, tail
 from verifier.answers import MAX_ANSWER, MAX_ITEMS, equal
 
-TAIL = 20_000        # characters of a completion that are searched, from its end
 MAX_PLACES = 50      # places of the word "answer", from the end, where a statement is looked for
 
 # -------------------------------------------------------------------------------------------- marks
 
 Mark = namedtuple("Mark", "start end content")      # of one answer in a text
 
-# the marks of a thought, in the spellings of the field; a slash or "end" closes it
-_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought)>|\[(/?)THINK\]"
-                      r"|<\|(begin|end)_of_thought\|>", re.I)
-_END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|im_start|>user", "</s>")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{([^{}\\]*)\}|(\{)|([^\s{}$.,\\]+))")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}(?:\{([^{}\\]*)\}|(\{)|([^\s{}$.,\\]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TAG = re.compile(r"<(/?)answer>", re.I)
 _HEADING_WORDS = r"[ \t]*(?:[A-Za-z]{2}|[A-Za-z][ \t]+[A-Za-z]|[A-Za-z0-9]+[.)][ \t])"
@@ -53,18 +53,26 @@ _HASHES = re.compile(rf"####(?!{_HEADING_WORDS})([^\n#<]+(?:<(?!/)[^\n#<]*)*)")
 
 # "the final answer to the question is", "Answer:" at the start of a line or of a sentence, "answer"
 # as a line of its own; and "A:", but not before an option "B:"
-_IS_NOT = r"(?P<denied>\bisn['’]t\b|\bcan(?:not|['’]t| not| never) be\b|≠)"
+_IS_NOT = (r"(?P<denied>\bisn['’]t\b|\bcan(?:not|['’]t| not| never) be\b|≠"
+           r"|\b(?:should|would|could|must|will)(?:n['’]t| not| never) be\b)")
+_IS = (r"(?:\bis\b(?!n['’]t)|[:=—–]|\b(?:should|would|must|will|has to|ought to) be\b"
+       r"|\b(?:equals?|becomes|was|(?:comes|works|turns) (?:out )?(?:to|as)(?: be)?)\b)")
 _SAID = re.compile(
-    r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer\**"
-    rf"(?:[ \t]+(?:to|for)\b[^.\n:=]{{0,60}}?)?[ \t]*(?:\bis\b(?!n['’]t)|[:=]|{_IS_NOT})"
-    r"|^[ \t#*]*answer\**[ \t]*(?:[:=]|(?=\$|\\\())"
-    r"|(?:(?<=[.!?}$)] )|\*\*)\**answer\**[ \t]*:", re.I | re.M)
+    r"\b(?:the|correct|my|final)[ \t]+(?:(?:correct|final)[ \t]+)?answer[*_]*"
+    rf"(?:[ \t]+(?:to|for)\b[^.\n:=]{{0,60}}?)?[ \t]*(?:{_IS}|{_IS_NOT})"
+    r"|^[ \t#*_>-]*(?:answer|ans)[*_]*[ \t]*(?:[:=—–]|(?=\$|\\\())"
+    r"|^[ \t#*_>-]*final answer[*_]*[ \t]+(?=[-$\\0-9]|[A-J]\W*$)"
+    r"|\bcorrect[ \t]+(?:option|choice)[ \t]+is\b"
+    r"|(?:(?<=[.!?}$)] )|\*\*|__)[*_]*answer[*_]*[ \t]*:", re.I | re.M)
+_ANNOUNCING = ("ns:", "NS:", "ption is", "hoice is")    # looked for where there is no "answer"
 _HEADING = re.compile(
     r"(?P<heading>^[ \t#*_]*(?:the )?(?:(?:final|correct) )?answer[ \t#*_\r]*$)", re.I | re.M)
 _OPTIONS = re.compile(r"A:[^\n]*\n[ \t]*B:")
 _GAP = re.compile(
     r"(?:[\s*:`]|(?<=```)[a-z]{1,12}\n|(?<=\n)>"
-    r"|(?:therefore|thus|hence|then|simply|indeed|clearly|option|choice)\b,?)*", re.I)
+    r"|(?:therefore|thus|hence|then|simply|indeed|clearly|option|choice|actually|exactly"
+    r"|precisely|really|just|in fact|the (?:number|value)|be|equal to|given by)\b,?"
+    r"|_(?=[_ ]))*", re.I)
 _SENTENCE = re.compile(r"(?:\\\[|\$\$)(.*?)(?:\\\]|\$\$)|(.*?)(?=\.(?:[\s*$]|$)|\n|</|$)", re.S)
 _CLAUSE = re.compile(
     r"(?:The|the) (?:[A-Za-z ]|\$[^$0-9]{1,40}\$)+ (?:is|are|equals) (?=[-$\\0-9(])")
@@ -77,34 +85,80 @@ _VALUE = re.compile(
     r"|(?:yes|no|true|false|none)\W*$)")
 
 # a negation, and the words that may stand between it and the mark that it denies
-_DENIALS = set("""
-    Not never Never nor Nor hardly no longer anything rather instead unlikely impossible fails
-    different far false wrong incorrect untrue mistake doubt deny""".split())
+_DENIALS = frozenset(b"""
+    not cannot never nor no hardly except but rather other instead longer unlikely impossible fail
+    fails different far false wrong incorrect untrue mistake trap doubt deny ne neq lnot neg sout st
+    cancel xcancel bcancel del strike nope invalid rejected eliminated ruled error""".split())
+_LETTERS = bytes(c if 97 <= c < 123 else c + 32 if 65 <= c < 91 else 32 for c in range(256))
 _NEGATION = (
-    r"(?:\b(?:(?:not|never|cannot|can['’]t|nor|hardly|no (?:longer|means|way)|doubt|deny|far from"
-    r"|anything but|rather than|instead of|different from|fails to)\b(?! is\b)|(?:unlikely|false"
-    r"|impossible|wrong|incorrect|untrue|mistake) (?:that|to|answer|value|result)\b)"
-    r"|n['’]t\b(?! is\b)|≠|(?<=\s)!=|\\(?:neq?|l?not|neg)\b)"
-    r"(?:[ \t$*`:({\[=~]|, in fact,|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
-    r"|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b|\b(?:be|been|equals?|to|the|an|my|our|final"
-    r"|correct|right|true|answer|value|result|solution|number|that|it|this|is|case|think|believe"
-    r"|say|mean|claim|sure|certain|simply|just|actually|really|exactly|always|only|even|quite"
-    r"|possibly|necessarily)\b)*")
-_DENIED_BEFORE = re.compile(_NEGATION + r"\Z", re.I)
+    r"(?:\b(?=[acdefhinoruw])(?:(?:(?:not|never|nor|cannot|can['’]t)"
+    r"(?<!or not)(?<!if not)(?<!why not)|hardly|no (?:longer|means|way)"
+    r"|doubt(?<!no doubt)(?<!any doubt)(?<!without doubt)"
+    r"(?<!without a doubt)(?<!beyond doubt)(?<!not doubt)(?<!n['’]t doubt)|deny(?<!not deny)"
+    r"(?<!n['’]t deny)|far from|(?:anything|everything|all|any \w{1,9}) (?:but|except)|other than"
+    r"|rather than|instead of|different from|fails? to)\b(?! is\b)|(?:unlikely|false"
+    r"|impossible|wrong|incorrect|untrue) (?:that|to|answer|value|result)\b"
+    r"|(?:wrong|incorrect|false|rejected)(?=:)(?<![a-z] wrong)"
+    r"(?<![a-z] incorrect)(?<![a-z] false)(?<![a-z] rejected))"
+    r"|\b(?:mistake|trap) (?:is|would be|that|to)\b"
+    r"|n['’]t\b(?! is\b)|≠|!=(?<=[\sa-jlo-qs-z]!=)|<>(?<=[\s\w)}]<>)|\\(?:neq?|l?not|neg)\b"
+    r"|\\(?:sout|st|[bx]?cancel)(?=\{)|<(?:del|s|strike)>)"
+    r"(?:[-–— \t$*`:({\[=~_\"'“”‘’,;)]|\n(?=\s*(?:\\\[|\$\$))|\\[(\[,;:! {]"
+    r"|</?[a-z]{1,8}>|\\(?:text|textbf|mathrm|quad)\b|[A-Za-z]\b"
+    r"|\b(?:be|been|equals?|to|the|an|my|our|final|correct|right|true|answer|value|result|solution"
+    r"|number|that|it|this|is|case|think|believe|say|mean|claim|sure|certain|simply|just|actually"
+    r"|really|exactly|always|only|even|quite"
+    r"|possibly|necessarily|in fact|at all|close|near|anywhere|remotely)\b)*")
+_DENIED_BEFORE = re.compile(_NEGATION + r"\Z")
+_NONE = re.compile(r"\b(?:no|none|nothing|nobody|only)\b[^.?!\n]*\Z", re.I)   # none other than 5
 _DENIES = re.compile(
     r"(?:[a-z]{2,12}ly\s+|\$\s*|\\\(\s*)?" + _NEGATION + r"(?=[-0-9$\\<#*]|[A-Z]\b|\Z)", re.I)
+_STRUCK = re.compile(r"[\s$*]*(?:~~|<(?:del|s|strike)>|\\(?:sout|st|[bx]?cancel)\{)")
+_ASKS = re.compile(
+    r"\b(?:is|are|was|could|can|might|may|should|does|maybe|perhaps)\b[^.?!\n]{0,40}\Z", re.I)
 
 _BUT_NOT = re.compile(
     r",? (?:and |but )?(?:not|rather than|instead of) (?=[-0-9$\\]|[A-Z]\b)")       # 7, not 5
 
-# "is not the answer", "? No", "That is wrong", behind a mark
+# "is not the answer", "? No", "That is wrong", "(wrong)", "doesn't work", behind a mark
+_WRONG = r"(?:wrong|incorrect|false|invalid|rejected|ruled out|eliminated|an? (?:mistake|error))\b"
+_RIGHT = r"(?:answer|solution|result|right|correct|true|valid|it|possible)\b"
 _DENIED_BEHIND = re.compile(
-    r"(?:[\s$*`)\]}.,]|\\[\])])*(?:(?:(?:but|and|no|so|wait)[\s,]+)?(?:that|this|it|which)\s*)?"
-    r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+"
-    r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?"
-    r"(?:answer|solution|result|right|correct|true|valid|it)\b"
-    r"|(?:clearly\s+|obviously\s+)?(?:wrong|incorrect|false|a\s+mistake)\b)(?!\s+(?:that|to)\b)"
-    r"|\?\s*no\b)", re.I)
+    r"(?:[\s$*`)\]}.,;\"'”]|\\[\])]|[—–:(-]\s*(?=[a-z]))*"
+    r"(?:\?[\s*$)]*(?:(?:hmm+|well|oh)[\s,.…]+)?(?:no|not|nope|never|wrong|incorrect)\b"
+    r"|(?:(?:but|and|no|so|wait|hmm+|oh|well|actually|however|sorry)[\s,.…]+){0,3}"
+    r"(?:(?:that|this|it|which|(?:the|this|that|my) answer)\s*)?"
+    r"(?:(?:is|was|['’]s|can|could)\s*(?:(?:not|n['’]t|['’]t|never)(?:\s+be)?\s+(?:quite\s+)?"
+    r"(?:(?:the|my|our|an?)\s+)?(?:(?:final|correct|right|valid|true)\s+)?" + _RIGHT +
+    r"|(?:clearly\s+|obviously\s+)?" + _WRONG + r")(?!\s+(?:that|to)\b)"
+    r"|cannot\s+be\s+(?:the\s+)?(?:correct\s+)?" + _RIGHT +
+    r"|(?:wrong|incorrect|false|invalid|rejected)\s*(?:[).!,;]|\Z)"
+    r"|(?:must|has to|seems|looks)\s+(?:be\s+)?" + _WRONG +
+    r"|(?:does|do|did|wo|would)(?:\s+not|n['’]t)\s+(?:work|fit|hold|make sense|satisfy)\b))",
+    re.I)
+_QUESTION = re.compile(
+    r"[\s$*)\]}\\]*\?(?![\s*]*(?:yes|yep|indeed|it is|correct|right|sure)\b)", re.I)
+
+# what changes an answer and stands directly around its mark: -[5], 1/[5], \sqrt{[5]}, [5] million;
+# not "at least [5]" or "5 dozens of eggs", which good solutions say of the number asked for
+_ATTACHED_BEFORE = re.compile(
+    r"(?:(?<![\w)}\]-])[-−](?=\S|\Z)|(?<==)\s?[-−]|(?<=[\w)}])[ ]?/|\\(?:pm|div)"
+    r"|\\[dtc]?frac\s*(?:\{[^{}]*\}\s*|[0-9]\s*)?\{|\\sqrt(?:\[[^\[\]]*\])?\s*\{?"
+    r"|\\(?:sin|cos|tan|log|ln|exp)\s*[({]?|\\[lg]t|(?:[\w)}]\s+|(?<![\w</])[A-Za-z0-9])[<>](?!=)"
+    r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower) than)"
+    r"(?:[ ]|\$|\\\(){0,3}\Z", re.I)
+_LAST_LETTERS = frozenset(r"han \lt \gt \pm div qrt sin cos tan log \ln exp".split())
+_FIRST_LETTERS = frozenset("""
+    hun tho mil bil tri doz lak cro ten thi hal squ cub fac per deg bel tim cdo div sqr fra tex
+    mat pi pm or""".split())
+_ATTACHED_BEHIND = re.compile(
+    r"(?:[ ]|\\[ ,;:!)\]]|~|\$|\*\*|\\text\{|\\(?:mathrm|quad)\b\{?)*(?:"
+    r"(?:hundred|thousand|[mbtr]+illion|dozen|lakh|crore|(?:ten|hundred|thousand)th|third)s?"
+    r"\b(?!(?<=s) of\b)|(?:half|halves|squared|cubed|factorial|percentile|(?:degrees )?below zero"
+    r"|or (?:more|less|fewer))\b|\^\s*(?:\{[^{}]*\}|[0-9A-Za-z])|!(?=[ ]*(?:\$|\\[\])]))"
+    r"|\\(?:pi|sqrt|frac)\b|π"
+    r"|(?:\\(?:times|cdot|pm|div)|[×·±/])\s*(?=[-0-9\\({])[^\s=,.;$]{1,30}(?![^$\n]{0,40}=))",
+    re.I)
 
 # what may stand between two marks of one answer, and what makes a sentence no worked conclusion
 _CONNECTOR = re.compile(
@@ -116,37 +170,6 @@ _SCALED = re.compile(
 _NUMBER = re.compile(
     r"(?:(?<![0-9A-Za-z)}])-[ ]?)?\$?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|\.[0-9]+"
     r"|[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?)")
-
-
-def _tail(completion):
-    """Return what is read: the last TAIL characters, of what follows a thought."""
-    return _after_thought(_ended(completion)).rstrip()[-TAIL:]
-
-
-def _ended(completion):
-    """Return what stands before the first end-of-text token."""
-    # a look for one character is ten times as fast as a look for a word, here and below
-    if "|" in completion and "<|" in completion or "/" in completion and "</s>" in completion:
-        ends = [i for i in map(completion.find, _END) if i >= 0]
-        completion = completion[:min(ends, default=len(completion))]
-    return completion
-
-
-def _after_thought(text):
-    """Return what follows the last thought: all of a text without one, nothing of an open one."""
-    if "<" not in text and "[" not in text:
-        return text
-    if not ("hink" in text or "hought" in text
-            or "K" in text and "HINK" in text or "G" in text and "HOUGHT" in text):
-        return text
-
-    last = None
-    for last in _THOUGHT.finditer(text):
-        pass
-    if last is None:
-        return text
-    closes = last[1] or last[2] or (last[3] or "").lower() == "end"
-    return text[last.end():] if closes else ""
 
 
 def _closing_braces(text, start):
@@ -230,7 +253,10 @@ def _announcements(text, start):
         if not text[line:place].strip(" \t") and not _OPTIONS.match(text, place):
             found.append((line, place + 2, ""))
 
-    for place in sorted(_places(text, "nswer", start) + _places(text, "NSWER", start)):
+    places = _places(text, "nswer", start) + _places(text, "NSWER", start)
+    if not (places or found):
+        places = [place for word in _ANNOUNCING for place in _places(text, word, start)]
+    for place in sorted(places):
         window = max(start, place - 25), place + 80
         said = _SAID.search(text, *window) or _HEADING.search(text, *window)
         if said:
@@ -299,17 +325,59 @@ def _bare(content):
 
 def _is_denied(text, mark):
     r"""Return whether the text says that a mark is not the answer: "It is not \boxed{5}."."""
-    # most texts hold no word of this kind, and need no look at a pattern
-    begin = max(0, mark.start - 50)
-    before = text[begin:mark.start]
-    if ("not" in before or "'t" in before or "\\ne" in before or "!=" in before
-            or not before.isascii() or not _DENIALS.isdisjoint(before.split())):
-        if _DENIED_BEFORE.search(text, begin, mark.start):
-            return True
+    start, end, content = mark
+    before = text[max(0, start - 50):start]
+    behind = text[end:end + 50]
+    if content[:1] in "~<\\$* " and _STRUCK.match(content):
+        return True
+    if "?" in behind and _QUESTION.match(behind) and _ASKS.search(before):
+        return True
+    if "~~" in behind and before.rstrip("$* (\\[").endswith("~~"):
+        return True
 
-    if mark.end + 3 > len(text):
-        return False
-    return _DENIED_BEHIND.match(text, mark.end, mark.end + 60) is not None
+    # most texts hold no word of this kind, and need no look at a pattern
+    both = before + " " + behind
+    if (both.isascii() and "'t" not in both and "'T" not in both
+            and "!=" not in before and "<>" not in before):
+        if _DENIALS.isdisjoint(both.encode().translate(_LETTERS).split()):
+            return False
+    negation = _DENIED_BEFORE.search(before.lower())
+    if negation and not ("ther than" in negation[0] and _NONE.search(before)):
+        return True
+    if _DENIED_BEHIND.match(behind):
+        return True
+
+    # the value may be said again: "5 is wrong"
+    said = behind.lstrip(" \n$*`)]}.,\\") if content in behind else ""
+    return said.startswith(content) and _DENIED_BEHIND.match(said, len(content)) is not None
+
+
+def _attached(text, mark):
+    r"""Return the content of a mark with what stands directly around it: -\boxed{5} is -5."""
+    content = _bare(mark.content)
+    if text[mark.end - 1] not in "}>":
+        return content                                      # hashes and statements end a line
+
+    # a look at a few characters is faster than a look for a pattern
+    before = behind = None
+    start, end = mark.start, mark.end
+    near = text[start - 9 if start > 9 else 0:start].rstrip(" $\\(")
+    if near and near[-1] in "-−/<>{" or near[-3:] in _LAST_LETTERS:
+        before = _ATTACHED_BEFORE.search(text, max(0, start - 40), start)
+    near = text[end:end + 9].lstrip(" $*~)\\]{")
+    if near and near[0] not in ".,\n" and (near[:3].lower() in _FIRST_LETTERS
+                                           or near[0] in "^!π×·±/" or near[:2] in _FIRST_LETTERS):
+        behind = _ATTACHED_BEHIND.match(text, end, end + 60)
+    if not (behind or before):
+        return content
+
+    if not content.isalnum():
+        content = "{" + content + "}"
+    if before:
+        content = before[0].replace("$", "") + content
+    if behind:
+        content += behind[0].replace("$", "")
+    return content + "}" * (content.count("{") - content.count("}"))
 
 
 def _is_joined(text, mark, following):
@@ -327,7 +395,7 @@ def _last_group(text, marks, denied):
     while marks and len(denied) < MAX_PLACES:
         group = [marks.pop()]
         if not marks and not _is_denied(text, group[0]):        # most texts have one mark
-            return Mark(group[0].start, group[0].end, _bare(group[0].content))
+            return Mark(group[0].start, group[0].end, _attached(text, group[0]))
         length = len(group[0].content)
         while marks and length <= MAX_ANSWER and _is_joined(text, marks[-1], group[-1]):
             group.append(marks.pop())
@@ -336,16 +404,16 @@ def _last_group(text, marks, denied):
                 break
 
         if not any([_is_denied(text, mark) for mark in group]):
-            return Mark(group[-1].start, group[0].end, _joined(group))
+            return Mark(group[-1].start, group[0].end, _joined(text, group))
         denied += group
     return None
 
 
-def _joined(group):
+def _joined(text, group):
     """Return the different contents of a group of marks, from its last to its first, as a list."""
-    contents = [_bare(group[0].content)]
+    contents = [_attached(text, group[0])]
     for mark in group[1:]:
-        content = _bare(mark.content)
+        content = _attached(text, mark)
         if not any(equal(content, other) for other in contents):
             contents.append(content)
     return ", ".join(reversed(contents))
@@ -375,7 +443,7 @@ def _conclusion(text):
 def _find(text):
     """Return the Mark of the final answer or None, and the marks behind it that the text denies."""
     kinds = []
-    if "\\" in text and ("\\boxed" in text or "\\fbox" in text):
+    if "\\" in text and "box" in text:
         kinds.append(_boxes(text))
     if ">" in text and ("nswer>" in text or "R" in text and "NSWER>" in text):
         kinds.append(_tags(text))
@@ -387,6 +455,10 @@ def _find(text):
     denied = []
     for marks in kinds:
         mark = _last_group(text, marks, denied)
+        if mark and found and text[mark.end - 1] == ">" and mark.start < found.start < mark.end:
+            # behind a mark in a tag nothing may be said: <answer>\boxed{5} or 7</answer>
+            if _NUMBER.search(text, found.end, mark.end):
+                found = mark
         if mark and (found is None or mark.start > found.start):
             found = mark
 
@@ -395,7 +467,8 @@ def _find(text):
     if found:
         start = found.start if text[found.start] == "<" else found.end
     rest = text[start:] if start else "A:"
-    if "nswer" in rest or "NSWER" in rest or "A:" in rest:
+    if ("nswer" in rest or "NSWER" in rest or "A:" in rest
+            or "ns:" in rest or "ption is" in rest or "hoice is" in rest):
         found = _last_group(text, _statements(text, start, found), denied) or found
     if found is None:
         return (None if denied else _conclusion(text)), denied
@@ -413,7 +486,7 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
     Args: completion, the model's text; lenient, whether to fall back to the last number in it.
     Returns: the answer as written (several adjacent ones joined by ", "), or None. Never raises.
     """
-    text = _tail(completion) if isinstance(completion, str) else ""
+    text = tail(completion) if isinstance(completion, str) else ""
     found, denied = _find(text)
     if found:
         return found.content
@@ -426,12 +499,12 @@ def answer_and_number_before(completion):
 
     The number may stand in the thought.
     """
-    text = _tail(completion)
+    text = tail(completion)
     found, _ = _find(text)
     if not found:
         return None, None
 
-    whole = _ended(completion).rstrip()
+    whole = ended(completion).rstrip()
     mark = len(whole) - len(text) + found.start
     numbers = _NUMBER.findall(whole[max(0, mark - TAIL):mark])
     return found.content, numbers[-1] if numbers else None

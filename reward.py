@@ -22,6 +22,8 @@ exact value. What is no expression is compared as words, without case.
            what they are.
   Percent  on one side only: a unit (12% is 12) if the bare number is at least 1, else 1/100 (50% is
            .5).
+  Around   what stands around equal values must not differ: f(1) = 5 is not f(2) = 5, nor is "5
+           cents" 5 dollars, or "wrong = 5" 5. A word left of a value has to be a known label.
   Units    ignored, not converted, if they are in verifier/units.txt: 5 m, 5 square feet. Any other
            word behind a number makes it wrong (million, tenths, below zero), unless the gold answer
            has it too. Cents are not dollars.
@@ -43,22 +45,34 @@ import re
 from extraction import answer_and_number_before, extract_answer
 from verifier import answers
 from verifier.answers import MAX_ANSWER, NAME, replaced
-from verifier.expression import same_value, value
+from verifier.expression import near, same_value, value
 from verifier.latex import clean
 
 # ----------------------------------------------------------------------------------------- equality
 
 _DEGREES = re.compile(r"\\circ|\\degree|°|\bdegrees?\b")
 _LETTER = re.compile("[A-Za-z°]")
+_WORDED = re.compile(r"[=:]|(?<![\\A-Za-z])[A-Za-z]{3,}|\\(?:text|mathrm|sum)")
 _ARGUMENT = re.compile(r"[A-Za-z]\(([A-Za-z])\)=")
 _LETTER_UNIT = re.compile(                                           # 5 m, 5\,m/s^2, but not 5m
     r"(?<=[0-9})])(?: |~|\\[ ,;:])+(?:[mgshlLNJWV]|[cmk]m|k?g|ft)(?![A-Za-z])"
     r"(?: ?[/*]? ?(?:[mgshlL]|[cmk]m)(?![A-Za-z]))?(?:\^\{?-?[0-9]\}?|[²³])?"
     r"(?=[ .$]*(?:$|[,;)\]}]))")
 _CHOICE = re.compile(r"\(?([A-J])[).:]([^,;:=<>≤≥≠≈∈*/^_!')+].*)")
-_HEDGED = re.compile(r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe)\b|n't|[?]")
+_HEDGED = re.compile(
+    r"\b(?:[A-J]|or|nor|not|neither|never|wrong|false|incorrect|maybe|perhaps|cannot|ruled|out"
+    r"|except|invalid|impossible|unlikely|unsure|guess|reject(?:ed)?|eliminated?|excluded?"
+    r"|discard(?:ed)?|dismiss(?:ed)?|fail(?:s|ed)?|no|none$)\b|n['’]t\b|[?]", re.I)
 _CHOICES = re.compile(r"\([A-J]\)|\b[A-J][).:]")
-_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter usually has
+_SPELLINGS = [(re.compile(pattern), usual) for pattern, usual in (
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"^\$?([^{}$]*)\\over(?![a-z])([^{}$]*)\$?$", r"\\frac{\1}{\2}"),
+    (r"\\(?:SI|qty)\{([^{}]*)\}\{([^{}\\]*)\}", r"\1\\text{ \2}"),
+    (r"^(?:US|USD|Rs\.?|INR)\s*(?:\\?\$\s*)?(?=[0-9])", ""),
+    (r"^(?:\\text\{)?(?:minus|negative)\s*\}?\s*(?=[0-9\\])", "-"))]
+_SPELLED = re.compile(r"\\(?:over(?![a-z])|SI|qty)|US|Rs|INR|minus|negative")
+_PARAMETERS = set("jklmnpqrst")       # letters that an integer parameter may have,
+_USUAL_PARAMETERS = set("jklmn")      # and that it has where nothing says that it is an integer
 
 
 def _same_angle(given, gold):
@@ -83,8 +97,8 @@ def _same_renamed(given, gold):
     texts = clean(given), clean(gold)
     functions = [_ARGUMENT.match(text) for text in texts]
     if not all(functions):
-        hints = ("integer", "π", r"\mathbb")
-        if not any(hint in s for s in (given, gold, *texts) for hint in hints):
+        hinted = any(hint in s for s in (given, gold) for hint in ("integer", r"\mathbb"))
+        if not hinted and "π" not in texts[0] + texts[1]:
             return False
         texts = [_without_name(text) for text in texts]
 
@@ -98,9 +112,22 @@ def _same_renamed(given, gold):
     if all(functions):
         may_differ = [match[1] for match in functions] == [letter, name]
     else:
-        may_differ = bool({letter, name} & _PARAMETERS)
+        may_differ = bool({letter, name} & _PARAMETERS) if hinted else (
+            {letter, name} <= _USUAL_PARAMETERS and _is_periodic(texts[1], name))
     given, gold = texts
     return may_differ and answers.equal(replaced(given, letter, name), gold)
+
+
+def _is_periodic(s, name):
+    r"""Return whether the next integer adds a constant to each entry: k \pi, but not k \pi r^2."""
+    entries = [entry for entry in re.split("[,;]", s) if name in _letters(entry)]
+    steps = [value(f"({replaced(entry, name, f'({name}+1)')})-({entry})") for entry in entries]
+    for step in steps:
+        if step is None or None in step.floats or not all(step.floats):
+            return False
+        if not all(near(x, step.floats[0]) for x in step.floats):
+            return False
+    return bool(steps)
 
 
 def _without_name(s):
@@ -147,7 +174,120 @@ def _same_choice(given, gold):
     return other.strip("()") == letter or answers.equal(meant, other)
 
 
-_CONVENTIONS = (_same_angle, _same_renamed, _same_without_letter, _same_choice)
+def _same_respelled(given, gold):
+    r"""Return whether two answers are equal once 1 \over 2, \SI{5}{cm} and US\$5 are rewritten."""
+    if not (_SPELLED.search(given) or _SPELLED.search(gold)):
+        return False
+    respelled = [_respelled(s) for s in (given, gold)]
+    return respelled != [given, gold] and answers.equal(*respelled)
+
+
+def _respelled(s):
+    """Return an answer with a few spellings of numbers rewritten in a usual one."""
+    for pattern, usual in _SPELLINGS:
+        s = pattern.sub(usual, s)
+    return s
+
+
+_CONVENTIONS = (_same_angle, _same_renamed, _same_without_letter, _same_choice, _same_respelled)
+
+# ----------------------------------------------------------------------------------- contradictions
+
+# words that may stand left of a value: "Area = 9", "Total: 5"; any other may deny it
+_LABELS = set("""
+    answer area total sum perimeter volume length width height radius diameter distance speed rate
+    time cost price profit number count value result solution product difference quotient remainder
+    ratio probability average mean median mode range domain minimum maximum min max least greatest
+    smallest largest slope intercept angle degree side base altitude age weight mass set final lcm
+    gcd hcf gcf det rank dim surface option choice theta alpha beta gamma delta lambda""".split())
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}|\$")
+_WORD = re.compile(r"(?<![\\A-Za-z_{])([A-Za-z]{3,})\s*[:=]|=\s*([A-Za-z]{3,})\s*$")
+_LABELLED = re.compile(r"([A-Za-z][\w{}']*)\s*[:=]\s*([^\s,;:=]+)")
+_COUNTED = re.compile(r"(?<![\w.])(-?[0-9][0-9.,/]*)\s+([a-z]{3,})\b")
+_MEASURES = re.compile(
+    r"\b(second|minute|hour|day|week|month|year|cent|dollar|inch|foot|yard|mile|meter|centimeter"
+    r"|kilometer|millimeter|gram|kilogram|pound|ounce)(?:e?s)?\b")
+_EACH = re.compile(r"\bfor (?:each|every|any) (?:[0-9]|[A-Za-z]\b)")
+_CLOCK = re.compile(r"\s*([0-9]{1,2}):([0-5][0-9])\s*")
+_SUM = re.compile(r"(.*?)\\sum\s*_\s*\{?\s*([A-Za-z])\s*=", re.S)
+_NAMED = re.compile(
+    r"([A-Za-z]|\\[a-z]+)(_(?:\{[^{}]*\}|\w))?('*)(\^\{-1\})?(\([^=]*\))?")
+
+
+def _contradicts(given, gold):
+    """Return whether what stands around equal values differs: 5 cents is not 5 dollars."""
+    given, gold = (_TEXT.sub(r" \1 ", s).strip() for s in (given, gold))
+    measures = [set(_MEASURES.findall(s.lower())) for s in (given, gold)]
+    if all(measures) and not measures[0] & measures[1]:
+        return True
+
+    # Tom: 6, Ann: 5 is not Tom: 5, Ann: 6
+    given_values, gold_values = _labelled(given), _labelled(gold)
+    if given_values and given_values.keys() == gold_values.keys():
+        if not all(answers.equal(v, gold_values[label]) for label, v in given_values.items()):
+            return True
+
+    # "wrong = 5", "Guess: 5" and "5 for every 3" are not 5
+    words = [word for pair in _WORD.findall(given) for word in pair if word]
+    if len(words) == 1 and not _may_label(words[0]) and words[0].lower() not in gold.lower():
+        return True
+    if "=" not in given and _EACH.search(given) and not _EACH.search(gold):
+        return True
+    return _is_clock_beside_number(given, gold) or _names_differ(given, gold) or any(
+        _uses_index_outside(s) for s in (given, gold))
+
+
+def _labelled(s):
+    """Return {label: value} of at least two labels: Tom: 5, x_1 = 5 and 5 boys."""
+    pairs = _LABELLED.findall(s.replace("_{", "_").replace("}", ""))
+    pairs += [(word, number) for number, word in _COUNTED.findall(s)]
+    values = {label: number.strip(",.") for label, number in pairs}
+    return values if 1 < len(values) == len(pairs) else {}
+
+
+def _may_label(word):
+    """Return whether a word left of a value says nothing about it; xyz = 6 is a product."""
+    product = len(word) == 3 and sorted(set(word)) == list(word) and not set(word) & set("eio")
+    return word.isupper() or product or word.lower() in _LABELS
+
+
+def _is_clock_beside_number(given, gold):
+    """Return whether one side is a time such as 10:30, no ratio in lowest terms, and one none."""
+    clocks = [_CLOCK.fullmatch(s) for s in (given, gold)]
+    if bool(clocks[0]) == bool(clocks[1]) or ":" in (gold if clocks[0] else given):
+        return False
+    hour, minute = map(int, (clocks[0] or clocks[1]).groups())
+    return math.gcd(hour, minute) > 1
+
+
+def _uses_index_outside(s):
+    r"""Return whether the index of a sum stands before the sum: i \sum_{i=1}^n i."""
+    match = _SUM.match(s)
+    return bool(match) and match[2] in _letters(match[1])
+
+
+def _names_differ(given, gold):
+    """Return whether two equations name different things: f(1) and f(2), AB and BC, y and y'."""
+    equations = [clean(s) for s in (given, gold) if "=" in s]
+    if any("," in equation for equation in equations):
+        return False
+    names = [equation.partition("=")[0].strip("|") for equation in equations]
+    parts = [_NAMED.fullmatch(re.sub(r"_\{(\w)\}", r"_\1", name)) for name in names]
+    if len(names) < 2 or names[0] == names[1]:
+        return False
+    if all(re.fullmatch("[A-Z]{2,3}", name) for name in names):
+        return sorted(names[0]) != sorted(names[1])                     # AB is BA
+    if not all(parts):
+        return False
+
+    (base, index, primes, inverse, argument), other = parts[0].groups(), parts[1].groups()
+    if primes != other[2]:
+        return True
+    if not (index or inverse or argument) or not any(other[1:]):
+        return False                                                    # y is f(x), x is x_1
+    if argument and other[4] and len(argument) == len(other[4]) == 3:
+        argument = other[4] if argument[1].isalpha() and other[4][1].isalpha() else argument
+    return (base, index, inverse, argument) != (other[0], other[1], other[3], other[4])
 
 
 def equal(given: str, gold: str) -> bool:
@@ -156,15 +296,19 @@ def equal(given: str, gold: str) -> bool:
     Args: given and gold, answers as written, in LaTeX or plain text, without the mark around them.
     An empty answer equals none, and one longer than MAX_ANSWER only itself. Never raises.
     """
-    if answers.equal(given, gold):
-        return True
-    if not (isinstance(given, str) and isinstance(gold, str)) or given.isdigit() and gold.isdigit():
+    if not (isinstance(given, str) and isinstance(gold, str)):
         return False
+    digits = given.isdigit() and gold.isdigit() and given.isascii() and gold.isascii()
+    if digits and len(given) < 50 and len(gold) < 50:
+        return given.lstrip("0") == gold.lstrip("0")                    # most answers end here
+    if answers.equal(given, gold):
+        worded = given != gold and (":" in gold or _WORDED.search(given))
+        return not (worded and _contradicts(given, gold))
     if max(len(given), len(gold)) > MAX_ANSWER or not _LETTER.search(given + gold):
         return False                                                # no convention is about digits
 
     try:
-        return any(same(given, gold) for same in _CONVENTIONS)
+        return any(same(given, gold) for same in _CONVENTIONS) and not _contradicts(given, gold)
     except (ArithmeticError, RecursionError):           # a number too large to compare as a float
         return False
 

@@ -418,7 +418,7 @@ def test_no_more_is_read_than_the_caps_allow(monkeypatch):
     assert 0 < seen["clean"] <= answers.MAX_ANSWER
     assert 0 < seen["value"] <= expression.MAX_TEXT
     assert 0 < seen["items"] <= answers.MAX_ITEMS
-    assert len(extraction._tail("x" * MEGABYTE)) == extraction.TAIL
+    assert len(extraction.tail("x" * MEGABYTE)) == extraction.TAIL
 
 
 def test_many_long_boxes_side_by_side_are_joined_only_up_to_the_longest_answer():
@@ -622,7 +622,11 @@ DENIALS = ["The answer is not", "The answer isn't", "It isn’t", "It cannot be"
            "It is no longer",
            "There is no way that it is", "The answer is anything but", "The answer is hardly",
            "It is impossible that the answer is", "It's wrong to say that it is",
-           "It is not exactly",
+           "It is not exactly", "The answer is NOT", "It CANNOT BE", "It ISN'T", "NEVER",
+           "FALSE that it is", "Rather than", "Instead of", "Hardly", "Unlikely that it is",
+           "Impossible to be", "Far from", "Not:", "It is (not)", "not,", "not —", "x <>",
+           "There is no way it's", "not even close to", "not at all", "anything except",
+           "any number other than", "Everything but", "Wrong answer:", "A common mistake is",
            "The wrong answer is", "The answer is definitely not", "It is different from", "not:",
            "I doubt that it is"]
 
@@ -652,7 +656,8 @@ def test_a_denial_takes_back_an_earlier_answer_and_leaves_others(text):
 @pytest.mark.parametrize("behind", [
     " is not the answer.", "$ is wrong.", ". That is incorrect.", "? No.", " isn't right.",
     " cannot be the answer.", ", which is not correct.", " can't be right.",
-    ". But that is a mistake."])
+    ". But that is a mistake.", " (this is wrong).", " doesn't work.", " is invalid.",
+    " must be wrong.", "? Not quite.", ". Hmm, that is not correct.", ". 5 is wrong.", " (wrong)"])
 def test_a_mark_may_be_denied_behind_it(behind):
     assert not verify(r"\boxed{5}" + behind, "5")
     assert verify(r"The answer is 7. \boxed{5}" + behind, "7")
@@ -665,9 +670,64 @@ def test_a_mark_may_be_denied_behind_it(behind):
     r"She won't be able to place $\boxed{5}$ eggs.", r"$4!+1-5\cdot 2^2=\boxed{5}$",
     r"The statements that are false: two. So \boxed{5}", r"It is not 7, it is \boxed{5}.",
     r"not \boxed{7} but \boxed{5}", r"Sam did not work for $\boxed{5}$ days.",
-    "The answer is 5, not 7.", "The answer is 5 and not 7", r"\boxed{5} is not divisible by 3."])
+    "The answer is 5, not 7.", "The answer is 5 and not 7", r"\boxed{5} is not divisible by 3.",
+    r"There is no doubt that the answer is \boxed{5}.", r"Without doubt the answer is \boxed{5}",
+    r"Beyond any doubt it is \boxed{5}", r"Why not \boxed{5}? Indeed it is.",
+    r"It is none other than \boxed{5}.", r"No number other than \boxed{5} can work.",
+    r"I can't deny that it is \boxed{5}", r"Is it \boxed{5}? Yes.", r"n! = \boxed{5}",
+    r"The domain is all $x$ except $\boxed{5}$.", r"The percent error is \boxed{5} percent.",
+    r"If not, it is 6. Whether odd or not, \boxed{5}"])
 def test_a_negation_of_something_else_denies_nothing(completion):
     assert verify(completion, "5")
+
+
+@pytest.mark.parametrize("text", [
+    r"~~\boxed{5}~~", r"\sout{\boxed{5}}", r"<del>\boxed{5}</del>", r"\cancel{\boxed{5}}",
+    "**Answer:** ~~5~~", "#### ~~5~~", "<answer>~~5~~</answer>", r"Is it \boxed{5}?",
+    r"Could it be $\boxed{5}$?", r"x!=\boxed{5}", 'It is not "\\boxed{5}"', r"not _\boxed{5}_",
+    r"not <b>\boxed{5}</b>"])
+def test_an_answer_that_is_struck_out_or_asked_is_none(text):
+    assert not verify(text, "5") and verify("The answer is 7. But " + text, "7")
+
+
+# ------------------------------------------------------------- what stands directly around a mark
+
+@pytest.mark.parametrize("text, gold", [
+    (r"$x = -\boxed{5}$", "-5"), (r"x = - $\boxed{5}$", "-5"), (r"1/\boxed{5}", None),
+    (r"\frac{1}{\boxed{5}}", "1/5"), (r"\sqrt{\boxed{5}}", r"\sqrt5"), (r"2\pm\boxed{5}", None),
+    (r"\boxed{5} million", "5 million"), (r"$\boxed{5}$ million", "5 million"),
+    (r"\boxed{5} dozen", "5 dozen"), (r"\boxed{5}\text{ thousand}", "5 thousand"),
+    (r"$\boxed{5}^2$", "25"), (r"\boxed{5}\pi", r"5\pi"), (r"$\boxed{5} \times 10^3$", "5000"),
+    (r"$\boxed{5}!$", "120"), ("<answer>5</answer> million", "5 million"), (r"\boxed{5}/6", "5/6"),
+    (r"\boxed{5} or more", None), (r"It is less than \boxed{5}", None), (r"$x > \boxed{5}$", None),
+    (r"$x \lt \boxed{5}$", None), (r"\ln \boxed{5}", r"\ln 5"),
+    (r"<answer>I think \boxed{5} hmm 7</answer>", None)])
+def test_what_is_attached_to_a_mark_is_part_of_the_answer(text, gold):
+    assert not verify(text, "5")
+    assert gold is None or verify(text, gold)
+
+
+@pytest.mark.parametrize("text", [
+    r"\boxed{5} cm", r"$\boxed{5}\%$", r"\boxed{5} because 2 + 3 = 5", r"\boxed{5}!",
+    r"- \boxed{5}",
+    r"* \boxed{5}", r"the result - \boxed{5}", r"$2 + \boxed{5} = 7$", r"**\boxed{5}** (units)",
+    r"She needs at least $\boxed{5}$ points.", r"$s \ge \boxed{5}$", r"\boxed{5} dozens of eggs",
+    r"\boxed{5} quarters", r"$\boxed{5}_7$", r"$25 = 5 \cdot \boxed{5}$", r"<b>\boxed{5}</b>",
+    r"<p> \boxed{5}", r"A -> \boxed{5}", r"\boxed{5} times", r"\boxed{5} pieces of pie"])
+def test_ordinary_words_and_signs_around_a_mark_change_nothing(text):
+    assert verify(text, "5")
+
+
+@pytest.mark.parametrize("text", [
+    "The final answer should be {}.", "The final answer would be {}.", "The answer must be {}",
+    "Therefore, the answer equals {}.", "The answer is actually {}.", "The answer is exactly {}.",
+    "The answer is in fact {}.", "The answer is the number {}.", "\nFinal answer — {}", "\nAns: {}",
+    "\n\n**Final Answer** {}", "\n- Answer: {}", "\n__Answer__: {}", "\nAnswer — {}",
+    "The correct option is {}.", "The answer turns out to be {}."])
+def test_a_statement_in_other_words_is_a_mark_and_wins_behind_a_box(text):
+    assert verify(text.format("B"), "B") and verify(text.format("7"), "7")
+    for before in ("\\boxed{5} ", "#### 5\n", "<answer>5</answer> "):
+        assert verify(before + text.format("7"), "7") and not verify(before + text.format("7"), "5")
 
 
 def test_words_that_begin_with_a_negation_may_be_the_answer():
@@ -888,6 +948,38 @@ def test_a_gold_answer_that_no_completion_can_give_is_found(answer, right):
     assert verifies_itself(answer) is right
 
 
+# ------------------------------------------------------------------ what stands around equal values
+
+@pytest.mark.parametrize("given, gold", [
+    (r"\pi x^2", r"\pi r^2"), (r"\pi r^2 k", r"\pi r^2 h"), (r"\pi k^2", r"\pi n^2"),
+    ("x_1=6, x_2=5", "x_1=5, x_2=6"), ("Tom: 6, Ann: 5", "Tom: 5, Ann: 6"),
+    ("6 boys and 5 girls", "5 boys and 6 girls"), ("5 cents", "5 dollars"),
+    ("5 hours", "5 minutes"),
+    ("not=5", "5"), ("wrong=5", "5"), ("5=never", "5"), (r"\text{wrong}=5", "5"),
+    ("Except: 5", "5"),
+    ("Opposite: 5", "5"), ("Rejected: 5", "5"), ("Guess: 5", "5"), ("C: rejected", "C"),
+    ("C) eliminated", "C"), ("C. ruled out", "C"), ("C: cannot be", "C"), ("A: none", "A"),
+    ("5 for every 3", "5"), ("5 for each x", "5"), ("f^{-1}(x)=2x", "f(x)=2x"),
+    ("g(x)=2x", "f(x)=2x"), ("f(2)=5", "f(1)=5"), ("y=5", "y'=5"), ("y'=5", "y=5"),
+    ("AB=5", "BC=5"), ("x_2=5", "x_1=5"), ("1/3", "10:30"), ("0", "0:30"),
+    (r"i\sum_{i=1}^n i", r"\sum_{i=1}^n i^2")])
+def test_other_names_labels_and_coins_make_equal_values_different(given, gold):
+    assert not equal(given, gold) and equal(gold, gold)
+
+
+@pytest.mark.parametrize("given, gold", [
+    ("x_2=6, x_1=5", "x_1=5, x_2=6"), ("Ann: 6, Tom: 5", "Tom: 5, Ann: 6"), ("BA=5", "AB=5"),
+    ("6 girls and 5 boys", "5 boys and 6 girls"), ("5 minutes", "5 min"), ("Total: 5", "5"),
+    ("Area = 9", "9"), ("xyz=6", "6"), ("y=2x", "f(x)=2x"), ("f(z)=2z", "f(x)=2x"),
+    ("C. Friday", "C"), (r"\frac{(2k+1)\pi}{3}", r"\frac{(2n+1)\pi}{3}"),
+    (r"k\pi, k\pi+1", r"n\pi, n\pi+1"),
+    (r"{1 \over 2}", "1/2"), (r"1 \over 2", "1/2"), (r"\nicefrac12", "1/2"), (r"\SI{5}{cm}", "5"),
+    (r"\num{5}", "5"), (r"\underline{5}", "5"), (r"US\$5", "5"), ("Rs. 5", "5"), ("₹5", "5"),
+    ("minus 3", "-3"), (r"\text{negative }3", "-3"), ("a_{37}=19, a_3=2", "a_3=2, a_{37}=19")])
+def test_the_same_names_and_other_spellings_are_equal(given, gold):
+    assert equal(given, gold) and not equal(given, gold + "1")
+
+
 # ------------------------------------------------------------------------------------- chained sets
 
 @pytest.mark.parametrize("given, right", [
@@ -916,7 +1008,8 @@ REPEATED = ["<answer>", "</answer>", "<answer>6</answer>", "<answer>\n", "\\boxe
             "not \\boxed{6} ", "the answer is not 6. ", "`", "```a\n", "<think>", "</think>",
             "[THINK]",
             "### Final Answer\n", "\\boxed{6} is wrong. ", "**a", "answer\n", "not a=", "The a ",
-            "\\[", "$$"]
+            "\\[", "$$", "~~\\boxed{6}~~ ", "-\\boxed{6} ", "\\boxed{6} million ", "Ans: ", "not ",
+            "\\sqrt{", "option is ", "\\boxed{6}? ", "<|channel|>", "◁think▷", "<reasoning>"]
 
 
 @pytest.mark.parametrize("unit", REPEATED)
@@ -1111,7 +1204,22 @@ THOUGHT = [     # (completion, gold, right): what is inside a thought is not the
     ("<|begin_of_thought|>#### 4<|end_of_thought|>#### 5", "5", True),
     ("<|begin_of_thought|>#### 5", "5", False),
     ("<think>#### 4<|im_end|></think>#### 5", "5", False),
-    ("I think the answer is 5.", "5", True), ("A thought: #### 5", "5", True)]
+    ("I think the answer is 5.", "5", True), ("A thought: #### 5", "5", True),
+    # a template's own reasoning is read as before, and what follows the end of a turn is not
+    ("<reasoning>a</reasoning><answer>5</answer>", "5", True),
+    ("<reasoning>a <answer>5</answer>", "5", True),
+    ("<|channel|>analysis<|message|>#### 5", "5", False),
+    ("<|channel|>analysis<|message|>#### 7<|end|><|start|>assistant<|channel|>final<|message|>"
+     "#### 5<|return|>", "5", True)]
+THOUGHT += [(f"<{name}>#### 5", "5", False) for name in ("think ", "think\n", "|think|",
+            "seed:think", "thoughts", "reasoning", 'think mode="a"')]
+THOUGHT += [(f"<{name}>#### 5</{name}>", "5", False) for name in ("think ", "seed:think",
+            "thoughts", "reasoning")]
+THOUGHT += [(f"<{name}>#### 7</{name}> #### 5", "5", True) for name in ("think ", "seed:think",
+            "thoughts", "reasoning")]
+THOUGHT += [("◁think▷#### 5", "5", False), ("◁think▷#### 7◁/think▷ #### 5", "5", True)]
+THOUGHT += [("#### 7" + end + " #### 5", "7", True) for end in ("<|eot|>", "<|end|>",
+            "<|end_of_text|>", "<end_of_turn>", "<|start_header_id|>user", "\n\nUser:", "</s>")]
 
 
 @pytest.mark.parametrize("completion, gold, right", THOUGHT)
@@ -1148,3 +1256,10 @@ def test_only_what_stands_before_the_first_end_of_text_is_read():
     for ends in (("<|im_end|>", "<|endoftext|>"), ("<|endoftext|>", "<|im_end|>"), ("</s>", "<|eot_id|>")):
         completion = "The answer is 18.{}\nThe answer is 20.{}".format(*ends)
         assert extract_answer(completion) == "18" and not reward.verify(completion, "20")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3_990, 3_999, 4_000, 4_001, 7_995, 8_000, 20_000])
+def test_a_mark_of_a_thought_is_found_wherever_it_stands(size):
+    assert not reward.verify("x" * size + "<think>#### 5", "5")
+    assert reward.verify("<think>#### 7" + "x" * size + "</think>\n#### 5", "5")
+    assert not reward.verify("#### 5\n</think>" + "x" * size, "5")

@@ -18,17 +18,17 @@ _SIGNS = r"""
     π pi; ∞ infty; * cdot times ast; / div; ± pm; ∓ mp; ≤ le leq leqslant; ≥ ge geq geqslant; < lt;
     > gt; ≠ ne neq; ≈ approx; ∈ in; ∪ cup; ∖ setminus backslash; ⦃ lbrace; ⦄ rbrace;
     | mid vert lvert rvert; ° circ degree textcirc; ⌊ lfloor; ⌋ rfloor; ⌈ lceil; ⌉ rceil; ∀ forall;
-    ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac;
+    ∅ emptyset varnothing; : colon; … ldots cdots dots; \frac dfrac tfrac cfrac nicefrac sfrac;
     \binom dbinom tbinom"""
 _COMMANDS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
-_SIZES = "left right big Big bigg Bigg bigl bigr displaystyle boxed angle"
+_SIZES = "left right big Big bigg Bigg bigl bigr displaystyle boxed angle underline num"
 _COMMANDS |= dict.fromkeys(_SIZES.split(), "") | dict.fromkeys(("quad", "qquad"), " ")
 _ESCAPES = {"\\{": "⦃", "\\}": "⦄", "\\%": "%", "\\!": "", "\\\\": "\\\\"}   # others: a space
 _DOUBLED = set(_COMMANDS) | {"frac", "sqrt", "text", "begin", "end"}    # may follow \\ for one \
 
 _CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)}                 # full-width forms
 _CHARACTERS |= dict.fromkeys((0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD))    # zero width: gone
-_CHARACTERS |= str.maketrans("−–×·⋅÷⁄∕∶º～’′、，€£", "--***///:° '',,  ")
+_CHARACTERS |= str.maketrans("−–×·⋅÷⁄∕∶º～’′、，€£₹", "--***///:° '',,   ")
 _CHARACTERS |= str.maketrans({"√": "\\sqrt ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _MISREAD = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}   # "\frac" read as form feed + rac
