@@ -11,7 +11,7 @@ one line that says what to give instead. So is a setting that would do nothing, 
 would look like an effect.
 """
 import argparse
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -254,6 +254,9 @@ class Common:
     eval_problems: int = setting(200, least=1)  # held-out problems
     eval_samples: int = setting(4, least=1)     # completions each, at the training temperature
     save_every: int = setting(20, least=1)      # steps between checkpoints
+    log_to: str = setting("", choices=("", "tensorboard"), on_resume=True)  # beside log.jsonl: its
+                                                # numbers, in the run's folder tensorboard/
+
     keep_checkpoints: int = setting(2, least=1, on_resume=True)     # the newest ones stay
     variance_every: int = setting(0, least=0)   # steps between estimates of the gradient's
                                                 # variance; 0: none
@@ -423,6 +426,8 @@ def check(c):
         raise ValueError(f"--minibatches {c.minibatches}: at most --prompts-per-step "
                          f"{c.prompts_per_step} (groups stay whole)")
 
+    if c.log_to and importlib.util.find_spec(c.log_to) is None:
+        raise ValueError(f"--log-to {c.log_to}: pip install {c.log_to}")
     if c.variance_every > c.steps:
         raise ValueError(f"--variance-every {c.variance_every}: above --steps {c.steps}, so there "
                          "would be no estimate")

@@ -90,15 +90,33 @@ def write_samples(folder, step, problems, groups, rewards):
     append(Path(folder) / "samples.jsonl", lines)
 
 
-def write_line(folder, line):
-    """Append a step's metrics to log.jsonl; of several ranks the first one writes."""
+def write_line(folder, line, log_to=""):
+    """Append a step's metrics to log.jsonl; of several ranks the first one writes.
+
+    log_to="tensorboard" also gives them to TensorBoard, under the same names."""
     if dist.rank() != 0:
         return
+    if log_to:
+        board = board_of(str(folder), line["step"])
+        for name, value in line.items():
+            board.add_scalar(name, value, line["step"])
+        board.flush()
     finite = {}
     for key, value in line.items():
         missing = isinstance(value, float) and not math.isfinite(value)
         finite[key] = None if missing else value            # NaN is not JSON
     append(Path(folder) / "log.jsonl", json.dumps(finite) + "\n")
+
+
+boards = {}         # by run folder
+
+
+def board_of(folder, step):
+    """The SummaryWriter of a run; what an earlier start wrote from this step on is hidden."""
+    if folder not in boards:
+        from torch.utils.tensorboard import SummaryWriter
+        boards[folder] = SummaryWriter(Path(folder) / "tensorboard", purge_step=step)
+    return boards[folder]
 
 
 def append(file, lines):

@@ -156,7 +156,7 @@ def loop(run, interrupt):
         if learner.progress.step == 0:
             bar.set_description("first evaluation")
             learner.progress.first = heldout.evaluate_run(run)
-            report.write_line(run.folder, {"step": 0, **learner.progress.first})
+            report.write_line(run.folder, {"step": 0, **learner.progress.first}, c.log_to)
 
         while learner.progress.step < c.steps:
             bar.set_description(c.algo)
@@ -177,7 +177,7 @@ def loop(run, interrupt):
                 bar.set_description("evaluation")
                 run.latest = heldout.evaluate_run(run)
                 line.update(run.latest)
-            report.write_line(run.folder, line)
+            report.write_line(run.folder, line, c.log_to)
             bar.update()
             bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
                             tok_s=f"{line['rollout_tokens_per_s']:.0f}")

@@ -1,6 +1,7 @@
 """What a run writes, and several runs side by side, worked by hand."""
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -139,3 +140,33 @@ def test_bad_input_is_one_line(content, message, tmp_path):
     with pytest.raises(SystemExit) as stop:
         report.main([str(path)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    """By a stand-in for torch's SummaryWriter, which needs the package tensorboard."""
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def flush(self):
+            seen.append("flush")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    report.write_line(tmp_path, {"step": 3, "loss": .5}, "tensorboard")
+    report.write_line(tmp_path, {"step": 4, "loss": .25}, "tensorboard")
+    assert seen == [(tmp_path / "tensorboard", 3), ("step", 3, 3), ("loss", .5, 3), "flush", ("step", 4, 4), ("loss", .25, 4), "flush"]
+    assert [line["loss"] for line in lines_of(tmp_path / "log.jsonl")] == [.5, .25]
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch):
+    import config
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--log-to tensorboard: pip install tensorboard"):
+        config.parse(["--log-to", "tensorboard"])
