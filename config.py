@@ -177,12 +177,16 @@ def source(config_class):
 
 # ---------------------------------------------------------------------- settings that every run has
 
+def is_built_in_task(c):
+    """Whether --data is a task of tasks.TASKS."""
+    return c.data in importlib.import_module("tasks").TASKS
+
+
 # conditions without which a setting would do nothing: (of the config, what to give)
-BUILT_IN_TASK = (lambda c: not c.data.endswith((".jsonl", ".json")) and c.data not in HUB_DATA,
-                 "a built-in task as --data")
+BUILT_IN_TASK = (is_built_in_task, "a built-in task as --data")
 NO_MODEL = (lambda c: not c.model, "no --model: it is of the built-in model's start")
 WITH_LORA = (lambda c: c.lora_rank, "--lora-rank")
-HUB_DATA = ("gsm8k", "math")
+
 
 @dataclass
 class Common:
@@ -393,10 +397,14 @@ def stored_config(out):
         raise ValueError(f"{file} is not a run of this version: {error}") from None
 
 
+def free_on_resume(c):
+    """The names of the settings that may change when a run goes on."""
+    return {"resume", "out", "steps"} | {f.name for f in fields(c) if f.metadata.get("on_resume")}
+
+
 def resumed(stored, given):
     """The stored settings of a run with those changes that a run which goes on allows."""
-    free = {"resume", "out", "steps"}
-    free |= {f.name for f in fields(stored) if f.metadata.get("on_resume")}
+    free = free_on_resume(stored)
     for name, value in given.items():
         was = getattr(stored, name)
         if name not in free and was != value:

@@ -16,9 +16,10 @@ import math
 import os
 import shutil
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from config import free_on_resume
 from dist import Agreed, gather_objects, together
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
@@ -163,7 +164,7 @@ def sources_of(folder):
 
 def fingerprint_of_run(c, folder):
     """A checksum of the settings that decide the numbers, of sources.json and of start/."""
-    free = {"resume", "out", "steps"} | {f.name for f in fields(c) if f.metadata.get("on_resume")}
+    free = free_on_resume(c)
     settings = {name: value for name, value in asdict(c).items() if name not in free}
     crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     for file in (folder / "sources.json", *sorted((folder / "start").glob("*"))):
@@ -219,11 +220,13 @@ def check_model(c, folder, source, needed, say):
         "checkpoint")
 
 
-def remember(folder, model, source, train, held_out):
-    """Write what the run is started from, once. Every rank enters."""
+def remember(c, folder, model, source, train, held_out):
+    """Write what the run is started from, once. Every rank enters.
+
+    Returns fingerprint_of_run, which each checkpoint keeps."""
     def write():
         if (folder / "sources.json").exists():
-            return
+            return fingerprint_of_run(c, folder)
 
         part = folder / ".start"
         shutil.rmtree(part, ignore_errors=True)
@@ -237,7 +240,8 @@ def remember(folder, model, source, train, held_out):
         except OSError as error:
             raise OSError(f"{folder} cannot be written to ({error}): mend it, then --resume "
                           f"--out {folder}") from None
-    together(write)
+        return fingerprint_of_run(c, folder)
+    return together(write)
 
 
 # ----------------------------------------------------------------------------------------- the log

@@ -134,9 +134,9 @@ def merge(model):
         weight = dist.local(layer.weight)
         weight.copy_(weight.float() + layer.change())
 
-        linear = nn.Linear(1, 1, bias=layer.bias is not None, device="meta")
+        out_size, in_size = layer.weight.shape
+        linear = nn.Linear(in_size, out_size, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
-        linear.out_features, linear.in_features = layer.weight.shape
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     return model

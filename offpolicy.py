@@ -614,11 +614,9 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
 
 def store(learner, rollout, rewards, batch):
     """Put the fresh groups of all ranks into the buffer."""
-    rollout = replace(rollout, logps=batch.old_logp)
+    rollout = replace(rollout, logps=batch.old_logp, version=learner.progress.behaviour_step)
     mine = pack(rollout, rewards, learner.model.config.vocab_size, batch.active,
                 np.float16 if batch.drawn_logp is None else np.float32)
-    for group in mine:
-        group.version = learner.progress.behaviour_step
     everyones = [group for part in dist.gather_objects(mine) for group in part]
     learner.state.buffer.add(everyones, learner.progress.step)
 

@@ -34,8 +34,8 @@ import sft
 from config import objective, parse, parse_levels, parse_template_kwargs
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
-from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log,
-                    fingerprint_of_run, is_under_way, release, remember, stopped_line)
+from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
+                    release, remember, stopped_line)
 from learner import Learner, adamw
 from model import trainable
 from policies import load_policies, needs_source, save_model
@@ -223,7 +223,7 @@ def save(run):
     dist.phase(f"step {progress.step}: checkpoint")
     progress.cursor = run.stream.cursor
     seconds = progress.seconds + time.perf_counter() - BEGIN
-    now = replace(progress, seconds=seconds, run=fingerprint_of_run(learner.config, run.folder))
+    now = replace(progress, seconds=seconds)
     extra = learner.state.state_dict() if learner.state else {}
     save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra,
                     learner.config.keep_checkpoints)
@@ -283,11 +283,11 @@ def start(c, folder, device):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
     claim(c, folder)
-    remember(folder, model, source, train, held_out)
+    started_with = remember(c, folder, model, source, train, held_out)
 
     module = objective(c.algo)
     learner = Learner(
-        config=c, objective=module, model=model, progress=Progress(), say=say,
+        config=c, objective=module, model=model, progress=Progress(run=started_with), say=say,
         reference=policies.reference, behaviour=policies.behaviour,
         optimizer=adamw(model, c.lr, c.weight_decay),
         state=module.State(c) if hasattr(module, "State") else None)

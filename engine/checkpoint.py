@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadat
                                                    StorageMeta, TensorProperties,
                                                    TensorStorageMetadata)
 
-from dist import Agreed, barrier, first_line, gather_objects, rank, together, world
+from dist import Agreed, barrier, each, first_line, gather_objects, rank, together, world
 
 
 @dataclass
@@ -164,16 +164,7 @@ def load_checkpoint(path, tensors):
     Returns (Progress, extra). Raises ValueError on every rank when a file is missing, cut, or does
     not fit."""
     try:
-        problem = progress = extra = index = None
-        try:
-            progress, extra = read_state(path)
-            index = read_index(path)
-        except Exception as error:      # foreign or misshapen files raise many types
-            problem = first_line(error)
-        problem = next(filter(None, gather_objects(problem)), None)
-        if problem:
-            raise ValueError(problem)
-
+        (progress, extra), index = each(lambda: (read_state(path), read_index(path)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=IndexReader(path, index))
