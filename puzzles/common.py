@@ -1,0 +1,81 @@
+"""What the built-in tasks share: the row of a task in the table, names, and the road to a problem.
+
+A puzzle begins as a structure: nested tuples of numbers and short words, without names or
+sentences. Whether it is held out is decided by the structure alone, so another name or wording of
+a training puzzle is never a test puzzle.
+"""
+import functools
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
+         "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
+LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
+
+
+@dataclass
+class Task:
+    """A row of the table: how the problems of a task are made, and how a completion is checked."""
+    problems: Callable                  # (count, split, seed, levels) -> list of problems
+    check: Callable | None = None       # (problem, completion) -> bool; None: reward.verify
+    least: int = 1                      # the easiest level that there is
+    most: int | None = None             # the hardest; None: there is no end
+    levels: tuple = (1, 1)              # (easiest, hardest) where nothing else is said
+    level_is: str = "level"             # what the number of a level counts
+    guess: Callable | None = None       # level -> accuracy of guessing among all answers
+    perturb: Callable | None = None     # (problem, seed) -> a changed problem, or None
+
+
+def puzzle(name, draw, write, *, check, perturb, **row):
+    """Returns the Task of a puzzle from its functions.
+
+    draw(rng, level) returns a structure with exactly one answer, and write(rng, structure) a dict
+    with "problem", "answer" and "solution". perturb(rng, structure) returns a structure of another
+    answer that differs in one statement, or None where it found none."""
+    problems = functools.partial(collect, name, draw, write)
+    changed = functools.partial(perturbed, perturb, write)
+    return Task(problems=problems, check=check, perturb=changed, **row)
+
+
+def collect(name, draw, write, count, split, seed, levels):
+    """Returns `count` problems of a puzzle whose levels lie within `levels`, each level as often.
+
+    The same arguments give the same problems, and no structure is in both splits."""
+    rng = random.Random(f"{name}/{split}/{seed}")
+    problems = []
+    while len(problems) < count:
+        level = rng.randint(*levels)
+        structure = draw(rng, level)
+        while held_out(structure) != (split == "test"):     # of this level: all are as frequent
+            structure = draw(rng, level)
+
+        problems.append({
+            **write(rng, structure),
+            "task": name, "level": level, "id": f"{name}/{split}/{seed}/{len(problems)}",
+            "structure": structure,
+        })
+    return problems
+
+
+def held_out(structure):
+    """Tell whether a structure belongs to the split "test", as one in ten does."""
+    return zlib.crc32(repr(structure).encode()) % 10 == 0
+
+
+def perturbed(perturb, write, problem, seed):
+    """Returns the problem with one statement changed and so with another answer, or None.
+
+    Names and wordings are drawn anew from the seed."""
+    rng = random.Random(f"perturbed/{problem['id']}/{seed}")
+    structure = perturb(rng, problem["structure"])
+    if structure is None:
+        return None
+    return {**problem, **write(rng, structure), "id": problem["id"] + "/perturbed",
+            "structure": structure}
+
+
+def sentence_of(*parts):
+    """Join the parts of a text by spaces, without those that are empty."""
+    return " ".join(part for part in parts if part)
