@@ -28,6 +28,7 @@ ALGOS = ("grpo", "gtpo", "offpolicy")
 DEVICES = ("", "cpu", "cuda", "npu")
 DTYPES = ("", "float32", "bfloat16")
 TEMPLATES = ("auto", "chat", "plain", "reasoning")
+CURRICULA = ("uniform", "steps", "cosine", "gaussian", "adaptive")      # curriculum.py
 
 # What a chat template is always given, and --chat-template-kwargs may not change.
 TEMPLATE_OWN = ("messages", "conversation", "add_generation_prompt", "continue_final_message",
@@ -78,10 +79,12 @@ def check_settings(config):
 
 
 def parse_levels(text):
-    """Turn "4-6" into (4, 6), the fewest and the most steps of a story of the built-in task."""
+    """Turn "4-6" into (4, 6), the easiest and the hardest level of built-in tasks; "" is None."""
+    if not text:
+        return None
     low, dash, high = text.partition("-")
     if not (dash and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise ValueError(f"--levels {text}: give fewest-most steps, such as 4-6")
+        raise ValueError(f"--levels {text}: give easiest-hardest, such as 4-6")
     return int(low), int(high)
 
 
@@ -178,14 +181,17 @@ def source(config_class):
 # ---------------------------------------------------------------------- settings that every run has
 
 def is_built_in_task(c):
-    """Whether --data is a task of tasks.TASKS."""
-    return c.data in importlib.import_module("tasks").TASKS
+    """Whether --data names a built-in task, alone or in a mix."""
+    parts = importlib.import_module("data").parts_of(c.data)
+    return any(importlib.import_module("tasks").known(part.source) for part in parts)
 
 
 # conditions without which a setting would do nothing: (of the config, what to give)
 BUILT_IN_TASK = (is_built_in_task, "a built-in task as --data")
 NO_MODEL = (lambda c: not c.model, "no --model: it is of the built-in model's start")
 WITH_LORA = (lambda c: c.lora_rank, "--lora-rank")
+WITH_FLOOR = (lambda c: c.curriculum in ("gaussian", "adaptive"),
+              "--curriculum gaussian or adaptive")
 
 
 @dataclass
@@ -197,7 +203,9 @@ class Common:
     model: str = ""                     # checkpoint folder or hub id;
                                         # empty: warm-start a small one on the built-in task
 
-    data: str = "arithmetic"            # arithmetic, gsm8k, math, or a .jsonl file
+    data: str = "arithmetic"            # a built-in task (tasks.py), gsm8k, math, a .jsonl file;
+                                        # or a mix: truth:2-4@2,gsm8k (data.py)
+
     eval_data: str = ""                 # held-out problems;
                                         # empty: the source's test split, or a part of the file
 
@@ -265,8 +273,16 @@ class Common:
     variance_every: int = setting(0, least=0)   # steps between estimates of the gradient's
                                                 # variance; 0: none
 
-    # the built-in task
-    levels: str = setting("4-6", needs=[BUILT_IN_TASK])     # fewest-most steps of a story
+    # built-in tasks and curricula
+    levels: str = setting("", needs=[BUILT_IN_TASK])        # easiest-hardest, such as 4-6;
+                                                            # empty: the task's usual ones
+
+    curriculum: str = setting("", choices=("", *CURRICULA))     # which levels come when: see
+                                                                # curriculum.py; empty: shuffled
+
+    curriculum_floor: float = setting(0.0, least=0, most=1, needs=[WITH_FLOOR])     # least share of
+                                                                # a level; 0: the schedule's own
+
     warm_start_steps: int = setting(480, least=7, needs=[NO_MODEL])     # supervised steps before
                                                             # the default run
     # machine

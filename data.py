@@ -1,9 +1,12 @@
 """Problems from files, the hub and built-in tasks, and the order in which training takes them.
 
-A problem is a dict with "problem", "answer" and, where the source has one, "solution", "level",
-"id" and "task". Every source gives a plain list of them, so GSM8K, MATH, your own file and the
+A problem is a dict with "problem", "answer", "task" and, where the source has one, "solution",
+"level" and "id". Every source gives a plain list of them, so GSM8K, MATH, your own file and the
 built-in tasks take the same road from here on. A problem of a task that checks answers by itself
 also carries "check", a function of the completion (tasks.py).
+
+Several sources are a mix. truth:2-4@2,seating:3-5,gsm8k is two parts of truth with 2 to 4 people,
+one of seating with 3 to 5, and one of GSM8K.
 
 Left out: streaming from disk (GSM8K and MATH are megabytes) and few-shot prompts. Needs tasks.py,
 extraction.py to find the answer in a solution and reward.py to try it; prompts.py then turns
@@ -15,13 +18,15 @@ import math
 import random
 import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
+from config import parse_levels
 from extraction import extract_answer
 from reward import verifies_itself
 
-TAKEN = ("prompt", "messages", "check", "task")     # fields of a problem that we fill ourselves
+TAKEN = ("prompt", "messages", "check", "task", "structure")    # fields that we fill ourselves
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus")
@@ -37,18 +42,75 @@ HUB = {     # name -> split -> [(dataset, configuration, split on the hub)]
 
 # ------------------------------------------------------------------------------------- sources
 
-def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, report=print):
-    """Returns the problems of a source, in the order of the source.
+@dataclass
+class Part:
+    """A source of a mix."""
+    source: str                     # a task, gsm8k, math, or a file
+    levels: tuple | None = None     # (easiest, hardest) of a built-in task; None: its usual ones
+    weight: float = 1.0             # share of the problems, beside the other parts
 
-    data is the name of a built-in task, "gsm8k", "math", or the path of a jsonl file, which has no
-    splits. seed, levels (fewest, most) and count concern only built-in tasks. report takes the line
-    that says how many problems were dropped: an empty answer cannot be given, and one that the
-    verifier does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in
-    one line, when there is nothing usable."""
-    if data in tasks.TASKS:
-        return built_in(data, split, seed, levels, count)
 
-    problems = from_hub(data, split, report) if data in HUB else from_jsonl(data)
+def parts_of(data, levels=None):
+    """Turn "truth:2-4@2,gsm8k" into its Parts; a file that exists is one Part, whatever its name.
+
+    levels (easiest, hardest) are those of built-in tasks that name none. Raises ValueError, in one
+    line, for a part that cannot be read, that has levels without being a task, or is named twice.
+    """
+    if Path(data).is_file():
+        return [Part(data)]
+
+    parts = []
+    for text in data.split(","):
+        match = re.fullmatch(r"(.+?)(?::(\d+)(?:-(\d+))?)?(?:@(\d*\.?\d+))?", text.strip())
+        if not match:
+            raise ValueError(f"--data {data}: {text!r} is no source; "
+                             "give such as truth:2-4@2,seating:3-5")
+        source, low, high, weight = match.groups()
+        own = (int(low), int(high or low)) if low else None
+
+        if own and source not in tasks.TASKS:
+            raise ValueError(f"--data {data}: {source} has no levels: "
+                             f"only {', '.join(tasks.TASKS)} have")
+        if own and own[0] > own[1]:
+            raise ValueError(f"--data {data}: {text.strip()} must be easiest-hardest")
+        if weight and float(weight) == 0:
+            raise ValueError(f"--data {data}: {text.strip()} has no weight: leave it out")
+        usual = levels if source in tasks.TASKS else None
+        parts.append(Part(source, own or usual, float(weight or 1)))
+
+    sources = [part.source for part in parts]
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice:
+        raise ValueError(f"--data {data}: {twice} is named twice; name it once with all its levels")
+    return parts
+
+
+def load_problems(data, split="train", seed=0, levels=None, count=20000, report=print, whole=True):
+    """Returns the problems of a source or of a mix, in the order of the sources.
+
+    seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
+    weights. With whole=False, files too give no more than their share. report takes the line that
+    says how many problems were dropped: an empty answer cannot be given, and one that the verifier
+    does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in one
+    line, when there is nothing usable."""
+    parts = parts_of(data, levels)
+    total = sum(part.weight for part in parts)
+    problems = []
+    for part in parts:
+        share = max(1, round(count * part.weight / total))
+        loaded = load_part(part, split, seed, share, report)
+        problems += loaded if whole else loaded[:share]
+    return problems
+
+
+def load_part(part, split, seed, count, report):
+    """Returns the problems of one source, each with its "task"; see load_problems."""
+    source = part.source
+    if tasks.known(source):
+        problems = tasks.problems(source, count, split, seed, part.levels)
+        return [tasks.checked(problem) for problem in problems]
+
+    problems = from_hub(source, split, report) if source in HUB else from_jsonl(source)
     answered = [p for p in problems if p["answer"].strip()]
     kept = [p for p in answered if verifies_itself(p["answer"])]
     reasons = []
@@ -57,20 +119,26 @@ def load_problems(data, split="train", seed=0, levels=(4, 6), count=20000, repor
     if len(kept) < len(answered):
         reasons.append(f"{len(answered) - len(kept)} whose answer does not verify against itself")
     if reasons:
-        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems of {data}: "
-               f"{', '.join(reasons)}")
+        report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems "
+               f"of {source}: {', '.join(reasons)}")
     if not kept:
-        raise ValueError(f"{data} holds no problems")
-    return kept
+        raise ValueError(f"{source} holds no problems")
+    return [{**problem, "task": Path(source).name} for problem in kept]
 
 
-def built_in(name, split, seed, levels, count):
-    """Returns problems of a built-in task, each with its "check" if the task has a checker."""
-    problems = tasks.problems(name, count, split, seed, levels)
-    check = tasks.TASKS[name].check
-    if check is None:
-        return problems
-    return [{**p, "check": functools.partial(check, p)} for p in problems]
+def kind_of(problem):
+    """The name under which a problem is counted: its task, and its level if it has one."""
+    task, level = problem["task"], problem.get("level")
+    return task if level is None else f"{task}:{level}"
+
+
+def kinds_of(problems):
+    """Returns {kind: its task} of all kinds of problems, in the order of their names.
+
+    Levels that are numbers stand in the order of the numbers."""
+    def place(item):
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])]
+    return dict(sorted({kind_of(p): p["task"] for p in problems}.items(), key=place))
 
 
 def from_jsonl(path):
@@ -183,18 +251,41 @@ def normalize(row, name):
 
 # --------------------------------------------------------------------------------------- order
 
-def load_split(source, eval_source, seed, levels, eval_count, report=print):
-    """Returns (training problems, held-out problems), which never overlap.
+def load_split(c, report=print):
+    """Returns (training problems, held-out problems) of a run's settings, which never overlap.
 
-    The held-out ones are those of eval_source or, without it, the source's test split. A file has
-    none, so a part of it is held out. Raises ValueError when nothing is left to train on.
-    """
-    train = load_problems(source, "train", seed, levels, report=report)
-    has_test_split = source in tasks.TASKS or source in HUB
-    if not eval_source and not has_test_split:
-        return hold_out(train, eval_count)
+    The held-out ones are those of --eval-data or, without it, of each source's test split. A file
+    has none, so a part of it is held out. Of a mix there are --eval-problems, shared by its
+    weights. Raises ValueError when nothing is left to train on, or a curriculum finds no levels."""
+    levels, eval_count = parse_levels(c.levels), c.eval_problems
+    train = load_problems(c.data, "train", c.seed, levels, report=report)
+    kinds = kinds_of(train)
+    if c.curriculum not in ("", "uniform") and len(kinds) == len(set(kinds.values())):
+        raise ValueError(f"--curriculum {c.curriculum} needs problems of several levels")
 
-    held_out = load_problems(eval_source or source, "test", 0, levels, eval_count, report)
+    parts = parts_of(c.data, levels)
+    if c.eval_data:
+        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report)
+        return without(train, held_out, report), held_out
+
+    # what has a test split, and files, of which a part is held out
+    kept, held_out = [], []
+    total = sum(part.weight for part in parts)
+    for part in parts:
+        share = max(1, round(eval_count * part.weight / total))
+        mine = [p for p in train if p["task"] == Path(part.source).name]
+        if tasks.known(part.source) or part.source in HUB:
+            theirs = load_part(part, "test", 0, share, report)
+            mine = without(mine, theirs, report)
+        else:
+            mine, theirs = hold_out(mine, share)
+        kept += mine
+        held_out += theirs if len(parts) == 1 else theirs[:share]
+    return kept, held_out
+
+
+def without(train, held_out, report):
+    """Returns the training problems whose text is not held out. ValueError if none is left."""
     texts = {p["problem"] for p in held_out}
     kept = [p for p in train if p["problem"] not in texts]
     if len(kept) < len(train):
@@ -202,7 +293,7 @@ def load_split(source, eval_source, seed, levels, eval_count, report=print):
                "they are held out as well")
     if not kept:
         raise ValueError("every training problem is held out as well: give another --eval-data")
-    return kept, held_out
+    return kept
 
 
 def hold_out(problems, count):
@@ -225,6 +316,19 @@ def hold_out(problems, count):
     return training, held_out
 
 
+def stream_of(c, problems):
+    """Returns the order in which a run takes its training problems.
+
+    One source without --curriculum is shuffled; otherwise curriculum.py chooses task and level."""
+    parts = parts_of(c.data)
+    if len(parts) == 1 and not c.curriculum:
+        return Stream(problems, c.seed)
+
+    import curriculum
+    weights = {Path(part.source).name: part.weight for part in parts}
+    return curriculum.Mixed(problems, c.seed, weights, c.curriculum or "uniform", c)
+
+
 class Stream:
     """An endless stream of problems, in a new order every epoch.
 
@@ -238,7 +342,7 @@ class Stream:
         self._epoch = None      # the epoch whose order is in self._order
         self._order = None      # indices of the problems
 
-    def next(self, count):
+    def next(self, count, progress=0.0):
         """Returns the next `count` problems and moves the cursor behind them."""
         picked = []
         for _ in range(count):
@@ -254,3 +358,20 @@ class Stream:
         """Returns the indices of all problems in the order of an epoch."""
         rng = random.Random(f"order/{self.seed}/{epoch}")
         return rng.sample(range(len(self.problems)), len(self.problems))
+
+    @functools.cached_property
+    def kinds(self):
+        """{kind: its task} of the problems, see kinds_of."""
+        return kinds_of(self.problems)
+
+    def feedback(self, line):
+        """Take notice of a step's metrics, which this order does not depend on."""
+
+    @property
+    def state(self):
+        """What a checkpoint has to keep, as JSON."""
+        return {"cursor": self.cursor}
+
+    @state.setter
+    def state(self, state):
+        self.cursor = state["cursor"]

@@ -6,12 +6,18 @@
     maj@k    chance that the most frequent answer of k samples is right (self-consistency, Wang et
              al., 2203.11171)
 
-Each is a mean over problems, +- its standard error over problems. Answers are read strictly, as
+Each is a mean over problems, +- its standard error over problems; where problems are of several
+tasks and levels, of each kind too. Answers are read strictly, as
 rewards are, and leniently, which takes the last number in the text if no answer is marked. A gap
 between the two columns is a matter of format. A built-in task with a checker of its own has one
 verdict for both.
 
     python evaluate.py --model runs/NAME/model --data arithmetic --samples 8 --json eval.json
+
+--perturb asks whether puzzles were learned by heart (arXiv 2410.23123). Each problem is followed by
+one that differs in a single statement and has another answer. With CR the share of the problems
+solved greedily whose changed ones are solved too, LiMem = accuracy * (1 - CR): 0 where the changed
+ones are solved as well. --train-seed S takes the problems that a run with --seed S trained on.
 
 A problem's completions depend on --seed and its place in the file, not on what shares its batch
 (up to rounding, which can decide between two nearly equal logits). So problems are split over the
@@ -39,13 +45,14 @@ import data
 import dist
 import prompts
 import reward
+import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from engine.checkpoint import write_whole
 from engine.weights import read_json
 from folder import fingerprint_of_problems
 from model import Transformer
-from report import standard_error
+from report import names_of, standard_error
 from rollout import Sampler, draw_groups
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
@@ -57,7 +64,8 @@ KINDS = ("strict", "lenient")
 class EvalConfig:
     """The flags of the program, each with its default."""
     model: str = ""                     # checkpoint folder or hub id
-    data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), or a .jsonl
+    data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), a .jsonl,
+                                        # or a mix of them: truth:2-4,gsm8k
     json: str = ""                      # receives the result; empty: only the table on stdout
     samples: int = setting(8, least=1)              # K completions a problem, and a greedy one
     temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)    # of the samples;
@@ -77,7 +85,13 @@ class EvalConfig:
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON;
                                                     # empty: what a run's model was trained with
 
-    levels: str = "4-6"                             # fewest-most steps of a built-in task
+    levels: str = ""                                # of built-in tasks, easiest-hardest;
+                                                    # empty: the usual ones
+
+    train_seed: int = setting(-1, least=-1)         # problems of built-in tasks that a run of this
+                                                    # seed trained on; -1: held-out ones
+
+    perturb: bool = False                           # also changed problems (built-in tasks)
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     dtype: str = setting("", choices=DTYPES)        # float32, bfloat16;
@@ -226,9 +240,11 @@ def start(config):
 
     levels = parse_levels(config.levels)
     count = config.limit or ENDLESS
-    problems = data.load_problems(config.data, "test", 0, levels, count, warn)
-    if config.limit:
-        problems = problems[:config.limit]
+    split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
+    problems = data.load_problems(config.data, split, of_run, levels, count, warn,
+                                  whole=not config.limit)
+    if config.perturb:
+        problems = with_perturbed(problems)
     # a problem's seed follows from its place in the file, also when others are dropped
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
 
@@ -244,6 +260,22 @@ def start(config):
     torch.set_num_threads(config.threads)
     sampler = Sampler(model, prompts.stop_ids(model, tokenizer), config.rows_at_once)
     return sampler, tokenizer, kept, len(problems) - len(kept)
+
+
+def with_perturbed(problems):
+    """Returns each problem, and behind it one that differs in a statement; without it, neither.
+
+    The changed one has "perturbs", the id of the other. Raises ValueError for a problem of a file.
+    """
+    pairs = []
+    for problem in problems:
+        if not tasks.known(problem["task"]):
+            raise ValueError(f"--perturb: problems of {problem['task']} cannot be changed; "
+                             f"choose of {', '.join(tasks.TASKS)}")
+        changed = tasks.perturbed(problem)
+        if changed is not None:
+            pairs += [problem, {**tasks.checked(changed), "perturbs": problem["id"]}]
+    return pairs
 
 
 def load_model(name, device, dtype):
@@ -422,6 +454,10 @@ def evaluate(config):
             result[f"{kind}_at_{config.also_at}"] = metrics(
                 *[[row["also"] for row in rows] for rows in (greedy, sampled)], kind)
 
+    result["kinds"] = by_kind(problems, greedy, sampled)
+    if config.perturb:
+        result["memorisation"] = memorisation(problems, greedy)
+
     result["greedy"] = statistics(config, greedy, greedy_speed)
     result["sampled"] = statistics(config, sampled, sampled_speed)
     result["problems"] = [
@@ -431,6 +467,40 @@ def evaluate(config):
          "c_lenient": sum(many["grades"]["lenient"]["right"])}
         for problem, one, many in zip(problems, greedy, sampled)]
     return result, kept
+
+
+def by_kind(problems, greedy, sampled):
+    """Returns {kind: its number of problems, greedy accuracy and mean of the samples}, strict.
+
+    Kinds are tasks and levels, see data.kind_of. Empty where there is one kind only."""
+    kinds = {}
+    for name, members in names_of(data.kinds_of(problems)).items():
+        chosen = [i for i, problem in enumerate(problems) if data.kind_of(problem) in members]
+        values = metrics([greedy[i]["grades"] for i in chosen],
+                         [sampled[i]["grades"] for i in chosen], "strict")
+        n = len(sampled[0]["grades"]["strict"]["right"])
+        kinds[name] = {"problems": len(chosen), "greedy": values["greedy"],
+                       f"avg@{n}": values[f"avg@{n}"]}
+    return kinds
+
+
+def memorisation(problems, greedy):
+    """Returns accuracy, consistency and LiMem of greedy answers to problems and changed ones.
+
+    problems and greedy: the rows of `with_perturbed`. A problem of which one half was dropped, its
+    prompt being too long, does not count. consistency is None where nothing was solved."""
+    right = {problem.get("id"): row["grades"]["strict"]["right"][0]
+             for problem, row in zip(problems, greedy)}
+    pairs = [(right[problem["perturbs"]], right[problem["id"]]) for problem in problems
+             if "perturbs" in problem and problem["perturbs"] in right]
+
+    solved = [changed for original, changed in pairs if original]
+    accuracy = len(solved) / len(pairs)
+    consistency = sum(solved) / len(solved) if solved else None
+    return {"problems": len(pairs), "accuracy": accuracy,
+            "accuracy_perturbed": sum(changed for _, changed in pairs) / len(pairs),
+            "consistency": consistency,
+            "LiMem": accuracy * (1 - consistency) if solved else 0.0}
 
 
 def statistics(config, rows, speed):
@@ -471,6 +541,19 @@ def table(result):
         for name, cell in result[f"strict_at_{at}"].items():
             lenient = result[f"lenient_at_{at}"][name]["mean"]
             lines.append(f"{name} at {at} tokens: {cell['mean']:.4f} strict, {lenient:.4f} lenient")
+
+    for kind, cell in result["kinds"].items():
+        average = next(name for name in cell if name.startswith("avg"))
+        errors = [cell[name]["se"] or 0.0 for name in ("greedy", average)]
+        lines.append(f"{kind:24} {cell['problems']:5} problems   "
+                     f"greedy {cell['greedy']['mean']:.4f} ± {errors[0]:.4f}   "
+                     f"{average} {cell[average]['mean']:.4f} ± {errors[1]:.4f}")
+    if "memorisation" in result:
+        m = result["memorisation"]
+        shown = "-" if m["consistency"] is None else f"{m['consistency']:.4f}"
+        lines.append(f"memorisation of {m['problems']} problems: accuracy {m['accuracy']:.4f}, "
+                     f"changed ones {m['accuracy_perturbed']:.4f}, consistency {shown}, "
+                     f"LiMem {m['LiMem']:.4f}")
 
     lines.append(f"{'':12}{'greedy':>18}{'sampled':>20}")
     for name, digits in (("completion_length", 1), ("truncated_frac", 4), ("tokens_per_s", 0)):

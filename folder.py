@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from dataclasses import asdict, replace
@@ -62,7 +63,8 @@ def open_run(c, restarted):
     restarted: torchrun started the processes again after one of them was lost. A run of these
     settings then goes on by itself; one of others is left alone. Raises ValueError when the folder
     is taken."""
-    out = c.out or f"runs/{c.algo}-{Path(c.data).stem}-seed{c.seed}"
+    data = Path(c.data).stem if Path(c.data).is_file() else re.sub(r"[^\w.-]+", "-", c.data)
+    out = c.out or f"runs/{c.algo}-{data}-seed{c.seed}"
     folder, config = Path(out), Path(out) / "config.json"
     resume, threads = c.resume, c.threads
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import dist
 import grpo
 from config import Parser
+from data import kind_of
 
 SAMPLES = 4         # completions of each problem that samples.jsonl shows
 PANELS = (          # of curve.png: (title, keys of the log)
@@ -32,10 +33,11 @@ PANELS = (          # of curve.png: (title, keys of the log)
 
 # ----------------------------------------------------------------------------- of one run
 
-def rollout_metrics(learner, drawn, seconds):
+def rollout_metrics(learner, drawn, kinds, seconds):
     """Means over all ranks of what was drawn in this step; its tokens and completions are counted.
 
-    drawn: a list of train.Drawn, one a round; seconds: of the rollout."""
+    drawn: a list of train.Drawn, one a round; kinds: of all problems (data.kinds_of); seconds: of
+    the rollout."""
     c, progress = learner.config, learner.progress
     here = {}
     for d in drawn:
@@ -51,6 +53,7 @@ def rollout_metrics(learner, drawn, seconds):
             "entropy": -d.rollout.logps.sum(),
             "solved": (d.parts["correct"] > 0).any(1).sum(),
             **{f"rewards/{name}": part.sum() for name, part in d.parts.items()},
+            **sums_by_kind(d, kinds, tokens.view(d.rewards.shape)),
         }
         here = {name: here.get(name, 0) + value for name, value in sums.items()}
     sums = dist.all_reduce(here, learner.device)
@@ -74,7 +77,46 @@ def rollout_metrics(learner, drawn, seconds):
         "pass@G": sums["solved"] / groups,
         "rollout_time": seconds,
         "rollout_tokens_per_s": sums["drawn"] / seconds,
+        **means_by_kind(sums, kinds),
     }
+
+
+def names_of(kinds):
+    """The names under which problems are counted: each kind, and each task if there are several."""
+    if len(kinds) < 2:
+        return {}
+    names = {kind: {kind} for kind in kinds}
+    tasks = dict.fromkeys(kinds.values())
+    if len(tasks) > 1:
+        names |= {task: {kind for kind in kinds if kinds[kind] == task} for task in tasks}
+    return names
+
+
+def sums_by_kind(drawn, kinds, tokens):
+    """The sums of one train.Drawn behind `means_by_kind`; tokens (n, G) of its completions."""
+    sums = {}
+    for name, members in names_of(kinds).items():
+        chosen = [i for i, problem in enumerate(drawn.problems) if kind_of(problem) in members]
+        sums[f"groups/{name}"] = len(chosen)
+        sums[f"reward/{name}"] = drawn.rewards[chosen].sum()
+        sums[f"pass@1/{name}"] = (drawn.parts["correct"][chosen] > 0).sum()
+        sums[f"length/{name}"] = tokens[chosen].sum()
+    return sums
+
+
+def means_by_kind(sums, kinds):
+    """Share of the groups, mean reward, success and length of each task and level in a step."""
+    means = {}
+    names = names_of(kinds)
+    all_groups = sum(sums[f"groups/{kind}"] for kind in kinds) if names else 0
+    for name in names:
+        groups = sums[f"groups/{name}"]
+        means[f"share/{name}"] = groups / all_groups
+        if groups:
+            rows = groups * sums["rows"] / all_groups
+            for what in ("reward", "pass@1", "length"):
+                means[f"{what}/{name}"] = sums[f"{what}/{name}"] / rows
+    return means
 
 
 def write_samples(folder, step, problems, groups, rewards):
@@ -158,9 +200,14 @@ def draw_curve(folder):
     A figure that fails must not end the run, so any error becomes one warning on stderr."""
     try:
         lines = read_lines(Path(folder) / "log.jsonl")
-        figure, axes = new_figure(len(PANELS), width=12, height=3.4)
+        panels = [*PANELS]
+        for title, what in (("accuracy of each kind", "eval_pass@1/"), ("problems", "share/")):
+            keys = sorted({key for line in lines for key in line if key.startswith(what)})
+            if keys:
+                panels.append((title, keys))
+        figure, axes = new_figure(len(panels), width=4 * len(panels), height=3.4)
 
-        for axis, (title, keys) in zip(axes, PANELS):
+        for axis, (title, keys) in zip(axes, panels):
             for key in keys:
                 points = curve(lines, "step", key)
                 if not points:

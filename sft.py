@@ -44,8 +44,8 @@ from rollout import Rollout
 
 @dataclass
 class SFTConfig:
-    data: str = "arithmetic"                # a built-in task, gsm8k, math,
-                                            # or a .jsonl with solutions
+    data: str = "arithmetic"                # a built-in task, gsm8k, math, a .jsonl with
+                                            # solutions, or a mix: truth:2-4@2,seating
 
     out: str = "runs/warm"                  # receives the checkpoint, in HF layout
     model: str = ""                         # checkpoint to start from;
@@ -64,8 +64,9 @@ class SFTConfig:
                                                     # terse answers in
 
     terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
-    problems: int = setting(20000, least=1)         # of a built-in task
-    levels: str = "4-6"                             # of a built-in task: fewest-most steps
+    problems: int = setting(20000, least=1)         # of built-in tasks
+    levels: str = ""                                # of built-in tasks, easiest-hardest;
+                                                    # empty: the usual ones
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
     batch_size: int = setting(16, least=1)          # sequences an optimizer step, over all ranks
     lr: float = setting(2e-3, above=0)              # peak; linear warm-up over a tenth,
@@ -269,7 +270,7 @@ def warm_start(config, progress=True):
 
 def check_default_start(c):
     """Raise ValueError for settings of a run that the built-in model cannot serve."""
-    if c.data not in tasks.TASKS:
+    if not all(tasks.known(part.source) for part in data.parts_of(c.data)):
         raise ValueError(f"--data {c.data} needs --model (a checkpoint folder or hub id); "
                          f"to make a small one: python sft.py --data {c.data} --out DIR")
 

@@ -31,7 +31,7 @@ import refill
 import report
 import reward
 import sft
-from config import objective, parse, parse_levels, parse_template_kwargs
+from config import objective, parse, parse_template_kwargs
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
                                tensors_of)
 from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
@@ -77,9 +77,10 @@ def train_step(run):
         while len(drawn) <= c.refill and not refill.enough(drawn, c.prompts_per_step):
             drawn.append(draw(run, len(drawn)))
 
-    line = report.rollout_metrics(learner, drawn, time.perf_counter() - begin)
+    line = report.rollout_metrics(learner, drawn, run.stream.kinds, time.perf_counter() - begin)
     rollout, rewards, more = refill.chosen(drawn, c)
     line.update(more)
+    run.stream.feedback(line)       # a curriculum follows success
     if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
         one = drawn[0]
         report.write_samples(run.folder, progress.step, one.problems[:2], one.groups, one.scores)
@@ -110,7 +111,7 @@ class Drawn:
 def draw(run, number=0):
     """Draw completions of the next problems, and reward them. number: of the round in the step."""
     c, step = run.learner.config, run.learner.progress.step
-    problems = run.stream.next(c.prompts_per_step)
+    problems = run.stream.next(c.prompts_per_step, (step - 1) / c.steps)
     mine = dist.split(len(problems))
     problems = [problems[i] for i in mine]
     seeds = [(c.seed, step, number * c.prompts_per_step + i) for i in mine]
@@ -160,12 +161,12 @@ def loop(run, interrupt):
 
         while learner.progress.step < c.steps:
             bar.set_description(c.algo)
-            before = replace(learner.progress, cursor=run.stream.cursor)
+            before = replace(learner.progress, stream=run.stream.state)
             try:
                 line = train_step(run)
             except dist.Agreed:         # such as a reward that fails: the step before is saved
                 if before.step and learner.progress.updates == before.updates:
-                    learner.progress, run.stream.cursor = before, before.cursor
+                    learner.progress, run.stream.state = before, before.stream
                     save(run)
                 raise
             for warning in report.warnings_of(line, c):
@@ -221,9 +222,8 @@ def save(run):
     A kill in the middle leaves the checkpoint before it."""
     learner, progress = run.learner, run.learner.progress
     dist.phase(f"step {progress.step}: checkpoint")
-    progress.cursor = run.stream.cursor
     seconds = progress.seconds + time.perf_counter() - BEGIN
-    now = replace(progress, seconds=seconds)
+    now = replace(progress, stream=run.stream.state, seconds=seconds)
     extra = learner.state.state_dict() if learner.state else {}
     save_checkpoint(run.folder / "checkpoints", now, tensors(run), extra,
                     learner.config.keep_checkpoints)
@@ -239,7 +239,7 @@ def restore(run):
     if found:
         learner.progress, extra = load_checkpoint(found[-1], tensors(run))
         check_run(learner.progress, learner.config, run.folder, learner.say)
-        run.stream.cursor = learner.progress.cursor
+        run.stream.state = learner.progress.stream
         run.behaviour.version = learner.progress.behaviour_version
         if learner.state:
             learner.state.load_state_dict(extra)
@@ -260,8 +260,7 @@ def start(c, folder, device):
         sft.check_default_start(c)
     functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
 
-    train, held_out = data.load_split(c.data, c.eval_data, c.seed, parse_levels(c.levels),
-                                      c.eval_problems, say)
+    train, held_out = data.load_split(c, say)
     check_data(c, folder, train, held_out)
     if not c.model:
         claim(c, folder)            # before the warm start, which takes a while
@@ -301,7 +300,7 @@ def start(c, folder, device):
         behaviour = policies.sampler_of_mu(sampler.eos_ids.tolist(), **room)
 
     return Run(learner=learner, sampler=sampler, behaviour=behaviour,
-               stream=data.Stream(train, c.seed), held_out=held_out, rewards=functions,
+               stream=data.stream_of(c, train), held_out=held_out, rewards=functions,
                tokenizer=tokenizer, folder=folder)
 
 

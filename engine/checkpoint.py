@@ -40,7 +40,7 @@ class Progress:
     updates: int = 0                # optimizer steps made
     behaviour_version: int = 0      # updates that the weights which draw had seen
     behaviour_step: int = 0         # the step that they were taken at
-    cursor: int = 0                 # problems taken from the stream
+    stream: dict = field(default_factory=dict)      # where the problems' order stands
     num_tokens: int = 0             # of prompts and completions, over all ranks
     num_samples: int = 0            # completions
     bad_steps: int = 0              # non-finite updates in a row

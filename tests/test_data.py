@@ -15,7 +15,9 @@ import prompts
 import reward
 import sft
 import tasks
+from config import Config
 from model import ModelConfig, Transformer
+from puzzles.arithmetic import LARGEST, arithmetic
 
 torch.set_num_threads(1)
 PROBLEMS = Path(__file__).resolve().parents[2] / "shared" / "data" / "problems"
@@ -29,7 +31,7 @@ def write(folder, *lines):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    problems = tasks.arithmetic(500)
+    problems = arithmetic(500)
     questions = [p["problem"] + "\n" for p in problems]
     return prompts.train_tokenizer(questions + [p["solution"] for p in problems])
 
@@ -289,7 +291,7 @@ def follow(problem):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_stories_mean_what_their_answers_say(split):
-    for p in tasks.arithmetic(2000, split, seed=3, levels=(2, 8)):
+    for p in arithmetic(2000, split, seed=3, levels=(2, 8)):
         assert follow(p) == int(p["answer"])
         *lines, last = p["solution"].splitlines()
         assert len(lines) == p["level"] and last == "#### " + p["answer"]
@@ -297,7 +299,7 @@ def test_stories_mean_what_their_answers_say(split):
             left, sign, right, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
             a, b = int(left), int(right)
             assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(result)
-            assert 1 <= int(result) <= tasks.LARGEST
+            assert 1 <= int(result) <= LARGEST
         assert reward.verify(p["solution"], p["answer"])
 
 
@@ -308,26 +310,26 @@ def test_held_out_stories_never_occur_in_training_even_with_other_words():
         start = re.match(r"\d+", lines[0])[0]
         return start, *(re.sub(r"^\d+|=.*", "", line) for line in lines)
 
-    train = {numbers(p) for seed in range(3) for p in tasks.arithmetic(5000, "train", seed, (2, 3))}
-    test = {numbers(p) for p in tasks.arithmetic(1000, "test", 0, (2, 3))}
+    train = {numbers(p) for seed in range(3) for p in arithmetic(5000, "train", seed, (2, 3))}
+    test = {numbers(p) for p in arithmetic(1000, "test", 0, (2, 3))}
     assert not train & test
 
 
 def test_held_out_problems_of_a_task_are_the_same_for_every_seed_of_a_run():
     """Else the accuracies of two seeds would be of two exams."""
-    (train, held_out), (other_train, same) = [data.load_split("arithmetic", "", seed, (4, 6), 20) for seed in (0, 1)]
+    (train, held_out), (other_train, same) = [data.load_split(Config(seed=seed, eval_problems=20)) for seed in (0, 1)]
     texts = [[p["problem"] for p in problems] for problems in (held_out, same, train[:20], other_train[:20])]
     assert texts[0] == texts[1] and texts[2] != texts[3]
 
 
 def test_the_task_depends_on_its_seed_alone_and_has_many_surface_forms():
-    first, again, other = (tasks.arithmetic(50, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (arithmetic(50, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
-    problems = tasks.arithmetic(3000, levels=(2, 8))
+    problems = arithmetic(3000, levels=(2, 8))
     assert {p["level"] for p in problems} == set(range(2, 9))
     assert len({p["problem"] for p in problems}) > 2900
     with pytest.raises(ValueError, match="fewest <= most"):
-        tasks.arithmetic(1, levels=(4, 2))
+        arithmetic(1, levels=(4, 2))
 
 
 # ------------------------------------------------------------------------------- the table of tasks
@@ -383,7 +385,7 @@ def test_any_task_of_the_table_is_loaded_by_its_name_and_brings_its_checker(echo
     assert "test, 3" in problems[0]["problem"]
     assert [p["check"]("a ba") for p in problems] == [False, True, False, False, True, False]
     plain = data.load_problems("arithmetic", count=5)
-    assert plain == tasks.arithmetic(5) and "check" not in plain[0]
+    assert plain == arithmetic(5) and "check" not in plain[0]
 
 
 # -------------------------------------------------------------------------------- prompts and order
@@ -512,7 +514,7 @@ def test_the_stop_set_is_the_union_of_all_sources(tokenizer):
 # --------------------------------------------------------------------------------------- warm start
 
 def test_terse_completions_are_the_last_line_and_all_are_correct(tokenizer):
-    problems = tasks.arithmetic(400, seed=5)
+    problems = arithmetic(400, seed=5)
     pairs = sft.corpus(problems, tokenizer, sft.SFTConfig(), terse_share=0.7)
     texts = [tokenizer.decode(c) for _, c in pairs]
     for text, problem in zip(texts, problems):
@@ -572,7 +574,7 @@ def test_supervised_training_lowers_the_loss_and_is_deterministic(tmp_path, muon
         model, _ = sft.warm_start(config, progress=False)
         losses.append([p.detach().sum().item() for p in model.parameters()])
     assert losses[0] == losses[1]
-    problems = tasks.arithmetic(200)
+    problems = arithmetic(200)
     tokenizer = prompts.load_tokenizer(tmp_path / "a")
     batch = sft.collate(sft.corpus(problems, tokenizer, config)[:32], "cpu")
     tokens, mask = batch.tokens, batch.mask

@@ -299,7 +299,7 @@ def test_a_restart_goes_on_with_its_own_run_and_leaves_another_alone(tmp_path, m
     (lambda folder: (folder / "state.json").write_text("{"), "cannot be read")])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(damage, message, tmp_path):
     tensors = {"model.a": torch.arange(6.0)}
-    checkpoint.save_checkpoint(tmp_path, Progress(step=3, cursor=1), tensors)
+    checkpoint.save_checkpoint(tmp_path, Progress(step=3, stream={"cursor": 1}), tensors)
     damage(tmp_path / "step-000003")
     with pytest.raises(ValueError, match="step-000003 cannot be read") as stop:
         checkpoint.load_checkpoint(tmp_path / "step-000003", {"model.a": torch.zeros(6)})
@@ -309,12 +309,12 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(damage, message, tmp_pat
 def test_checkpoints_come_back_as_they_were_and_the_newest_stay(tmp_path):
     for step in (1, 2, 3):
         tensors = {"a": torch.full((2, 3), float(step)), "s": torch.tensor(step * 1.5)}
-        checkpoint.save_checkpoint(tmp_path, Progress(step=step, cursor=10 * step), tensors, {"buffer": [step]}, keep=2)
+        checkpoint.save_checkpoint(tmp_path, Progress(step=step, stream={"cursor": 10 * step}), tensors, {"buffer": [step]}, keep=2)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     into = {"a": torch.zeros(2, 3), "s": torch.zeros(())}
     progress, extra = checkpoint.load_checkpoint(tmp_path / "step-000002", into)
     assert (into["a"] == 2).all() and into["s"] == 3 and extra == {"buffer": [2]}
-    assert progress == Progress(step=2, cursor=20)
+    assert progress == Progress(step=2, stream={"cursor": 20})
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load_checkpoint(tmp_path / "step-000002", {"another": torch.zeros(1)})
 

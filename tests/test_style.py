@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parents[1]
-PROGRAMS = sorted(file for folder in (".", "engine", "verifier", "measure")
+PROGRAMS = sorted(file for folder in (".", "engine", "verifier", "measure", "puzzles")
                   for file in (HERE / folder).glob("*.py") if not file.name.startswith("test_"))
 READING_PATH = ("grpo.py", "rollout.py", "learner.py", "train.py", "model.py")
 OBJECTIVES = {"grpo", "gtpo", "offpolicy"}      # and replay.py, which offpolicy.py brings

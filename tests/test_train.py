@@ -288,7 +288,7 @@ def test_a_problem_is_never_both_trained_on_and_held_out(start, tmp_path, capsys
     held_out.write_text("\n".join(map(json.dumps, rows[:50])))
     config = Config(model=str(start), data=str(start.parent / "problems.jsonl"), eval_data=str(held_out))
     said = []
-    trained, evaluated = data.load_split(config.data, config.eval_data, 0, (4, 6), config.eval_problems, said.append)
+    trained, evaluated = data.load_split(config, said.append)
     assert len(trained) == 150 and len(evaluated) == 50 and "left 50 of 200" in said[0]
 
 
