@@ -19,13 +19,13 @@ below BACK. A level that was never seen is taken to be as hard as its easier nei
     python train.py --data truth:2-5 --curriculum adaptive
     python train.py --data truth:2-4@2,gsm8k         # a mix: the shares of tasks are its weights
 
-Needs data.py. train.py asks `Mixed` for problems, and gives it the log's line of each step.
+data.stream_of makes a `Mixed`, only where it is asked for. train.py asks it for problems, and gives
+it the log's line of each step.
 """
 import math
 import random
 
 from config import CURRICULA
-from data import Stream, kind_of, kinds_of
 
 FADED = 0.95        # success above which a level fades out,
 BACK = 0.9          # and below which it comes back
@@ -122,21 +122,19 @@ class Mixed:
     the next problem of that kind, whose order is that of a data.Stream. The draws depend on the
     seed, the number of problems taken so far, progress and success, and on nothing else."""
 
-    def __init__(self, problems, seed, task_weights, schedule, config):
-        self.seed = seed
-        self.schedule = schedule
+    def __init__(self, streams, kinds, task_weights, config):
+        """streams: {kind: data.Stream}; kinds: {kind: its task}, the easiest of a task first."""
+        self.streams = streams
+        self.kinds = kinds
+        self.task_weights = task_weights
+        self.seed = config.seed
+        self.schedule = config.curriculum or "uniform"
         self.floor = config.curriculum_floor or None
         self.per_step = config.prompts_per_step
-        self.task_weights = task_weights
 
-        self.kinds = kinds_of(problems)
         self.levels = {}            # task -> its kinds, easiest first
-        for kind, task in self.kinds.items():
+        for kind, task in kinds.items():
             self.levels.setdefault(task, []).append(kind)
-        self.streams = {}           # kind -> Stream
-        for kind in self.kinds:
-            mine = [p for p in problems if kind_of(p) == kind]
-            self.streams[kind] = Stream(mine, f"{seed}/{kind}")
 
         self.cursor = 0             # problems taken
         self.success = {}           # kind -> mean of pass@1 over its last groups

@@ -325,8 +325,13 @@ def stream_of(c, problems):
         return Stream(problems, c.seed)
 
     import curriculum
+    kinds = kinds_of(problems)
+    streams = {}
+    for kind in kinds:
+        mine = [problem for problem in problems if kind_of(problem) == kind]
+        streams[kind] = Stream(mine, f"{c.seed}/{kind}")
     weights = {Path(part.source).name: part.weight for part in parts}
-    return curriculum.Mixed(problems, c.seed, weights, c.curriculum or "uniform", c)
+    return curriculum.Mixed(streams, kinds, weights, c)
 
 
 class Stream:

@@ -6,8 +6,8 @@ here: an answer is right if it scores 1. The package is imported only when it is
     python train.py --model DIR --data gym:knights_knaves
 
 Security: the scorer is that package's code, and reads the answer that the model wrote. Some of
-its scorers hand formulas to sympy, whose parser evaluates text. The answer is cut off at a length,
-and an exception of the scorer is a wrong answer; more protection there is none. Time is not bounded.
+its scorers hand formulas to sympy, whose parser evaluates text. An answer that is too long is
+wrong, and so is one at which the scorer raises. There is no other protection, and no limit of time.
 
 Left out: levels, because the package's settings differ from task to task, and perturbed puzzles.
 """
@@ -21,7 +21,7 @@ LONGEST = 500       # characters of an answer that a scorer gets to see
 
 
 def task(name):
-    """Returns the Task of "gym:NAME". Raises ValueError where the package or the name is unknown."""
+    """Returns the Task of "gym:NAME". Raises ValueError where package or name are unknown."""
     try:
         import reasoning_gym
     except ImportError:
@@ -37,7 +37,7 @@ def task(name):
 
 @functools.lru_cache(maxsize=None)
 def dataset(name, size, seed):
-    """Returns the package's own data set: `size` puzzles, which it makes when they are asked for."""
+    """Returns the package's data set: `size` puzzles, which it makes when they are asked for."""
     import reasoning_gym
     return reasoning_gym.create_dataset(name.partition(":")[2], size=size, seed=seed)
 

@@ -119,8 +119,9 @@ KINDS = [("a", 1), ("a", 2), ("a", 10), ("b", None)]
 
 
 def mixed(schedule="uniform", weights=None, seed=0, **settings):
-    config = Config(prompts_per_step=8, **settings)
-    return curriculum.Mixed(problems_of(KINDS), seed, weights or {"a": 1.0, "b": 1.0}, schedule, config)
+    parts = ",".join(f"{task}@{weight}" for task, weight in (weights or {"a": 1.0, "b": 1.0}).items())
+    config = Config(prompts_per_step=8, data=parts, curriculum=schedule, seed=seed, **settings)
+    return data.stream_of(config, problems_of(KINDS))
 
 
 def test_kinds_stand_in_the_order_of_their_levels():
