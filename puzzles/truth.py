@@ -14,7 +14,7 @@ agrees with their kind, until no other possibility fits: then the answer is uniq
 2^n were looked at. A set of possibilities is an integer of 2^n bits, so this is an "and" for each
 statement. Every possibility has puzzles, at every n. With two people this needs "Ben and I are of
 the same kind", for nothing else of what two truth-tellers can say is false for two liars. The
-puzzles of two with one statement each are only 39, so there each of them may make a second one.
+puzzles of two with one statement each are only 33, so there each of them may make a second one.
 
 The worked solution is a search, without the knowledge of who lies. It supposes that the first
 person is honest and draws conclusions, one person a line, from one statement each and the kinds
@@ -98,7 +98,7 @@ def solutions(structure):
 
 @functools.cache
 def possibilities(people):
-    """Returns (all of them, those where person i lies for each i, those with k liars for each k)."""
+    """Returns all of them, a list of those where person i lies, and of those with k liars."""
     lying = [0] * people
     counted = [0] * (people + 1)
     for possibility in range(2 ** people):
@@ -264,7 +264,7 @@ def next_step(structure, known):
 
 
 def kind_of(person, known, lying):
-    """Returns "honest" or "lies" if the person is so in all of a set of possibilities, else None."""
+    """Returns "honest" or "lies" if the person is so in all the possibilities given, else None."""
     if not known & lying[person]:
         return "honest"
     return None if known & ~lying[person] else "lies"
