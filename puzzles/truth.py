@@ -6,21 +6,22 @@
 The answer is "Ana": if she were honest, Ben and so Cid would lie, but what Cid says would be right.
 What a truth-teller says is true, what a liar says is false (R. Smullyan, What Is the Name of This
 Book?, 1978; the puzzle of arXiv 2410.23123 and 2502.14768). A level is the number of people, n.
-Statements: somebody is a liar, or tells the truth; two people are of the same kind, or of different
-kinds; at least k, or exactly k, of us are liars. Nobody speaks about themselves by name.
+A statement is about one person (a liar or not), about two (of the same kind or not), or about the
+number of liars (at least k, exactly k). Nobody names themselves.
 
-Who lies is drawn first, uniformly from all 2^n possibilities. Then everybody gets a statement that
-agrees with their kind, until no other possibility fits: then the answer is unique, because all
-2^n were looked at. A set of possibilities is an integer of 2^n bits, so this is an "and" for each
-statement. Every possibility has puzzles, at every n. With two people this needs "Ben and I are of
-the same kind", for nothing else of what two truth-tellers can say is false for two liars. The
-puzzles of two with one statement each are only 33, so there each of them may make a second one.
+Who lies is drawn first, uniformly from all 2^n possibilities. Everybody then says something that
+agrees with their kind, drawn again until no other possibility fits. The answer is unique because
+all 2^n were looked at. A set of them is an integer of 2^n bits, so a statement costs one "and".
 
-The worked solution is a search, without the knowledge of who lies. It supposes that the first
-person is honest and draws conclusions, one person a line, from one statement each and the kinds
-that are known by then. A contradiction ends the last supposition, whose opposite is then so. What
-was concluded since falls with it. Where no conclusion is left, the next person is supposed honest.
-The search ends at the first possibility in which all statements fit, because there is one alone.
+Every possibility has puzzles, at every n. With two people this needs "Ben and I are of the same
+kind", because two liars could say all else that two truth-tellers can. The puzzles of two with one
+statement each are only 33, so there each person may make a second one.
+
+The worked solution is a search that does not know who lies. It supposes that the first person is
+honest and draws conclusions, one person a line. A conclusion follows from one statement and from
+the kinds that are known by then. A contradiction ends the last supposition, whose opposite is then
+so, and what was concluded since falls with it. Where no conclusion is left, the next person is
+supposed honest. The search ends where all statements fit, because that happens only once.
 
 Left out: and, or, if; people who sometimes lie. Needs puzzles/common.py; tasks.py needs this file.
 """
@@ -187,13 +188,15 @@ def perturb(rng, structure):
 
     for place, old in enumerate(structure):
         rest = structure[:place] + structure[place + 1:]
+        said = {(statement[0], where_fits(statement, people)) for statement in rest}
         left, _, _ = possibilities(people)
-        for statement in rest:
-            left &= where_fits(statement, people)
+        for _, fits in said:
+            left &= fits
 
-        for new, fits in itertools.chain(*statements(people, old[0]).values()):
+        speaker = old[0]
+        for new, fits in itertools.chain(*statements(people, speaker).values()):
             is_unique = (left & fits).bit_count() == 1
-            if is_unique and left & fits != 1 << before and new not in rest:
+            if is_unique and left & fits != 1 << before and (speaker, fits) not in said:
                 changed.append(tuple(sorted((*rest, new))))
     return rng.choice(changed) if changed else None
 
@@ -201,7 +204,7 @@ def perturb(rng, structure):
 # --------------------------------------------------------------------------------- worked solution
 
 def steps(structure):
-    """Returns the steps of the search, (what, person, speaker), and the set of what is left."""
+    """Returns the steps of the search, (key of LINES, person, speaker), and the answer as a set."""
     every, _, _ = possibilities(people_in(structure))
     taken = []
     left = search(structure, every, taken)
@@ -244,14 +247,15 @@ def next_step(structure, known):
     for statement in structure:
         speaker = statement[0]
         if kinds[speaker] and not known & where_fits(statement, people):
-            return ("but wrong" if kinds[speaker] == "honest" else "but right"), speaker, None
+            what = "but wrong" if kinds[speaker] == "honest" else "but right"
+            return what, speaker, None
 
     for statement in structure:
         speaker = statement[0]
         if not kinds[speaker]:
-            true = known & where_true(statement, people)
-            if true in (0, known):
-                return ("right" if true else "wrong"), speaker, None
+            right = known & where_true(statement, people)
+            if right in (0, known):
+                return "right" if right else "wrong", speaker, None
             continue
 
         # what the words of a known speaker leave
