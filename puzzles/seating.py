@@ -22,7 +22,7 @@ the line names, the first such clue in the text. Whoever is not refused gets no 
 goes on. If a clue leaves one person alone for the next seat, that person is taken, with ">" in
 front: here Cid, as Ana is not next to Ben. After a refusal the next line tries the next person at
 the last seat without ">" that has one left. So a line follows from the clues and the line above it.
-The mean is 2 lines for 3 people, 6 for 5 and 15 for 7; without ">" it would be 3, 10 and 35.
+The mean is 2 lines for 3 people, 5 for 5 and 15 for 7; without ">" it would be 3, 10 and 35.
 
 Left out: empty seats, conditions such as "if Ana sits at an end", and people who look inward.
 Needs common.py, extraction.py and numpy.
@@ -67,8 +67,9 @@ WORDINGS = {        # as a solution says it, then as a problem may
     "seat": ("{0} in seat {number}",
              "{0} sits in seat {number} from the left.", "Seat {number} from the left is for {0}."),
 }
-ROW_OPENINGS = ("{people} sit in a row of {count} seats.",
-                "{people} sit on {count} seats in a row.", "A row of {count} seats is for {people}.")
+ROW_OPENINGS = (
+    "{people} sit in a row of {count} seats.", "{people} sit on {count} seats in a row.",
+    "A row of {count} seats is for {people}.")
 ROUND_OPENINGS = ("{people} sit around a round table.", "{people} sit at a round table.")
 APART = re.compile(r"->|→|\\rightarrow|\\to\b|\\text\{|[-,{}*`$]|\band\b")      # between names
 HASHES = re.compile(r"####([^\n#<]*)")
@@ -157,14 +158,14 @@ def all_clues(n, kind):
 def draw(rng, level):
     """Returns a structure (n, start, clues) with one answer and no needless clue.
 
-    The clues are sorted, and `write` shuffles them: a held-out puzzle is no shuffled other one."""
+    The clues are sorted, and `write` shuffles them: a shuffle makes no held-out puzzle."""
     order = rng.sample(range(level), level)
     seats = [order.index(person) for person in range(level)]
     is_round = level >= 4 and rng.random() < ROUND
     start = tuple(order[:1]) if is_round else ()
     kinds = ROUND_KINDS if is_round else ROW_KINDS
 
-    # true clues, each of which excludes an order, until one order is left
+    # add true clues, each of which excludes an order, until one order is left
     clues = []
     left = fit_all(level, start, clues)
     while left.sum() > 1:

@@ -150,7 +150,7 @@ def examine(problem, minimal=True):
 # ------------------------------------------------------------------------- the solution's lines
 
 def examine_lines(problem):
-    """Assert that each line of a solution follows from one clue, and that no order is passed over."""
+    """Assert that each line of a solution follows from a clue, and no order is passed over."""
     names, first, clues = read(problem["problem"])
     answer = tuple(problem["answer"].split(", "))
     *lines, last, final = problem["solution"].split("\n")
@@ -201,7 +201,8 @@ def examine_lines(problem):
     # whatever comes before the answer begins as a refused line does, or leaves a line at a ">"
     for order in orders:
         if [names.index(name) for name in order] < [names.index(name) for name in answer]:
-            refused = any(order[:len(line)] == tuple(name for _, name in line) for line in seen[:-1])
+            refused = any(
+                order[:len(line)] == tuple(name for _, name in line) for line in seen[:-1])
             forced = any(
                 mark and order[:i] == tuple(name for _, name in line[:i]) and order[i] != name
                 for line in seen for i, (mark, name) in enumerate(line))
@@ -231,8 +232,9 @@ class First:
 
 @pytest.mark.parametrize("structure, problem, solution", [
     ((3, (), (("apart", 0, 1, 0), ("before", 0, 2, 0))),
-     "Ana, Ben and Cid sit in a row of three seats. Ben does not sit next to Ana. Cid sits directly "
-     "left of Ana. Who sits where? Give the names from left to right, separated by commas.",
+     "Ana, Ben and Cid sit in a row of three seats. Ben does not sit next to Ana. Cid sits "
+     "directly left of Ana. Who sits where? Give the names from left to right, separated by "
+     "commas.",
      "Ana no, Cid directly left of Ana\nBen>Cid Ana yes\n#### Ben, Cid, Ana"),
     ((4, (2,), (("clockwise", 0, 1, 0), ("apart", 0, 0, 2))),
      "Ana, Ben, Cid and Dora sit around a round table. Clockwise, Ben sits directly before Ana. "
@@ -276,16 +278,16 @@ def test_each_line_of_a_solution_follows_from_one_clue(level, count):
 
 
 def test_every_wording_occurs_and_is_read():
-    texts = [write(rng, draw(rng, 5)) for rng in map(random.Random, range(250))]
-    sentences = [s for made in texts for s in re.split(r"(?<=[.?]) ", made["problem"])]
+    texts = [write(rng, draw(rng, 5))["problem"] for rng in map(random.Random, range(250))]
+    sentences = [sentence for text in texts for sentence in re.split(r"(?<=[.?]) ", text)]
     for pattern, *_ in SAYINGS:
         assert any(re.fullmatch(pattern, sentence) for sentence in sentences), pattern
     wordings = sum(len(wordings) - 1 for wordings in seating.WORDINGS.values())
     assert wordings == len(SAYINGS) + 2         # two patterns read two wordings each
 
     # and a numbered seat is rare
-    clues = [read_clue(s)[0] for made in texts for s in re.split(r"(?<=[.?]) ", made["problem"])[1:-2]]
-    assert clues.count("place") < 0.08 * len(clues)
+    kinds = [kind for text in texts for kind, _, _ in read(text)[2]]
+    assert kinds.count("place") < 0.08 * len(kinds)
 
 
 @pytest.mark.parametrize("level, draws, bound", [(3, 1500, 20.5), (4, 1500, 49.7)])
@@ -356,28 +358,31 @@ PROBLEM = {"answer": "Ben, Cid, Ana"}
 
 @pytest.mark.parametrize("completion", [
     "#### Ben, Cid, Ana", "#### ben, cid and ana.", "####Ben,Cid,Ana", "#### BEN CID ANA",
-    "#### Ben -> Cid -> Ana", "#### Ben-Cid-Ana", "#### Ben, Cid, and Ana", "#### **Ben, Cid, Ana**",
-    "The answer is Ben, Cid, Ana.", "The answer is Ben, Cid and Ana.", "\\boxed{Ben, Cid, Ana}",
-    "\\boxed{\\text{Ben, Cid, Ana}}", "\\boxed{\\text{Ben}, \\text{Cid}, \\text{Ana}}",
-    "<answer>Ben, Cid, Ana</answer>", "<answer>\nBen → Cid → Ana\n</answer>",
+    "#### Ben -> Cid -> Ana", "#### Ben-Cid-Ana", "#### Ben, Cid, and Ana",
+    "#### **Ben, Cid, Ana**", "The answer is Ben, Cid, Ana.", "The answer is Ben, Cid and Ana.",
+    "\\boxed{Ben, Cid, Ana}", "\\boxed{\\text{Ben, Cid, Ana}}",
+    "\\boxed{\\text{Ben}, \\text{Cid}, \\text{Ana}}", "<answer>Ben, Cid, Ana</answer>",
+    "<answer>\nBen → Cid → Ana\n</answer>", "<answer>#### Ben, Cid, Ana</answer>",
     "Ana no, Cid directly left of Ana\nBen>Cid Ana yes\n#### Ben, Cid, Ana",
-    "#### Ana, Ben, Cid\nNo.\n#### Ben, Cid, Ana", "<think>#### Ana, Ben, Cid</think>#### Ben, Cid, Ana",
+    "#### Ana, Ben, Cid\nNo.\n#### Ben, Cid, Ana", "#### Ben, Cid, Ana\n\n####\n",
+    "<think>#### Ana, Ben, Cid</think>#### Ben, Cid, Ana",
     "#### Step 2\nThe answer is Ben, Cid, Ana.", "#### Ben, Cid, Ana<|endoftext|>#### Ana",
-    "#### Ben, Cid, Ana\n\n####\n", "<answer>#### Ben, Cid, Ana</answer>",
 ])
 def test_right_answers(completion):
     assert check(PROBLEM, completion)
 
 
 @pytest.mark.parametrize("completion", [
-    "", "####", "#### Ben, Cid", "#### Ben, Cid, Ana, Ana", "#### Ben, Ben, Cid, Ana", "#### Ana, Cid, Ben",
-    "#### Cid, Ana, Ben", "#### Ben, Cid, Anabel", "#### Ben, Cid, Ana or Ana, Cid, Ben", "#### BenCidAna",
-    "#### Ben, Cid, Ana, Dora", "#### Ben, Cid, not Ana", "#### Ben, Cid, Ana\n#### Ana, Cid, Ben",
-    "#### Ben, Cid, Ana #### Ana, Cid, Ben", "Ben, Cid, Ana", "Ben Cid Ana yes", "#### 3",
-    "<think>#### Ben, Cid, Ana", "The answer is not Ben, Cid, Ana.", "#### Ben sits left of Cid, Ana",
-    "\\boxed{Ben, Cid, Ana} or \\boxed{Ana, Cid, Ben}", "The answer is Ben, Cid, Ana or Ana, Cid, Ben.",
-    "\\boxed{Ana}, \\boxed{Ben}, \\boxed{Cid}, \\boxed{Ana}", "#### Seat 1 Ben, Cid, Ana",
-    "<reasoning>#### Ben, Cid, Ana", "#### Ben, Cid, Ana." + "." * 5000 + " Ana", None, 7,
+    "", "####", "#### Ben, Cid", "#### Ben, Cid, Ana, Ana", "#### Ben, Ben, Cid, Ana",
+    "#### Ana, Cid, Ben", "#### Cid, Ana, Ben", "#### Ben, Cid, Anabel", "#### BenCidAna",
+    "#### Ben, Cid, Ana or Ana, Cid, Ben", "#### Ben, Cid, Ana, Dora", "#### Ben, Cid, not Ana",
+    "#### Ben, Cid, Ana\n#### Ana, Cid, Ben", "#### Ben, Cid, Ana #### Ana, Cid, Ben",
+    "Ben, Cid, Ana", "Ben Cid Ana yes", "#### 3", "<think>#### Ben, Cid, Ana",
+    "The answer is not Ben, Cid, Ana.", "#### Ben sits left of Cid, Ana",
+    "The answer is Ben, Cid, Ana or Ana, Cid, Ben.", "#### Seat 1 Ben, Cid, Ana",
+    "\\boxed{Ben, Cid, Ana} or \\boxed{Ana, Cid, Ben}", "<reasoning>#### Ben, Cid, Ana",
+    "\\boxed{Ana}, \\boxed{Ben}, \\boxed{Cid}, \\boxed{Ana}",
+    "#### Ben, Cid, Ana." + "." * 5000 + " Ana", None, 7,
 ])
 def test_wrong_answers(completion):
     assert not check(PROBLEM, completion)
@@ -387,9 +392,11 @@ def test_wrong_answers(completion):
 def test_every_other_order_is_refused(level, count):
     for problem in TASK.problems(count, "train", 0, (level, level)):
         names = read(problem["problem"])[0]
-        right = [order for size in (level - 1, level) for order in itertools.permutations(names, size)
-                 if check(problem, "#### " + ", ".join(order))]
-        assert [", ".join(order) for order in right] == [problem["answer"]]
+        right = []
+        for size in (level - 1, level):
+            told = [", ".join(order) for order in itertools.permutations(names, size)]
+            right += [answer for answer in told if check(problem, "#### " + answer)]
+        assert right == [problem["answer"]]
 
 
 MARKS = ("#### {}", "The answer is {}", "\\boxed{{{}}}", "<answer>{}</answer>", "So.\n\n#### {}\n")
@@ -406,10 +413,11 @@ def test_harmless_variants_are_right_and_other_orders_wrong(order, between, case
     assert check(PROBLEM, mark.format(told + stop)) == right
 
 
-@given(st.lists(st.sampled_from(["Ana", "Ben", "Cid", "Dora", "and", "or", "not", ",", "->", ".", "\n",
-                                 "####", "\\boxed{", "}", "<answer>", "</answer>", "The answer is",
-                                 "<think>", "</think>", "yes", "?", "7", "**"]), max_size=14),
-       st.sampled_from(["", " "]))
+PIECES = ["Ana", "Ben", "Cid", "Dora", "and", "or", "not", ",", "->", ".", "\n", "####", "\\boxed{",
+          "}", "<answer>", "</answer>", "The answer is", "<think>", "</think>", "yes", "?", "**"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14), st.sampled_from(["", " "]))
 @settings(max_examples=150, deadline=None)
 def test_what_is_accepted_says_the_answer(words, space):
     told = space.join(words)
