@@ -241,6 +241,11 @@ class First:
      "Ana does not sit next to Cid. Who sits where? Give the names clockwise, beginning with Cid, "
      "separated by commas.",
      ">Cid Ana no, Ben directly before Ana\n>Cid Ben>Ana Dora yes\n#### Cid, Ben, Ana, Dora"),
+    ((4, (2,), (("clockwise", 0, 1, 2), ("clockwise", 0, 0, 3))),       # once around the table
+     "Ana, Ben, Cid and Dora sit around a round table. Clockwise, Ben sits directly before Cid. "
+     "Clockwise, Ana sits directly before Dora. Who sits where? Give the names clockwise, "
+     "beginning with Cid, separated by commas.",
+     ">Cid Ana>Dora Ben yes\n#### Cid, Ana, Dora, Ben"),
     ((4, (), (("between", 2, 1, 3), ("left", 0, 3, 1), ("left", 0, 2, 0))),
      "Ana, Ben, Cid and Dora sit in a row of four seats. Exactly two seats are between Ben and "
      "Dora. Dora sits somewhere left of Ben. Cid sits somewhere left of Ana. Who sits where? Give "
