@@ -24,12 +24,9 @@ then a reader has to remember which bracket each value belongs to. At the usual 
 whole formulas take less than 40 tokens.
 
 Left out: variables, and "if A then B" or "either A or B", whose everyday meanings differ.
-Needs common.py and extraction.py.
+Needs common.py.
 """
-import re
-
-from extraction import extract_answer
-from puzzles.common import LONGEST, puzzle
+from puzzles.common import final_answer, puzzle
 
 # A formula is "true", "false", ("not", formula) or (operator, formula, formula).
 CONSTANTS = ("false", "true")
@@ -122,12 +119,11 @@ def write(rng, formula):
 
 
 def check(problem, completion):
-    r"""Tell whether the final answer of a completion is the one word true or false that is right.
+    """Tell whether the final answer of a completion is the one word true or false that is right.
 
-    Case, a full stop, quotation marks and \text{} around the word do not matter."""
-    answer = (extract_answer(completion) or "")[:LONGEST]
-    word = re.fullmatch(r"""(?:\\text\{)?["']?(true|false)["']?\}?\.?""", answer.strip(), re.I)
-    return word is not None and word[1].lower() == problem["answer"]
+    Case, a full stop, and quotation marks do not matter."""
+    word = final_answer(completion).strip(" \n.\"'").lower()
+    return word in CONSTANTS and word == problem["answer"]
 
 
 def perturb(rng, formula):

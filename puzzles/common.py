@@ -6,13 +6,19 @@ a training puzzle is never a test puzzle.
 """
 import functools
 import random
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from extraction import extract_answer
+from thoughts import tail
+
 NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
+_LAST_LINE = re.compile(r"####[ \t]*([A-Za-z][^\n#<{}\\]*)\Z")
+_TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
 
 
 @dataclass
@@ -74,6 +80,19 @@ def perturbed(perturb, write, problem, seed):
         return None
     return {**problem, **write(rng, structure), "id": problem["id"] + "/perturbed",
             "structure": structure}
+
+
+def final_answer(completion):
+    r"""Returns the final answer of a completion, words included, or "" where there is none.
+
+    To extraction.py a line "#### Ben" is a heading, because its answers are mostly numbers. As the
+    last line it is an answer here. \text{} around words is taken away. Never raises."""
+    if not isinstance(completion, str):
+        return ""
+
+    text = _LAST_LINE.sub(r"<answer>\1</answer>", tail(completion))
+    answer = extract_answer(text) or ""
+    return _TEXT.sub(r"\1", answer) if len(answer) <= LONGEST else ""
 
 
 def sentence_of(*parts):

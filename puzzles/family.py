@@ -27,14 +27,13 @@ The sex of the first person, and so the word of the answer, is told by the first
 with the sexes. Levels 2 to 4 have only 218, 1,574 and 10,152 chains, so one answer can be two to
 three times as frequent as another in their held-out tenth. Left out: sisters-in-law, because the
 word has two meanings, great-grandparents, and sentences that are not needed.
-Needs common.py and extraction.py.
+Needs common.py.
 """
 import functools
 import re
 from dataclasses import dataclass
 
-from extraction import extract_answer
-from puzzles.common import LONGEST, NAMES, puzzle
+from puzzles.common import NAMES, final_answer, puzzle
 
 WOMEN = ("Ana", "Dora", "Eva", "Hana", "Kim", "Mia", "Nora", "Pia", "Ruth", "Zoe")
 MEN = tuple(name for name in NAMES if name not in WOMEN)
@@ -329,12 +328,11 @@ def write(rng, chain):
 
 
 def check(problem, completion):
-    r"""Tell whether the final answer of a completion is the right relation and no other word.
+    """Tell whether the final answer of a completion is the right relation and no other word.
 
     "mother", "The mother of Cid.", "Cid's mother" and "Ana is the mother of Cid" are the same if
-    these are the two people asked about. Case, hyphens and \text{} do not matter."""
-    answer = (extract_answer(completion) or "")[:LONGEST]
-    answer = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer).strip(" .\"'").replace("\u2019", "'")
+    these are the two people asked about. Case and hyphens do not matter."""
+    answer = final_answer(completion).strip(" \n.\"'").replace("\u2019", "'")
     *_, person, other = re.findall("|".join(NAMES), problem["problem"])
 
     pattern = (rf"(?:{person} is )?(?:(?:the|an?|{other}'s) )?([a-z]+(?:[- ]in[- ]law)?)"
