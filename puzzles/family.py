@@ -85,7 +85,9 @@ TABLE = {
 def sex_of(word):
     """Returns the sex that a relation tells of its bearer: "f", "m", or "" for a cousin."""
     woman, man = KINDS[KIND[word]]
-    return "" if woman == man else "f" if word == woman else "m"
+    if woman == man:
+        return ""
+    return "f" if word == woman else "m"
 
 
 def kind_of(link):
@@ -184,10 +186,10 @@ class Family:
 
 
 def families(chain, sexes="fm"):
-    """Yield (family, people) for all families that a chain can mean, up to people it needs not.
+    """Yield (family, people) for all families that a chain can mean, without people it passes by.
 
-    people[i] is the i-th person of the chain. sexes is the order in which unknown ones are
-    tried."""
+    people[i] is the i-th person of the chain. sexes is the order in which unknown ones are tried.
+    A link leads to people who are in the family already, or to new ones."""
     for sex in sexes:
         yield from _continued(Family([sex], [None], [None]), (0,), chain, sexes)
 
@@ -265,10 +267,12 @@ def origins(level):
     for before, ways in count_chains(level - 1).items():
         for link in LINKS:
             relation = compose(before, link)
-            if relation:
-                pairs, counts = found.setdefault(relation, ([], []))
-                pairs.append((before, link))
-                counts.append(ways)
+            if relation is None:
+                continue
+
+            pairs, counts = found.setdefault(relation, ([], []))
+            pairs.append((before, link))
+            counts.append(ways)
     return found
 
 
@@ -287,13 +291,13 @@ def draw_chain(rng, level, answer):
     The first link is divided in two until there are enough. It always tells the first sex."""
     chain = ((answer, ">"),)
     for length in range(level, 1, -1):
-        for before, link in rng.choices(*origins(length)[chain[0][0]], k=TRIES):
-            longer = ((before, ">"), link, *chain[1:])
-            if is_possible(longer):
-                break
-        else:
+        relation = chain[0][0]
+        divisions = rng.choices(*origins(length)[relation], k=TRIES)
+        longer = [((before, ">"), link, *chain[1:]) for before, link in divisions]
+
+        chain = next(filter(is_possible, longer), None)
+        if chain is None:
             return None
-        chain = longer
     return chain
 
 
