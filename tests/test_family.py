@@ -420,8 +420,10 @@ def chains_of(facts, here, there, most=4):
 
 @pytest.mark.slow
 def test_reasoning_gym_agrees():
-    """Its story says couples and their children; names tell the sexes. Its known faults (issue 535): for children of
-    siblings and of spouses it takes the sex or the direction of the other person."""
+    """Its story says couples and their children; names tell the sexes.
+
+    It has two faults, and differs nowhere else: a child-in-law is called a parent-in-law (its issue 535), and a niece
+    or nephew is named by the sex of the aunt or uncle."""
     gym = pytest.importorskip("reasoning_gym")
     data = gym.create_dataset("family_relationships", size=250, seed=1, min_family_size=4, max_family_size=11)
     women = set(data.config.female_names)
@@ -453,5 +455,5 @@ def test_reasoning_gym_agrees():
             faults += 1
             assert ((KIND[ours], entry["answer"]) == ("niece", word("niece", z))
                     or (KIND[ours], entry["answer"]) == ("child-in-law", word("parent-in-law", z)))
-    print(f"reasoning-gym: {named} of {len(data)} in the table, {agreed} agree, {faults} of its known faults")
+    print(f"reasoning-gym: {named} of {len(data)} in the table, {agreed} agree, {faults} of its two faults")
     assert named > 0.9 * len(data) and agreed + faults == named and agreed > 0.7 * named
