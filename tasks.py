@@ -15,7 +15,7 @@ Needs reward.py, for tasks without a checker of their own. data.py loads the pro
 import functools
 
 import reward
-from puzzles import arithmetic
+from puzzles import arithmetic, boolean, family, seating, truth
 from puzzles.common import Task
 
 # To add a task, write one function that makes its problems, and add one line here. The function
@@ -24,6 +24,10 @@ from puzzles.common import Task
 # Task(stories, check). The other fields of a row are in puzzles/common.py.
 TASKS = {
     "arithmetic": arithmetic.TASK,
+    "boolean": boolean.TASK,
+    "family": family.TASK,
+    "truth": truth.TASK,
+    "seating": seating.TASK,
 }
 
 

@@ -92,9 +92,7 @@ def final_answer(completion):
 
     text = _LAST_LINE.sub(r"<answer>\1</answer>", tail(completion))
     answer = extract_answer(text) or ""
-    return _TEXT.sub(r"\1", answer) if len(answer) <= LONGEST else ""
-
-
-def sentence_of(*parts):
-    """Join the parts of a text by spaces, without those that are empty."""
-    return " ".join(part for part in parts if part)
+    # in one piece, for of several marks in a row extract_answer drops what is said twice
+    if len(answer) > LONGEST or answer not in re.sub("[*`]", "", text):
+        return ""
+    return _TEXT.sub(r"\1", answer)

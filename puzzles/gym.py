@@ -14,10 +14,10 @@ Left out: levels, because the package's settings differ from task to task, and p
 import functools
 import zlib
 
-from extraction import extract_answer
-from puzzles.common import Task
+from puzzles.common import Task, final_answer
+from thoughts import tail
 
-LONGEST = 500       # characters of an answer that a scorer gets to see
+LONGEST = 1000      # characters of an answer that a scorer gets to see
 
 
 def task(name):
@@ -59,9 +59,13 @@ def problems(name, count, split, seed, levels):
 
 
 def check(problem, completion):
-    """Whether the package's scorer gives the answer of a completion the full score."""
-    answer = extract_answer(completion)
-    if answer is None or len(answer) > LONGEST:
+    """Whether the package's scorer gives the answer of a completion the full score.
+
+    The answer is what follows the last "####", which may be several lines, such as a grid; without
+    it, what extraction.py finds."""
+    before, mark, behind = tail(completion).rpartition("####")
+    answer = behind.strip() if mark else final_answer(completion)
+    if not answer or len(answer) > LONGEST:
         return False
     try:
         scorer = dataset(problem["task"], 1, 0)

@@ -25,7 +25,7 @@ the last seat without ">" that has one left. So a line follows from the clues an
 The mean is 2 lines for 3 people, 5 for 5 and 15 for 7; without ">" it would be 3, 10 and 35.
 
 Left out: empty seats, conditions such as "if Ana sits at an end", and people who look inward.
-Needs common.py, extraction.py and numpy.
+Needs common.py and numpy.
 """
 import functools
 import itertools
@@ -34,9 +34,7 @@ from math import factorial
 
 import numpy as np
 
-from extraction import extract_answer
-from puzzles.common import LONGEST, NAMES, puzzle
-from thoughts import tail
+from puzzles.common import NAMES, final_answer, puzzle
 
 ROUND = 0.25        # share of round tables, from 4 people on: 3 around a table have only 2 orders
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven")
@@ -72,7 +70,6 @@ ROW_OPENINGS = (
     "A row of {count} seats is for {people}.")
 ROUND_OPENINGS = ("{people} sit around a round table.", "{people} sit at a round table.")
 APART = re.compile(r"->|→|\\rightarrow|\\to\b|\\text\{|[-,{}*`$]|\band\b")      # between names
-HASHES = re.compile(r"####([^\n#<]*)")
 
 
 # ---------------------------------------------------------------------------- orders and clues
@@ -258,21 +255,8 @@ def check(problem, completion):
     """Tell whether the final answer of a completion is the order, and nothing else.
 
     Between names may stand commas, "and", arrows, hyphens or blanks; case does not matter."""
-    if not isinstance(completion, str):
-        return False
-    names = problem["answer"].lower().split(", ")
-
-    # extract_answer takes "#### Ana, Ben" for a heading, as it does not know that these are names
-    def as_tag(line):
-        return f"<answer>{line[1]}</answer>" if {*words_of(line[1])} <= {*names} else line[0]
-
-    read = HASHES.sub(as_tag, tail(completion))
-    given = extract_answer(read)
-
-    # in one piece, for of several marks in a row extract_answer drops what is said twice
-    if given is None or len(given) > LONGEST or given not in re.sub("[*`]", "", read):
-        return False
-    return words_of(given) == names
+    given = final_answer(completion)
+    return words_of(given) == problem["answer"].lower().split(", ")
 
 
 def words_of(text):

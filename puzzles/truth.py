@@ -29,7 +29,7 @@ import functools
 import itertools
 import re
 
-from puzzles.common import NAMES, final_answer, puzzle, sentence_of
+from puzzles.common import NAMES, final_answer, puzzle
 
 OPENINGS = (
     "{people} each always tell the truth or always lie.",
@@ -282,8 +282,8 @@ def write(rng, structure):
     names = sorted(rng.sample(NAMES, people))
     listed = ", ".join(names[:-1]) + " and " + names[-1]
     said = [in_words(rng, statement, names) for statement in structure]
-    problem = sentence_of(
-        rng.choice(OPENINGS).format(people=listed), *said, rng.choice(QUESTIONS))
+    sentences = [rng.choice(OPENINGS).format(people=listed), *said, rng.choice(QUESTIONS)]
+    problem = " ".join(sentences)
 
     taken, left = steps(structure)
     lines = []

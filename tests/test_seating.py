@@ -367,9 +367,9 @@ PROBLEM = {"answer": "Ben, Cid, Ana"}
     "#### **Ben, Cid, Ana**", "The answer is Ben, Cid, Ana.", "The answer is Ben, Cid and Ana.",
     "\\boxed{Ben, Cid, Ana}", "\\boxed{\\text{Ben, Cid, Ana}}",
     "\\boxed{\\text{Ben}, \\text{Cid}, \\text{Ana}}", "<answer>Ben, Cid, Ana</answer>",
-    "<answer>\nBen → Cid → Ana\n</answer>", "<answer>#### Ben, Cid, Ana</answer>",
+    "<answer>\nBen → Cid → Ana\n</answer>",
     "Ana no, Cid directly left of Ana\nBen>Cid Ana yes\n#### Ben, Cid, Ana",
-    "#### Ana, Ben, Cid\nNo.\n#### Ben, Cid, Ana", "#### Ben, Cid, Ana\n\n####\n",
+    "#### Ana, Ben, Cid\nNo.\n#### Ben, Cid, Ana",
     "<think>#### Ana, Ben, Cid</think>#### Ben, Cid, Ana",
     "#### Step 2\nThe answer is Ben, Cid, Ana.", "#### Ben, Cid, Ana<|endoftext|>#### Ana",
 ])
