@@ -16,6 +16,7 @@ from thoughts import tail
 
 NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
+TRIES = 10_000      # one structure in ten is held out
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
 _LAST_LINE = re.compile(r"####[ \t]*([A-Za-z][^\n#<{}\\]*)\Z")
 _TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
@@ -53,9 +54,7 @@ def collect(name, draw, write, count, split, seed, levels):
     problems = []
     while len(problems) < count:
         level = rng.randint(*levels)
-        structure = draw(rng, level)
-        while held_out(structure) != (split == "test"):     # of this level: all are as frequent
-            structure = draw(rng, level)
+        structure = drawn(rng, name, draw, level, split)
 
         problems.append({
             **write(rng, structure),
@@ -63,6 +62,17 @@ def collect(name, draw, write, count, split, seed, levels):
             "structure": structure,
         })
     return problems
+
+
+def drawn(rng, name, draw, level, split):
+    """Draw a structure of this level that belongs to the split, so that all levels are as frequent.
+
+    Raises ValueError where a level has so few structures that none does."""
+    for _ in range(TRIES):
+        structure = draw(rng, level)
+        if held_out(structure) == (split == "test"):
+            return structure
+    raise ValueError(f"{name}: none of {TRIES} puzzles of level {level} belongs to {split!r}")
 
 
 def held_out(structure):
