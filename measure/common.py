@@ -14,7 +14,7 @@ import data
 import dist
 import grpo
 import prompts
-from config import Config
+from config import Common
 from engine.checkpoint import Progress
 from engine.decode import Linear
 from learner import Learner, adamw, parts_of
@@ -105,7 +105,7 @@ def adapted(model, args):
     if not args.lora_rank:
         return model
     import lora
-    return lora.attach(model, args.lora_rank, Config.lora_alpha, dtype=getattr(torch, args.dtype))
+    return lora.attach(model, args.lora_rank, Common.lora_alpha, dtype=getattr(torch, args.dtype))
 
 
 def parameter_count(model):

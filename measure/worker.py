@@ -8,8 +8,8 @@
 
 Each line is one JSON object. Such a library wants its own PyTorch, or a build for this processor,
 and so its own environment. `Worker` is bench.py's end and `serve` the other one, which needs
-nothing but Python. Every wait is bounded. The worker ends with its input, and its whole group of
-processes is killed at the end.
+nothing but Python. Every wait is bounded. The worker's whole group of processes is killed at the
+end, and by itself when its input ends.
 """
 import json
 import os
@@ -132,7 +132,7 @@ class Worker:
 # ----------------------------------------------------------------------------------- the worker's end
 
 def serve(load):
-    """Answer line after line of standard input, until it ends.
+    """Answer line after line of standard input, until this process is killed.
 
     load: a function of the first message; it returns the first answer, and the function that makes
     a round. That one takes whether the round only warms up, and returns its answer. An error is
@@ -144,15 +144,18 @@ def serve(load):
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
+    messages = queue.Queue()
+    threading.Thread(target=listen_to_bench, args=(messages,), daemon=True).start()
     try:
-        first, one_round = load(json.loads(sys.stdin.readline()))
+        first, one_round = load(messages.get())
         say(first)
 
         before = time.process_time()
-        for line in sys.stdin:
+        while True:
             # a thread that polls between the rounds would slow the other side down
+            message = messages.get()
             waiting = time.process_time() - before
-            answer = one_round(json.loads(line)["warm"])
+            answer = one_round(message["warm"])
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
             say({**answer, "cpu_seconds_while_waiting": waiting, "peak_memory_mb": peak})
             before = time.process_time()
@@ -161,3 +164,12 @@ def serve(load):
         lines = str(error).strip().splitlines() or [""]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         say({"error": kind + lines[0][:300]})
+
+
+def listen_to_bench(messages):
+    """Queue all messages. At their end nobody waits for an answer: this group of processes ends.
+
+    That is so also when bench.py was killed, in the middle of a round."""
+    for line in sys.stdin:
+        messages.put(json.loads(line))
+    os.killpg(os.getpgid(0), signal.SIGKILL)
