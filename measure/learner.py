@@ -62,7 +62,7 @@ def train(args, device):
             seconds[way].append(spent)
 
     # FLOP: forward and backward are three products, of a multiplication and an addition for each
-    # parameter, and two where the parameter is frozen; lm_head sees only the tokens that are trained
+    # parameter, and two where it is frozen; lm_head sees only the tokens that are trained
     through = {way: packed_tokens(batch, rows, learner.config) for way, learner in learners.items()}
     head = model.config.vocab_size * model.config.hidden_size
     blocks = matrix_parameters(model.config) - head

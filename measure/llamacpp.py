@@ -33,7 +33,7 @@ def missing(error):
                       "safetensors there, or name another by --llamacpp-python")
 
 
-# ------------------------------------------------------------------------------- a file for llama.cpp
+# ------------------------------------------------------------------------------------ the GGUF file
 
 def convert(folder, config, half, file):
     """Write the checkpoint in a folder as a GGUF file, in float16 if half, else in float32.
@@ -100,7 +100,7 @@ def halves_to_pairs(values, heads):
     return parts.swapaxes(1, 2).reshape(values.shape)
 
 
-# ----------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 class Drawing:
     """A llama.cpp context with room for all rows of the request, and how it draws them.

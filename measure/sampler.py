@@ -88,6 +88,7 @@ def result_of(args, model, prompts, lengths, seconds, flops, bytes_s, peak, devi
              for side, spents in seconds.items()}
     least = roofline_seconds(model.config, model.dtype, prompts, lengths, args.group_size,
                              flops=flops, bandwidth=bytes_s)
+
     result = {
         "parameters": parameter_count(model),
         "completions": len(lengths),
@@ -153,7 +154,7 @@ def trainer_deviation(model, out):
     return (logps - out.logps[:4]).abs().max().item()
 
 
-# ------------------------------------------------------------------------------ a process beside ours
+# ---------------------------------------------------------------------------------- another process
 
 def start_worker(args, model):
     """Returns the Worker of --vs. Raises ValueError where that side could not be the same."""
@@ -222,7 +223,7 @@ def same_model(model, prompt, tokens, logps):
     }
 
 
-# -------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 
 def hf_generate(args, model, prompts, lengths):
     """Returns a function that draws with transformers, of whether the round only warms up.

@@ -31,7 +31,7 @@ PROGRAM = ("import importlib, sys; sys.path.append(sys.argv[1]); "
            "importlib.import_module(sys.argv[2]).main()")
 
 
-# ------------------------------------------------------------------------------------ bench.py's end
+# ----------------------------------------------------------------------------------- bench.py's end
 
 def command_of(module, python):
     """Returns the command that runs a module of measure/ by another Python."""
@@ -129,7 +129,7 @@ class Worker:
         self.folder.cleanup()
 
 
-# ----------------------------------------------------------------------------------- the worker's end
+# --------------------------------------------------------------------------------- the worker's end
 
 def serve(load):
     """Answer line after line of standard input, until this process is killed.
