@@ -108,6 +108,9 @@ def parser():
                          help="the Python that has llama-cpp-python, gguf, safetensors [this one]")
     rollout.add_argument("--llamacpp-cache", choices=["split", "unified"], default="split",
                          help="keys and values apart for each row, or in one cache for all")
+    rollout.add_argument("--no-flash", dest="flash", action="store_false",
+                         help="llama.cpp without its flash attention, which rounds to half "
+                              "precision")
     rollout.add_argument("--gguf-dtype", choices=["float32", "float16"], default="float32",
                          help="of llama.cpp's weights, keys and values")
     rollout.add_argument("--gguf", default="", help="a file for llama.cpp [made of the weights]")

@@ -189,6 +189,7 @@ def load_worker(worker, stack, args, model, prompts, lengths):
         "gguf": args.gguf,
         "half": args.gguf_dtype == "float16",
         "cache": args.llamacpp_cache,
+        "flash": args.flash,
     })
     check = first.pop("check")
     return {args.vs: first, "same_model": same_model(model, prompts[0], **check)}
