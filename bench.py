@@ -2,10 +2,16 @@
 
     python bench.py rollout --shape 40m --vs hf     tokens/s, beside transformers.generate on the
                                                     same weights and lengths
+    python bench.py rollout --model FOLDER --data FILE.jsonl --vs vllm
+                                                    a real checkpoint and real prompts, beside vLLM
+                                                    (or --vs llamacpp), in an environment of its own
     python bench.py train --shape tiny              a training step; prompts once a group beside
                                                     once a completion
     python bench.py train --shape tiny --vs trl     a whole GRPO step beside TRL's (pip install
                                                     trl, in any environment)
+    python bench.py train --model FOLDER --data FILE.jsonl --lora-rank 16 --vs trl
+                                                    the same with a real checkpoint, its own
+                                                    template, and adapters (pip install peft)
     python bench.py memory --shape qwen2.5-0.5b     a whole GRPO step on a random checkpoint of
                                                     real shape, and its prediction
     python bench.py memory --predict                bytes a chip for 0.5B to 14B on 1, 8 and 20
@@ -19,9 +25,9 @@
                                                     hostile inputs
 
 The measurements are functions in measure/, and their modules are imported only when asked for.
-They are never tests. Every comparison alternates between its two sides in one process and reports
-the ratio of each round. Weights are random and rewards drawn at random: random weights answer
-nothing, and a step without a gradient would measure nothing.
+They are never tests. Every comparison alternates between its two sides and reports
+the ratio of each round. Without --model weights are random. Rewards are always drawn at random:
+random weights answer nothing, and a step without a gradient would measure nothing.
 """
 import argparse
 import importlib
@@ -45,8 +51,17 @@ COMMANDS = {
     "logps": "learner",
     "reward": "verifier",
 }
-OTHER_SIDE = {"rollout": "hf", "train": "trl", "reward": "math-verify"}     # values of --vs
-PREDICTED = ("memory", "comm")                                              # have --predict
+OTHER_SIDES = {     # values of --vs
+    "rollout": ("hf", "vllm", "llamacpp"),
+    "train": ("trl",),
+    "reward": ("math-verify",),
+}
+MEANT_FOR = {       # flag: the commands that read it
+    "predict": ("memory", "comm"),
+    "model": ("rollout", "train"),
+    "data": ("rollout", "train", "reward"),
+    "lora_rank": ("train", "memory"),
+}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -57,6 +72,8 @@ def parser():
                  allow_abbrev=False)
     out.add_argument("what", choices=COMMANDS)
     out.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model [tiny]")
+    out.add_argument("--model", default="",
+                     help="a checkpoint in place of --shape: a folder (rollout, train)")
     out.add_argument("--device", default="", help="cpu, cuda or npu [the one that is here]")
     out.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     out.add_argument("--threads", type=int, default=0, help="0: the fastest number, measured")
@@ -66,16 +83,19 @@ def parser():
     work.add_argument("--prompts", type=int, default=2)
     work.add_argument("--group-size", type=int, default=4)
     work.add_argument("--prompt-tokens", type=int, default=64,
-                      help="of the longest prompt; the others have at least half as many")
+                      help="of the longest random prompt; others have at least half as many")
     work.add_argument("--new-tokens", type=int, default=64, help="of the longest completion")
     work.add_argument("--lengths", choices=["ragged", "equal"], default="ragged")
     work.add_argument("--rows", type=int, default=0,
                       help="completions in the cache at once; 0: all")
 
     compared = out.add_argument_group("rollout, train, reward")
-    compared.add_argument("--vs", choices=["", *OTHER_SIDE.values()], default="",
-                          help="the other side: rollout --vs hf, train --vs trl, "
-                               "reward --vs math-verify")
+    sides = [side for known in OTHER_SIDES.values() for side in known]
+    compared.add_argument("--vs", choices=["", *sides], default="",
+                          help=f"the other side: {known_sides()}")
+    compared.add_argument("--data", default="",
+                          help="rollout, train: real prompts for --model, as of train.py; "
+                               "reward: a folder of labelled *.jsonl")
     compared.add_argument("--rounds", type=int, default=3)
 
     rollout = out.add_argument_group("rollout")
@@ -83,18 +103,29 @@ def parser():
                          help="the cache of transformers.generate")
     rollout.add_argument("--no-graph", dest="graph", action="store_false",
                          help="decode without device graphs")
+    rollout.add_argument("--vllm-python", default="", help="the Python that has vLLM [this one]")
+    rollout.add_argument("--llamacpp-python", default="",
+                         help="the Python that has llama-cpp-python, gguf, safetensors [this one]")
+    rollout.add_argument("--llamacpp-cache", choices=["split", "unified"], default="split",
+                         help="keys and values apart for each row, or in one cache for all")
+    rollout.add_argument("--no-flash", dest="flash", action="store_false",
+                         help="llama.cpp without its flash attention, which rounds to half "
+                              "precision")
+    rollout.add_argument("--gguf-dtype", choices=["float32", "float16"], default="float32",
+                         help="of llama.cpp's weights, keys and values")
+    rollout.add_argument("--gguf", default="", help="a file for llama.cpp [made of the weights]")
 
     training = out.add_argument_group("train, memory, comm")
     training.add_argument("--micro-batch-tokens", type=int, default=Common.micro_batch_tokens)
     training.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                           help="of activations; memory does so by default")
+    training.add_argument("--lora-rank", type=int, default=0,
+                          help="train, memory: of adapters; 0: all weights are trained")
 
     scale = out.add_argument_group("memory, comm")
     scale.add_argument("--predict", action="store_true",
                        help="the model's figures alone; nothing is run")
     scale.add_argument("--shard", type=int, default=0, help="under torchrun: as of train.py")
-    scale.add_argument("--lora-rank", type=int, default=0,
-                       help="memory: of adapters; 0: all weights are trained")
     scale.add_argument("--steps", type=int, default=2, help="GRPO steps of memory")
     scale.add_argument("--no-files", dest="files", action="store_false",
                        help="memory starts from random weights and writes nothing")
@@ -102,10 +133,13 @@ def parser():
     logps = out.add_argument_group("logps")
     logps.add_argument("--variant", choices=["", "ours", "naive"], default="",
                        help="one of the two sides only")
-
-    reward = out.add_argument_group("reward")
-    reward.add_argument("--data", default="", help="a folder of labelled *.jsonl")
     return out
+
+
+def known_sides():
+    """Returns what --vs may be, as one line."""
+    return ", ".join(f"{command} --vs {side}"
+                     for command, sides in OTHER_SIDES.items() for side in sides)
 
 
 def arguments():
@@ -114,18 +148,33 @@ def arguments():
     if args.checkpointing is None:
         args.checkpointing = args.what == "memory"
 
-    if args.vs not in ("", OTHER_SIDE.get(args.what)):
-        known = ", ".join(f"{command} --vs {side}" for command, side in OTHER_SIDE.items())
-        raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: {known}")
+    if args.vs and args.vs not in OTHER_SIDES.get(args.what, ()):
+        raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: {known_sides()}")
+    check_model(args)
 
     if args.json and Path(args.json).exists():
         raise ValueError(f"--json {args.json} already exists: "
                          "choose another file, results are never overwritten")
 
-    if args.predict and args.what not in PREDICTED:
-        known = ", ".join(f"{command} --predict" for command in PREDICTED)
-        raise ValueError(f"--predict has no meaning for {args.what}: {known}")
+    for flag, commands in MEANT_FOR.items():
+        if getattr(args, flag) and args.what not in commands:
+            name = "--" + flag.replace("_", "-")
+            known = ", ".join(f"{command} {name}" for command in commands)
+            raise ValueError(f"{name} has no meaning for {args.what}: {known}")
     return args
+
+
+def check_model(args):
+    """Raises ValueError for --data and --model of rollout and train that do not go together."""
+    if args.what not in MEANT_FOR["model"]:
+        return
+    if args.data and not args.model:
+        raise ValueError("--data needs --model: the prompts are written in the checkpoint's own "
+                         "template and vocabulary")
+    if args.model and not Path(args.model).is_dir():
+        raise ValueError(f"--model {args.model} is no folder: give that of a checkpoint")
+    if args.vs == "trl" and args.model and not args.data:
+        raise ValueError("train --vs trl --model needs --data: TRL takes prompts as text")
 
 
 # ------------------------------------------------------------------------------------------ program

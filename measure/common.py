@@ -3,14 +3,18 @@
 All that they need of the learner and of its batch stands in one section here. The learner is
 measured as train.py uses it, but without a run folder around it.
 """
+import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+import data
 import dist
 import grpo
+import prompts
+from config import Common
 from engine.checkpoint import Progress
 from engine.decode import Linear
 from learner import Learner, adamw, parts_of
@@ -84,6 +88,26 @@ def random_model(args, device, place=None):
     return model if place else model.to(getattr(torch, args.dtype))
 
 
+def model_of(args, device, place=None):
+    """Returns the Transformer that --model names, or a random one of --shape.
+
+    place is that of random_model. Raises ValueError or OSError for a folder without a checkpoint
+    that can be read."""
+    if not args.model:
+        return random_model(args, device, place)
+    if place:
+        return Transformer.from_pretrained(args.model, place.home, shard=place)
+    return Transformer.from_pretrained(args.model, device, getattr(torch, args.dtype))
+
+
+def adapted(model, args):
+    """Returns the model with adapters of --lora-rank, or as it is where that is 0."""
+    if not args.lora_rank:
+        return model
+    import lora
+    return lora.attach(model, args.lora_rank, Common.lora_alpha, dtype=getattr(torch, args.dtype))
+
+
 def parameter_count(model):
     """Returns the number of all parameters; of a sharded model those of all ranks together."""
     return sum(weight.numel() for weight in model.parameters())
@@ -102,23 +126,52 @@ def matrix_parameters(config):
 
 # --------------------------------------------------------------------------------------------- work
 
-def workload(args, config):
-    """Returns prompts (lists of random ids) and the length of each completion, prompt-major.
+def workload(args, config, given=None):
+    """Returns prompts (lists of ids) and the length of each completion, prompt-major.
 
-    The lengths are all --new-tokens, or ragged as GSM8K's: log-normal with a mean of a third of
-    --new-tokens, and the first is the longest."""
+    The prompts are those given, or random ids. The lengths are all --new-tokens, or ragged as
+    GSM8K's: log-normal with a mean of a third of --new-tokens, and the first is the longest."""
     rng = np.random.default_rng(0)
-    sizes = rng.integers(args.prompt_tokens // 2, args.prompt_tokens + 1, args.prompts)
-    prompts = [rng.integers(0, config.vocab_size, size).tolist() for size in sizes]
+    ids = given or random_prompts(args, config, rng)
 
     count = args.prompts * args.group_size
     if args.lengths == "equal":
-        return prompts, [args.new_tokens] * count
+        return ids, [args.new_tokens] * count
 
     center = np.log(args.new_tokens / 3) - 0.125        # sigma^2 / 2 below: the mean is a third
     lengths = rng.lognormal(center, 0.5, count).round().clip(1, args.new_tokens).astype(int)
     lengths[0] = args.new_tokens
-    return prompts, lengths.tolist()
+    return ids, lengths.tolist()
+
+
+def random_prompts(args, config, rng):
+    """Returns --prompts lists of random ids, of --prompt-tokens at most and of half as many at
+    least."""
+    sizes = rng.integers(args.prompt_tokens // 2, args.prompt_tokens + 1, args.prompts)
+    return [rng.integers(0, config.vocab_size, size).tolist() for size in sizes]
+
+
+def real_prompts(args, tokenizer=None):
+    """Returns the ids of the first questions of --data, as train.py would ask them, or None.
+
+    tokenizer: that of --model, if the caller has it. Raises ValueError where there are fewer
+    questions than --prompts."""
+    if not args.data:
+        return None
+    tokenizer = tokenizer or prompts.load_tokenizer(args.model)
+    return prompts.encode_prompts(questions(args), tokenizer, "auto")
+
+
+def questions(args):
+    """Returns the first --prompts problems of --data."""
+    def say(line):
+        print(line, file=sys.stderr)
+
+    problems = data.load_problems(args.data, "test", report=say)
+    if len(problems) < args.prompts:
+        raise ValueError(f"--data {args.data} has {len(problems)} problems, which are fewer than "
+                         f"--prompts {args.prompts}")
+    return problems[:args.prompts]
 
 
 def random_rewards(args, device):

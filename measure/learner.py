@@ -18,9 +18,9 @@ import grpo
 from config import Config
 from engine import logps as logps_file
 from engine import machine
-from measure.common import (config_of, make_learner, matrix_parameters, one_step, packed_tokens,
-                            parameter_count, product_rate, random_model, random_rewards, summary,
-                            timed, trained_tokens, with_config, workload)
+from measure.common import (adapted, config_of, make_learner, matrix_parameters, model_of, one_step,
+                            packed_tokens, parameter_count, product_rate, random_rewards,
+                            real_prompts, summary, timed, trained_tokens, with_config, workload)
 from rollout import Sampler
 
 
@@ -29,19 +29,25 @@ from rollout import Sampler
 def train(args, device):
     """Returns seconds of a step and its share of the rate of a matrix product, for both ways.
 
-    With --vs trl a whole step is compared with TRL's instead (measure/trl.py)."""
+    With --vs trl a whole step is compared with TRL's instead (measure/trl.py). Raises ValueError
+    where TRL, or what it needs, is not there."""
     if args.vs == "trl":
-        from measure import trl
+        try:
+            from measure import trl
+        except ImportError as error:
+            raise ValueError(f"train --vs trl: this Python has no {error.name}: pip install trl"
+                             ) from None
         return trl.compare(args, device)
 
-    model = random_model(args, device, dist.Sharding(device, getattr(torch, args.dtype)))
+    model = model_of(args, device, dist.Sharding(device, getattr(torch, args.dtype)))
+    model = adapted(model, args)
     model.activation_checkpointing = args.checkpointing
     config = Config(group_size=args.group_size, lr=1e-6, micro_batch_tokens=args.micro_batch_tokens)
     shared = make_learner(model, config)
     alone = with_config(shared, replace(config, group_size=1))      # a group of one shares nothing
     learners = {"shared": shared, "alone": alone}
 
-    prompts, lengths = workload(args, model.config)
+    prompts, lengths = workload(args, model.config, real_prompts(args))
     out = Sampler(model, [], len(lengths)).generate(prompts, args.group_size, lengths)
     batch = grpo.prepare(out, random_rewards(args, device), config)
     rows = list(range(len(lengths)))
@@ -56,11 +62,12 @@ def train(args, device):
             seconds[way].append(spent)
 
     # FLOP: forward and backward are three products, of a multiplication and an addition for each
-    # parameter; lm_head sees only the tokens that are trained
+    # parameter, and two where it is frozen; lm_head sees only the tokens that are trained
     through = {way: packed_tokens(batch, rows, learner.config) for way, learner in learners.items()}
     head = model.config.vocab_size * model.config.hidden_size
     blocks = matrix_parameters(model.config) - head
-    arithmetic = 6 * (blocks * through["shared"] + head * trained_tokens(batch))
+    of_parameter = 4 if args.lora_rank else 6
+    arithmetic = of_parameter * (blocks * through["shared"] + head * trained_tokens(batch))
 
     return {
         "parameters": parameter_count(model),

@@ -1,38 +1,61 @@
-"""`bench.py rollout`: tokens/s of the sampler, beside the roofline and transformers.generate.
+"""`bench.py rollout`: tokens/s of the sampler, beside the roofline and other libraries.
 
 The roofline is the least time that this machine could take. Every product then runs at the rate of
 a large one, and memory is read at its full bandwidth. Both rates are measured in each round,
-because those of a shared machine change. With --vs hf, transformers.generate draws
-completions of the same lengths, from the same weights and prompts, in the same process.
+because those of a shared machine change.
+
+With --vs hf, vllm or llamacpp another library draws completions of the same lengths, from the same
+weights and prompts, in turns with ours. transformers.generate does so in the same process, the
+others in a process of their own (measure/worker.py), whose clock is read around the drawing alone.
+Whether such a process has loaded the same model is seen in one prompt's likeliest continuation.
 """
+import importlib
 import sys
 import tempfile
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 
 from engine import machine
 from engine.decode import bytes_per_token
-from measure.common import (bandwidth, forget, matrix_parameters, parameter_count, product_rate,
-                            random_model, summary, timed, workload)
+from measure.common import (bandwidth, forget, matrix_parameters, model_of, parameter_count,
+                            product_rate, real_prompts, summary, timed, workload)
+from measure.worker import Worker, command_of
 from rollout import Sampler
 
 WARM = 16       # tokens to warm up the other side: in the shapes of the whole, which it may compile
+CHECK = 16      # tokens of the continuation that shows whether both sides have the same model
+WORKERS = ("vllm", "llamacpp")      # values of --vs whose side is a process of its own
 
 
 def rollout(args, device):
     """Returns tokens/s of each side, and the share of the roofline that the sampler reaches.
 
     Raises ValueError if the sampler has not drawn the lengths that it was given."""
-    model = random_model(args, device)
-    prompts, lengths = workload(args, model.config)
+    model = model_of(args, device)
+    prompts, lengths = workload(args, model.config, real_prompts(args))
     sampler = Sampler(model, [], args.rows or len(lengths), graph=None if args.graph else False)
 
-    # {side: function of whether this round only warms up}
-    sides = {"ours": lambda warm: sampler.generate(prompts, args.group_size, lengths, seed=0)}
-    if args.vs == "hf":
-        sides["hf"] = hf_generate(args, model, prompts, lengths)
+    with ExitStack() as stack:
+        # {side: function of whether this round only warms up; it returns (seconds, what it drew)}
+        sides = {"ours": lambda warm: timed(
+            lambda: sampler.generate(prompts, args.group_size, lengths, seed=0), device)}
+        more = {}
+        if args.vs == "hf":
+            generate = hf_generate(args, model, prompts, lengths)
+            sides["hf"] = lambda warm: timed(lambda: generate(warm), device)
+        if args.vs in WORKERS:
+            worker = stack.enter_context(start_worker(args, model))
+            more = load_worker(worker, stack, args, model, prompts, lengths)
+            sides[args.vs] = lambda warm: worker_round(worker, warm, more)
 
+        measured = rounds_of(sides, args, model, lengths, device)
+    return {**result_of(args, model, prompts, lengths, **measured), **more}
+
+
+def rounds_of(sides, args, model, lengths, device):
+    """Returns what the rounds gave: seconds of each side, and rates and peaks of the machine."""
     seconds = {side: [] for side in sides}
     flops, bytes_s = [], []
     peak = {}
@@ -40,9 +63,9 @@ def rollout(args, device):
         flops.append(product_rate(device, model.dtype))
         bytes_s.append(bandwidth(device))
 
-        for side, generate in sides.items():
+        for side, draw in sides.items():
             forget(device)
-            spent, out = timed(lambda: generate(number == 0), device)
+            spent, out = draw(number == 0)
             print(f"round {number} {side}: {spent:.1f} s", file=sys.stderr)
 
             # of the device, with the weights of both sides; a CPU process's peak never falls,
@@ -55,23 +78,31 @@ def rollout(args, device):
                 deviation = trainer_deviation(model, out)
                 if (out.lengths - out.prompt_lengths).tolist() != lengths:
                     raise ValueError("the sampler did not draw the lengths it was given: a bug")
+    return {"seconds": seconds, "flops": max(flops), "bytes_s": max(bytes_s), "peak": peak,
+            "deviation": deviation}
 
-    rates = {side: np.array([sum(lengths) / spent for spent in seconds[side]]) for side in sides}
-    best = {"flops": max(flops), "bandwidth": max(bytes_s)}
-    least = roofline_seconds(model.config, model.dtype, prompts, lengths, args.group_size, **best)
+
+def result_of(args, model, prompts, lengths, seconds, flops, bytes_s, peak, deviation):
+    """Returns the result of the command, made of what the rounds gave."""
+    rates = {side: np.array([sum(lengths) / spent for spent in spents])
+             for side, spents in seconds.items()}
+    least = roofline_seconds(model.config, model.dtype, prompts, lengths, args.group_size,
+                             flops=flops, bandwidth=bytes_s)
+
     result = {
         "parameters": parameter_count(model),
         "completions": len(lengths),
         "mean_length": float(np.mean(lengths)),
-        "gflops": best["flops"] / 1e9,
-        "bandwidth_gb_s": best["bandwidth"] / 1e9,
+        "mean_prompt": float(np.mean([len(prompt) for prompt in prompts])),
+        "gflops": flops / 1e9,
+        "bandwidth_gb_s": bytes_s / 1e9,
         "tokens_per_s": {side: summary(values) for side, values in rates.items()},
         "share_of_roofline": summary([least / spent for spent in seconds["ours"]]),
         "peak_memory_mb": peak,
         "largest_logp_deviation_from_trainer": deviation,
     }
-    if args.vs == "hf":
-        result["ratio"] = summary(rates["ours"] / rates["hf"])
+    if args.vs:
+        result["ratio"] = summary(rates["ours"] / rates[args.vs])
     return result
 
 
@@ -123,7 +154,77 @@ def trainer_deviation(model, out):
     return (logps - out.logps[:4]).abs().max().item()
 
 
-# ----------------------------------------------------------------------------------- the other side
+# ---------------------------------------------------------------------------------- another process
+
+def start_worker(args, model):
+    """Returns the Worker of --vs. Raises ValueError where that side could not be the same."""
+    python = {"vllm": args.vllm_python, "llamacpp": args.llamacpp_python}[args.vs] or sys.executable
+    module = f"measure.{args.vs}"
+    if args.vs == "llamacpp" and model.dtype != torch.float32:
+        raise ValueError("--vs llamacpp needs --dtype float32; its own is --gguf-dtype")
+    environment = {}
+    if args.vs == "vllm":
+        environment = importlib.import_module(module).environment(python, torch.get_num_threads())
+    return Worker(args.vs, command_of(module, python), environment)
+
+
+def load_worker(worker, stack, args, model, prompts, lengths):
+    """Give a worker its model and its work. Returns what it says of itself, for the result."""
+    config = {name: value for name, value in vars(model.config).items() if name != "raw"}
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    model.save_pretrained(folder, model.dtype)
+
+    # as if every completion had a prompt of its own, and a block that is not full
+    tokens = sum(lengths) + sum((len(prompt) + 64) * args.group_size for prompt in prompts)
+    first = worker.start({
+        "model": folder,
+        "config": config,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prompts": prompts,
+        "group_size": args.group_size,
+        "lengths": lengths,
+        "check_tokens": CHECK,
+        "cache_bytes": tokens * bytes_per_token(model.config, model.dtype),
+        "gguf": args.gguf,
+        "half": args.gguf_dtype == "float16",
+        "cache": args.llamacpp_cache,
+        "flash": args.flash,
+    })
+    check = first.pop("check")
+    return {args.vs: first, "same_model": same_model(model, prompts[0], **check)}
+
+
+def worker_round(worker, warm, more):
+    """Returns (seconds, None) of a round, and keeps what the worker says of it in `more`."""
+    answer = worker.round(warm)
+    seconds = answer.pop("seconds")
+    more[worker.name]["last_round"] = answer
+    return seconds, None
+
+
+@torch.no_grad()
+def same_model(model, prompt, tokens, logps):
+    """Returns how far the other side's likeliest continuation of a prompt is ours.
+
+    tokens and logps are theirs. The first token that differs may be as likely as ours but for
+    rounding; the log-probs that both give to the same tokens must be equal."""
+    greedy = Sampler(model, []).generate([prompt], 1, len(tokens), temperature=0.0)
+    ours = greedy.completions()[0]
+    equal = [a == b for a, b in zip(ours, tokens)]
+
+    text = torch.tensor([prompt + tokens], device=model.device)             # (1, T)
+    found, _ = model.token_logps(text)
+    found = found[0, len(prompt):].tolist()
+    difference = max(abs(a - b) for a, b in zip(found, logps))
+    return {
+        "tokens": len(tokens),
+        "equal_until": equal.index(False) if False in equal else len(equal),
+        "largest_logp_difference": difference,
+    }
+
+
+# ------------------------------------------------------------------------------------- transformers
 
 def hf_generate(args, model, prompts, lengths):
     """Returns a function that draws with transformers, of whether the round only warms up.

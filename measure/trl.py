@@ -4,7 +4,11 @@ Both sides run in one process and start from the same weights. The same for both
 size, limits, stop tokens, reward function, learning rate, clipping and threads. So is the
 objective, TRL's "dapo": all tokens averaged, no KL. Both compute in float32 on the CPU, without
 activation checkpointing. A step is everything from prompts to new weights: drawing, decoding,
-rewards, loss, optimizer.
+rewards, loss, optimizer. TRL draws with transformers.generate, as it does by default.
+
+With --model and --data the prompts are questions in the checkpoint's own template, which both sides
+turn into the same ids. With --lora-rank both train adapters of the same rank and alpha on all
+linear layers of the blocks, TRL through PEFT (pip install peft).
 
 The losses are compared on TRL's own first batch, and stand beside each other in the result, with
 the gradient norms. This module is apart from measure/learner.py because it imports
@@ -13,7 +17,8 @@ TRL (pip install trl).
 import itertools
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +29,10 @@ from trl import GRPOConfig, GRPOTrainer, __version__
 
 import dist
 import grpo
+import lora
+import prompts
 from config import Config
+from engine.weights import write_json
 from measure import common
 from model import Transformer
 from rollout import Rollout, Sampler
@@ -33,6 +41,32 @@ STOPS = list(range(1, 13))      # of 512 ids: random weights stop after 33 of 64
 
 
 # ---------------------------------------------------------------------------- what both sides share
+
+@dataclass
+class Work:
+    """The prompts of every step, and how text and ids go together."""
+    tokenizer: object
+    texts: list             # of the prompts, for TRL
+    ids: list               # of the prompts, for us
+    stops: list             # ids that end a completion
+
+
+def work_of(args, model):
+    """Returns the Work: the first questions of --data, or random ids.
+
+    Raises ValueError for a file that has fewer questions than --prompts."""
+    if args.data:
+        tokenizer = prompts.load_tokenizer(args.model)
+        asked = [problem["problem"] for problem in common.questions(args)]
+        return Work(tokenizer, prompts.prompt_texts(asked, tokenizer, "auto"),
+                    common.real_prompts(args, tokenizer), prompts.stop_ids(model, tokenizer))
+
+    drawn, _ = common.workload(args, model.config)
+    # no stop or padding inside a prompt
+    ids = [[max(13, token) for token in prompt] for prompt in drawn]
+    texts = [" ".join(map(word, prompt)) for prompt in ids]
+    return Work(word_tokenizer(model.config.vocab_size), texts, ids, STOPS)
+
 
 def reward(completion_ids, **_):
     """Returns 1 for each completion whose ids add up to an even number, else 0."""
@@ -90,7 +124,7 @@ class Alternate(TrainerCallback):
         self.seconds["ours"].append(time.perf_counter() - begin)
 
 
-def trainer_of(args, folder, tokenizer, prompts):
+def trainer_of(args, folder, work, config):
     """Returns TRL's trainer of the model in the folder, with the settings of our side."""
     settings = GRPOConfig(
         output_dir=folder + "/trl",
@@ -122,10 +156,26 @@ def trainer_of(args, folder, tokenizer, prompts):
         save_strategy="no",
         disable_tqdm=True,
     )
-    texts = [" ".join(map(word, prompt)) for prompt in prompts]
-    problems = Dataset.from_dict({"prompt": texts * (args.rounds + 1)})
-    return Watched(model=folder, reward_funcs=reward, args=settings, processing_class=tokenizer,
-                   train_dataset=problems)
+    problems = Dataset.from_dict({"prompt": work.texts * (args.rounds + 1)})
+    return Watched(model=folder, reward_funcs=reward, args=settings,
+                   processing_class=work.tokenizer, train_dataset=problems,
+                   peft_config=peft_adapter(args, config))
+
+
+def peft_adapter(args, config):
+    """Returns PEFT's settings of an adapter such as ours, or None without --lora-rank.
+
+    Raises ValueError where PEFT is not there."""
+    if not args.lora_rank:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"train --vs trl --lora-rank: this Python has no {error.name}: "
+                         "pip install peft") from None
+    # "all-linear" leaves the output layer out, as we do
+    return LoraConfig(r=args.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0,
+                      target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
 
 
 # ----------------------------------------------------------------------------------- the comparison
@@ -134,31 +184,32 @@ def compare(args, device):
     """Returns seconds of a step on both sides, and the ratio of each round.
 
     The losses and gradient norms of both sides on TRL's first batch stand beside them."""
-    common.SHAPES[args.shape] = {**common.SHAPES[args.shape], "eos_token_id": STOPS}
     torch.manual_seed(0)
-    model = common.random_model(args, device, dist.Sharding(device, torch.float32))
-    tokenizer = word_tokenizer(model.config.vocab_size)
-    prompts, _ = common.workload(args, model.config)
-    prompts = [[max(13, token) for token in prompt]         # no stop or padding inside a prompt
-               for prompt in prompts]
-
+    model = common.model_of(args, device, dist.Sharding(device, torch.float32))
+    work = work_of(args, model)
+    adapter = {"lora_rank": args.lora_rank} if args.lora_rank else {}
     config = Config(group_size=args.group_size, prompts_per_step=args.prompts, lr=1e-6,
-                    micro_batch_tokens=args.micro_batch_tokens, unbiased_std=True)
+                    micro_batch_tokens=args.micro_batch_tokens, unbiased_std=True, **adapter)
+
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, torch.float32)
-        tokenizer.save_pretrained(folder)
-        alternate = Alternate(our_steps(args, model, tokenizer, prompts, config))
-        trainer = trainer_of(args, folder, tokenizer, prompts)
+        work.tokenizer.save_pretrained(folder)
+        write_json(Path(folder) / "generation_config.json", {"eos_token_id": work.stops})
+        model = common.adapted(model, args)
+        alternate = Alternate(our_steps(args, model, work, config))
+        trainer = trainer_of(args, folder, work, config)
         trainer.add_callback(alternate)
         trainer.train()
 
     log = trainer.state.log_history
+    check_prompts(trainer.first_batch, work)
     our_loss, our_norm = on_their_batch(trainer, model.config, config)
     seconds = {side: np.array(values[1:])                   # the first step warms up
                for side, values in alternate.seconds.items()}
     rows = args.prompts * args.group_size
     return {
         "trl": __version__,
+        "lora_rank": args.lora_rank,
         "parameters": common.parameter_count(model),
         "mean_length": {
             "ours": float(np.mean(alternate.tokens)) / rows,
@@ -173,16 +224,16 @@ def compare(args, device):
     }
 
 
-def our_steps(args, model, tokenizer, prompts, config):
+def our_steps(args, model, work, config):
     """Returns a function that makes one whole step of ours, and returns how many tokens it drew."""
     learner = common.make_learner(model, config)
-    sampler = Sampler(model, STOPS, args.prompts * args.group_size)
+    sampler = Sampler(model, work.stops, args.prompts * args.group_size)
     seeds = itertools.count(2)
 
     def step():
-        out = sampler.generate(prompts, args.group_size, args.new_tokens, seed=next(seeds))
+        out = sampler.generate(work.ids, args.group_size, args.new_tokens, seed=next(seeds))
         completions = out.completions()
-        tokenizer.batch_decode(completions)         # TRL does too
+        work.tokenizer.batch_decode(completions)         # TRL does too
         rewards = torch.tensor(reward(completions)).view(-1, args.group_size)
 
         batch = grpo.prepare(out, rewards, config)
@@ -191,13 +242,36 @@ def our_steps(args, model, tokenizer, prompts, config):
     return step
 
 
+def check_prompts(theirs, work):
+    """Raises ValueError if TRL has made other ids of the prompts than we have."""
+    both = zip(theirs["prompt_ids"], theirs["prompt_mask"])
+    seen = {tuple(ids[mask.bool()].tolist()) for ids, mask in both}
+    if seen != {tuple(ids) for ids in work.ids}:
+        raise ValueError("TRL has made other token ids of these prompts than we have: "
+                         "the two would not do the same work")
+
+
+def our_names(weights):
+    """Returns the weights of TRL's model under the names that ours have.
+
+    PEFT's: "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight" and
+    "...up_proj.lora_A.default.weight"."""
+    renamed = {}
+    for name, value in weights.items():
+        name = name.removeprefix(lora.PREFIX).replace(".base_layer.", ".")
+        renamed[name.replace(".default.weight", "")] = value
+    return renamed
+
+
 def on_their_batch(trainer, model_config, config):
     """Returns our loss and gradient norm on TRL's first batch, with the weights of then.
 
     TRL has shuffled the rows, so every row is a group of its own."""
     config = replace(config, group_size=1, zero_variance="keep")
     model = Transformer(model_config)
-    model.load_state_dict(trainer.first_weights)
+    if config.lora_rank:
+        lora.attach(model, config.lora_rank, config.lora_alpha)
+    model.load_state_dict(our_names(trainer.first_weights))
 
     # their prompts are padded on the left and their completions on the right, each to one length
     theirs = trainer.first_batch

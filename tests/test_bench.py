@@ -1,5 +1,6 @@
 """Counts by hand, which the measurements are measured against. Speed itself is never tested."""
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import bench
-from measure import capacity, common, sampler
+import prompts
+from measure import capacity, common, llamacpp, sampler, vllm
+from measure.worker import Worker, command_of
 from model import ModelConfig, Transformer
 
 TINY = ModelConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2,
@@ -129,3 +132,222 @@ def test_a_result_is_never_overwritten(what, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --json \S*out.json already exists: [^\n]*$"):
         bench.main()
     assert file.read_text() == "a result"
+
+
+# ------------------------------------------------------------------------ flags and their mistakes
+
+@pytest.mark.parametrize("flags, message", [
+    ("train --vs hf", "--vs hf has no meaning for train: rollout --vs hf, .*train --vs trl.*"),
+    ("reward --vs vllm", "--vs vllm has no meaning for reward: .*"),
+    ("memory --model x", "--model has no meaning for memory: rollout --model, train --model"),
+    ("rollout --lora-rank 4", "--lora-rank has no meaning for rollout: .*"),
+    ("logps --data x", "--data has no meaning for logps: .*"),
+    ("rollout --predict", "--predict has no meaning for rollout: .*"),
+    ("rollout --data x.jsonl", "--data needs --model: .*"),
+    ("rollout --model nowhere", "--model nowhere is no folder: .*"),
+    ("train --model .", ".*config.json.*"),
+    ("train --vs trl --model .", "train --vs trl --model needs --data: .*"),
+    ("rollout --vs vllm --vllm-python /no/python", "--vs vllm: there is no program /no/python"),
+    ("rollout --vs llamacpp --dtype bfloat16", "--vs llamacpp needs --dtype float32; .*"),
+])
+def test_a_mistake_is_one_line(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--threads", "1"])
+    with pytest.raises(SystemExit, match=rf"^error: {message}$"):
+        bench.main()
+
+
+def test_help_names_every_side(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.parser().parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("--model FOLDER --data FILE.jsonl --vs vllm", "rollout --vs llamacpp",
+                  "--vllm-python", "--gguf-dtype"):
+        assert words in text
+
+
+# -------------------------------------------------------------------------- a process beside ours
+
+ECHO = """
+from measure.worker import serve
+def load(request):
+    print("a library that prints")
+    def one_round(warm):
+        print("and prints")
+        if request.get("fails"):
+            raise KeyError("lost\\nsecond line")
+        if request.get("ends"):
+            import os
+            print("ran out of memory", flush=True)
+            os._exit(3)
+        return {"seconds": 0.5, "warm": warm, "double": 2 * request["number"]}
+    return {"version": "1"}, one_round
+serve(load)
+"""
+
+
+def worker_of(code):
+    root = os.path.dirname(bench.__file__)
+    return Worker("fake", [sys.executable, "-c", code], {"PYTHONPATH": root})
+
+
+def test_a_worker_loads_once_and_answers_round_after_round():
+    with worker_of(ECHO) as worker:
+        assert worker.start({"number": 21}) == {"version": "1"}
+        for warm in (True, False, False):
+            answer = worker.round(warm)
+            assert answer["double"] == 42 and answer["warm"] is warm
+            assert answer["seconds"] == 0.5
+            assert answer["cpu_seconds_while_waiting"] >= 0 and answer["peak_memory_mb"] > 0
+    assert worker.process.poll() is not None
+
+
+@pytest.mark.parametrize("request_, message", [
+    ({"fails": 1, "number": 1}, r"^--vs fake: KeyError: [^\n]*$"),
+    ({"ends": 1, "number": 1}, r"^--vs fake: its process has ended \(ran out of memory\)$"),
+])
+def test_what_goes_wrong_in_a_worker_is_one_line(request_, message):
+    with worker_of(ECHO) as worker:
+        worker.start(request_)
+        with pytest.raises(ValueError, match=message):
+            worker.round(False)
+
+
+@pytest.mark.parametrize("code, message", [
+    ("print('hello', flush=True); input(); input()", "an answer that is no JSON object: 'hello"),
+    ("print('[1]', flush=True); input(); input()", "an answer that is no JSON object"),
+    ("import sys; sys.exit('no such thing')", r"its process has ended \(no such thing\)"),
+    ("pass", "it printed nothing"),
+    ("import time; time.sleep(60)", "no answer within 0.5 s"),
+])
+def test_an_answer_that_cannot_be_used_is_one_line(code, message):
+    with worker_of(code) as worker, pytest.raises(ValueError, match=message):
+        worker.ask({}, 0.5 if "sleep" in code else 60)
+    assert worker.process.poll() is not None
+
+
+def test_a_worker_ends_with_its_input_also_in_the_middle_of_a_round():
+    """So it does not outlive a bench.py that was killed."""
+    slow = ECHO.replace('print("and prints")', "import time; time.sleep(600)")
+    with worker_of(slow) as worker:
+        worker.start({"number": 1})
+        worker.process.stdin.write('{"warm": false}\n')
+        worker.process.stdin.close()
+        assert worker.process.wait(timeout=60) != 0
+
+
+@pytest.mark.parametrize("module, words", [
+    ("measure.vllm", "this Python has no vllm: pip install vllm there"),
+    ("measure.llamacpp", "this Python has no llama_cpp: pip install llama-cpp-python"),
+])
+def test_a_library_that_is_missing_is_one_line(module, words):
+    hide = "import sys; sys.modules['vllm'] = sys.modules['llama_cpp'] = None; "
+    python, _, code, *rest = command_of(module, sys.executable)
+    code = code.replace("importlib.import_module", "None or importlib.import_module")
+    with Worker("fake", [python, "-c", hide + code, *rest]) as worker:
+        with pytest.raises(ValueError, match=words):
+            worker.start({})
+
+
+def test_variables_that_the_user_has_set_stay(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = vllm.environment(sys.executable, 2)
+    assert found["LD_PRELOAD"] == "mine.so"
+    assert found["OMP_NUM_THREADS"] == "2"
+
+
+def test_queries_in_llama_cpps_order_by_hand():
+    """Two heads of four rows: 0 and 2 were rotated together, and so were 1 and 3."""
+    rows = np.arange(8)
+    assert llamacpp.halves_to_pairs(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    matrix = np.stack([rows, rows + 10], 1)
+    assert llamacpp.halves_to_pairs(matrix, 2)[:, 1].tolist() == [10, 12, 11, 13, 14, 16, 15, 17]
+
+
+# ------------------------------------------------------------------------------- a real checkpoint
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer, and a file of three questions."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = prompts.train_tokenizer(["1 + 1 = 2"], 300)
+    config = ModelConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                         eos_token_id=tokenizer.eos_token_id)
+    Transformer(config).init_weights().save_pretrained(folder)
+    prompts.save_tokenizer(tokenizer, folder)
+    file = folder / "questions.jsonl"
+    lines = [json.dumps({"problem": f"{i} + 1 = ?", "answer": str(i + 1)}) for i in range(3)]
+    file.write_text("\n".join(lines))
+    return folder, file
+
+
+def run_bench(monkeypatch, file, flags):
+    """Returns the result of bench.py in this process, at the smallest size."""
+    monkeypatch.setattr(common, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(sampler, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(sampler, "bandwidth", lambda *_: 1e9)
+    smallest = "--new-tokens 6 --rounds 1 --threads 1 --prompts 2 --group-size 2"
+    command = ["bench.py", *flags.split(), *smallest.split(), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("flags", ["rollout", "train", "train --lora-rank 2"])
+def test_a_checkpoint_and_real_prompts_take_the_place_of_a_shape(flags, checkpoint, monkeypatch,
+                                                                 tmp_path):
+    folder, questions = checkpoint
+    more = f" --model {folder} --data {questions}"
+    result = run_bench(monkeypatch, tmp_path / "out.json", flags + more)
+
+    model = Transformer.from_pretrained(folder)
+    adapters = 0
+    if "lora" in flags:     # rank x (in + out) of q, k, v, o and of gate, up, down, in two blocks
+        adapters = 2 * 2 * (32 + 24 + 24 + 32 + 3 * 40)
+    assert result["parameters"] == common.parameter_count(model) + adapters
+
+    if flags == "rollout":
+        assert result["largest_logp_deviation_from_trainer"] < 1e-4
+        assert result["mean_prompt"] == len(prompts.load_tokenizer(folder)("0 + 1 = ?\n").input_ids)
+    else:
+        shared, alone = result["loss_and_grad_norm"].values()
+        assert shared == pytest.approx(alone, rel=1e-3)
+
+
+def test_too_few_questions_are_one_line(checkpoint, monkeypatch):
+    folder, questions = checkpoint
+    flags = f"rollout --model {folder} --data {questions} --prompts 4"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--threads", "1"])
+    with pytest.raises(SystemExit, match="has 3 problems, which are fewer than --prompts 4$"):
+        bench.main()
+
+
+def test_a_worker_takes_turns_with_the_sampler(checkpoint, monkeypatch, tmp_path):
+    """The fake one computes its continuation with our own model, so both are the same."""
+    fake = """
+from measure.worker import serve
+def load(request):
+    import torch
+    from model import Transformer
+    from rollout import Sampler
+    model = Transformer.from_pretrained(request["model"])
+    prompt = request["prompts"][0]
+    out = Sampler(model, []).generate([prompt], 1, request["check_tokens"], temperature=0.0)
+    logps, _ = model.token_logps(out.tokens)
+    found = {"tokens": out.completions()[0], "logps": logps[0, len(prompt):].tolist()}
+    return {"version": "fake", "check": found}, lambda warm: {"seconds": 2.0, "more": warm}
+serve(load)
+"""
+    folder, _ = checkpoint
+    root = os.path.dirname(bench.__file__)
+    code = f"import sys; sys.path.insert(0, {root!r})" + fake
+    monkeypatch.setattr(sampler, "command_of", lambda module, python: [python, "-c", code])
+    result = run_bench(monkeypatch, tmp_path / "out.json",
+                       f"rollout --model {folder} --prompt-tokens 8 --vs vllm")
+    assert result["same_model"]["equal_until"] == result["same_model"]["tokens"] == sampler.CHECK
+    assert result["same_model"]["largest_logp_difference"] < 1e-5
+    tokens = result["mean_length"] * result["completions"]
+    assert result["tokens_per_s"]["vllm"]["rounds"] == [round(tokens / 2, 4)]
+    assert result["vllm"]["version"] == "fake" and result["vllm"]["last_round"]["more"] is False
