@@ -181,7 +181,7 @@ def loss(logp, entropy, batch, config, normalizer):
     return value.sum() / (normalizer / 2), found
 
 
-# ---------------------------------------------------------- not pure: the weights before each update
+# --------------------------------------------------------- not pure: the weights before each update
 
 def complete(learner, batch):
     """Add the reference's log-probs of the pairs' tokens."""

@@ -33,11 +33,11 @@ PANELS = (          # of curve.png: (title, keys of the log)
 
 # ----------------------------------------------------------------------------- of one run
 
-def rollout_metrics(learner, drawn, kinds, seconds):
+def rollout_metrics(learner, drawn, seconds, kinds=()):
     """Means over all ranks of what was drawn in this step; its tokens and completions are counted.
 
-    drawn: a list of train.Drawn, one a round; kinds: of all problems (data.kinds_of); seconds: of
-    the rollout."""
+    drawn: a list of train.Drawn, one a round; seconds: of the rollout; kinds: of all problems
+    (data.kinds_of), whose means stand apart."""
     c, progress = learner.config, learner.progress
     here = {}
     for d in drawn:

@@ -77,7 +77,7 @@ def train_step(run):
         while len(drawn) <= c.refill and not refill.enough(drawn, c.prompts_per_step):
             drawn.append(draw(run, len(drawn)))
 
-    line = report.rollout_metrics(learner, drawn, run.stream.kinds, time.perf_counter() - begin)
+    line = report.rollout_metrics(learner, drawn, time.perf_counter() - begin, run.stream.kinds)
     rollout, rewards, more = refill.chosen(drawn, c)
     line.update(more)
     run.stream.feedback(line)       # a curriculum follows success

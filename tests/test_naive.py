@@ -141,11 +141,15 @@ class Tokenizer:
 
 class Prompts:
     """A stream of problems, each another one, with prompts of two to four tokens."""
+    kinds = {}
 
     def __init__(self):
         self.count = 0
 
-    def next(self, n):
+    def feedback(self, line):
+        pass
+
+    def next(self, n, progress):
         problems = []
         for _ in range(n):
             self.count += 1
