@@ -466,3 +466,54 @@ def test_an_adapter_is_evaluated_on_its_base(folder, tmp_path):
     lora.save_adapter(model, tmp_path / "adapter", base=folder / "model")
     plain, live = run(folder, tmp_path / "a"), run(folder, tmp_path / "b", "--model", tmp_path / "adapter")
     assert plain["problems"] == live["problems"]
+
+
+# ------------------------------------------------------------------- tasks, levels, perturbed puzzles
+
+def graded(right):
+    """Grades of one problem's completions, strict ones only."""
+    return {"grades": {"strict": {"right": right, "labels": [0] * len(right)}}}
+
+
+def test_each_task_and_level_by_hand():
+    problems = [{"task": "a", "level": 1}, {"task": "a", "level": 2}, {"task": "b", "level": None}, {"task": "a", "level": 1}]
+    greedy = [graded([True]), graded([False]), graded([True]), graded([False])]
+    sampled = [graded([True, True]), graded([True, False]), graded([False, False]), graded([True, False])]
+    kinds = evaluate.by_kind(problems, greedy, sampled)
+    found = {name: (cell["problems"], cell["greedy"]["mean"], cell["avg@2"]["mean"]) for name, cell in kinds.items()}
+    assert found == {"a:1": (2, 0.5, 0.75), "a:2": (1, 0.0, 0.5), "b": (1, 1.0, 0.0), "a": (3, 1 / 3, 2 / 3)}
+    assert evaluate.by_kind(problems[2:3], greedy[2:3], sampled[2:3]) == {}
+
+
+def test_memorisation_by_hand():
+    """Four problems, three solved, one of the three also when changed: LiMem = 3/4 (1 - 1/3). The fifth lost its other half."""
+    ids = [("p", True, True), ("q", True, False), ("r", True, False), ("s", False, True)]
+    problems, greedy = [], []
+    for name, original, changed in ids:
+        problems += [{"id": name}, {"id": name + "/perturbed", "perturbs": name}]
+        greedy += [graded([original]), graded([changed])]
+    problems += [{"id": "t"}, {"id": "u/perturbed", "perturbs": "u"}]
+    greedy += [graded([True]), graded([True])]
+    found = evaluate.memorisation(problems, greedy)
+    assert found == {"problems": 4, "accuracy": 0.75, "accuracy_perturbed": 0.5, "consistency": pytest.approx(1 / 3),
+                     "LiMem": pytest.approx(0.5)}
+    none = evaluate.memorisation(problems[6:8], greedy[6:8])
+    assert none["consistency"] is None and none["LiMem"] == 0
+
+
+def test_a_mix_is_evaluated_by_kind_and_its_changed_puzzles_too(folder, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    evaluate.main(["--model", str(folder / "model"), "--data", "arithmetic:2-3,truth:2@2", "--limit", "12", "--samples", "2",
+                   "--max-new-tokens", "8", "--threads", "1", "--perturb", "--train-seed", "3", "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert 8 <= result["memorisation"]["problems"] <= 12 and result["num_problems"] == 2 * result["memorisation"]["problems"]
+    assert set(result["kinds"]) <= {"arithmetic:2", "arithmetic:3", "truth:2", "arithmetic", "truth"}
+    assert sum(result["kinds"][task]["problems"] for task in ("arithmetic", "truth")) == result["num_problems"]
+    said = capsys.readouterr().out
+    assert "truth:2 " in said and "LiMem" in said
+    assert result["problems"][0]["id"].startswith("arithmetic/train/3/")
+
+
+def test_problems_of_a_file_cannot_be_changed(folder, capsys):
+    with pytest.raises(SystemExit, match="cannot be changed; choose of arithmetic"):
+        evaluate.main(["--model", str(folder / "model"), "--data", str(folder / "problems.jsonl"), "--perturb"])
