@@ -22,7 +22,7 @@ from pathlib import Path
 
 # The objectives. Each is a module of this name, imported when it is asked for: a new one is a file
 # and a word here. learner.py says what such a module holds.
-ALGOS = ("grpo", "gtpo", "offpolicy", "dpo")
+ALGOS = ("grpo", "gtpo", "offpolicy", "dpo", "distill")
 
 # The choices of settings that several programs have.
 DEVICES = ("", "cpu", "cuda", "npu")

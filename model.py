@@ -241,7 +241,7 @@ class Transformer(nn.Module):
         hidden = self.hidden_states(tokens.flatten(), positions, sequences)
         return self.lm_head(hidden).view(B, T, -1)
 
-    def token_logps(self, tokens, mask=None, temperature=1.0, prompts=None):
+    def token_logps(self, tokens, mask=None, temperature=1.0, prompts=None, head=chunked_logps):
         """Returns log-probabilities of given tokens, and entropies of what they were drawn from.
 
         tokens: (B, T) int64, right-padded.
@@ -249,6 +249,7 @@ class Transformer(nn.Module):
             and is never wanted.
         prompts: B keys. Rows of equal keys begin with the same tokens up to their first wanted one,
             which then go through the model once. With None nothing is shared.
+        head: what makes two numbers of each wanted token from the states that predict it.
 
         Both results are (B, T) float32, of logits / temperature, and 0 off the mask; logps has a
         gradient and entropy has none. No padding and no token behind the last wanted one reaches
@@ -264,13 +265,13 @@ class Transformer(nn.Module):
         if not len(source):
             one = tokens.new_zeros(1)
             hidden = self.hidden_states(one, one, Sequences([1], device=tokens.device))
-            unwanted, _ = chunked_logps(hidden, self.lm_head.weight, one, temperature)
+            unwanted, _ = head(hidden[:0], self.lm_head.weight, one[:0], temperature)
             return zeros + 0.0 * unwanted.sum(), zeros
 
         hidden = self.hidden_states(tokens.flatten()[source], positions, sequences)     # (M, D)
         hidden = hidden.index_select(0, predictors)                                     # (W, D)
         places = wanted.nonzero(as_tuple=True)      # rows (W,) and columns (W,)
-        found_logps, found_entropy = chunked_logps(
+        found_logps, found_entropy = head(
             hidden, self.lm_head.weight, tokens[places], temperature)
         return zeros.index_put(places, found_logps), zeros.index_put(places, found_entropy)
 

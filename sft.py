@@ -33,13 +33,16 @@ import dist
 import prompts
 import tasks
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
-                    parse_template_kwargs, setting)
+                    parse_template_kwargs, refuse_idle, setting)
 from dist import together
 from engine.checkpoint import Progress
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
 from rollout import Rollout
+
+
+WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 
 
 @dataclass
@@ -79,6 +82,17 @@ class SFTConfig:
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics
     template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON
+    # from a teacher (distill.py): the divergence to its distribution in place of cross-entropy
+    teacher: str = ""                       # checkpoint with the same tokenizer; empty: none
+    divergence_beta: float = setting(0.0, least=0, most=1, needs=[WITH_TEACHER])    # 0: forward
+                                            # KL, 1: reverse KL, between: of a mixture
+
+    relations: float = setting(0.0, least=0, needs=[WITH_TEACHER])      # weight of the relations of
+                                            # queries, keys and values
+
+    relation_heads: int = setting(4, least=1, needs=[WITH_TEACHER])     # into which both are split
+    features: float = setting(0.0, least=0, needs=[WITH_TEACHER])   # weight of the hidden states
+    # machine
     seed: int = setting(0, least=0)
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
@@ -188,14 +202,15 @@ def make_optimizer(model, config):
                     Muon(matrices, config.muon_lr))
 
 
-def train(model, pairs, config, progress=True):
+def train(model, pairs, config, progress=True, objective=None):
     """Minimise the cross-entropy in place. Every rank enters, each with its share of every batch.
 
-    Returns the mean loss (nats a token) of the last tenth of the steps."""
+    objective: another one than this module. Returns the mean loss (nats a token) of the last tenth
+    of the steps."""
     config.batch_tokens = config.batch_size * sum(len(c) for _, c in pairs) / len(pairs)
     optimizer = make_optimizer(model, config)
     peaks = [(group, group["lr"]) for group in optimizer.param_groups]
-    learner = Learner(config=config, objective=sys.modules[__name__], model=model,
+    learner = Learner(config=config, objective=objective or sys.modules[__name__], model=model,
                       optimizer=optimizer, progress=Progress())
 
     losses = []
@@ -250,7 +265,10 @@ def warm_start(config, progress=True):
         if options:
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
-    last_loss = train(model, corpus(problems, tokenizer, config), config, progress)
+    objective = from_teacher(model, tokenizer, config, place) if config.teacher else None
+    last_loss = train(model, corpus(problems, tokenizer, config), config, progress, objective)
+    if objective:
+        objective.remove(model)
     if config.terse_steps:
         # without Muon: terse answers cannot be learned, and it would step as far along their noise
         second = replace(config, steps=config.terse_steps, lr=config.lr / 8, muon_lr=0.0)
@@ -266,6 +284,14 @@ def warm_start(config, progress=True):
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
     dist.barrier()
     return model, tokenizer
+
+
+def from_teacher(model, tokenizer, config, place):
+    """The objective of --teacher. Raises ValueError where its tokenizer is another one."""
+    import distill
+    distill.same_tokens(tokenizer, config.teacher)
+    teacher = Transformer.from_pretrained(config.teacher, place.home, shard=place)
+    return distill.OffPolicy(model, teacher, config)
 
 
 def check_default_start(c):
@@ -331,8 +357,10 @@ def copy_whole(source, target):
 
 def parse(argv=None):
     """The command line as a config. Raises ValueError, one line, for settings that cannot work."""
-    config = SFTConfig(**command_line(SFTConfig, __doc__, argv))
+    given = command_line(SFTConfig, __doc__, argv)
+    config = SFTConfig(**given)
     check_settings(config)
+    refuse_idle(config, given)
     parse_levels(config.levels)
     parse_template_kwargs(config.chat_template_kwargs)
     if config.hidden_size % (2 * config.heads):
