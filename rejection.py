@@ -1,0 +1,235 @@
+"""Rejection sampling: a corpus of a model's own right answers (RFT, arXiv 2308.01825).
+
+    python rejection.py --model runs/r/model --data truth:2-5 --samples 8 --out corpus.jsonl
+    python sft.py --data corpus.jsonl --model BASE --out runs/next
+
+Completions of the *training* problems are drawn and verified. Of each problem the right ones that
+differ are kept, at most --per-problem of them, and fewer of what is easy: of a problem solved with
+success p, ceil(per_problem (1 - p)) and at least one. So the corpus leans to the hard problems.
+With --check-steps every equation that a completion writes down must be true: a right answer by a
+wrong way is thrown away.
+
+The corpus is a jsonl file with problem, answer, solution, task, level and success. Every batch is
+written as it comes, and the same command goes on after a crash. Runs under torchrun too. Needs
+data.py, rollout.py, reward.py. Left out: scoring the ways by anything but their equations.
+"""
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine import machine      # before torch: it tells OpenMP's threads how to wait
+import torch
+from tqdm import tqdm
+
+import data
+import dist
+import prompts
+import reward
+from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
+                    parse_template_kwargs, setting)
+from engine.checkpoint import write_whole
+from folder import fingerprint_of_problems
+from model import Transformer
+from rollout import Sampler, draw_groups
+from verifier.expression import same_value, value
+
+
+@dataclass
+class RejectionConfig:
+    model: str = ""                         # checkpoint that draws
+    data: str = "arithmetic"                # training problems: a built-in task, gsm8k, math,
+                                            # a .jsonl, or a mix
+
+    out: str = ""                           # the corpus, a jsonl file that must not exist yet
+    samples: int = setting(8, least=1)      # completions a problem
+    per_problem: int = setting(4, least=1)  # right ones that are kept of a problem, at most
+    check_steps: bool = False               # only those whose written equations are true
+    problems: int = setting(2000, least=1)  # of the source, from its beginning
+    levels: str = ""                        # of built-in tasks, easiest-hardest; empty: usual ones
+    temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)
+    max_new_tokens: int = setting(256, least=1)
+    max_prompt_tokens: int = setting(512, least=1)
+    batch: int = setting(64, least=1)       # problems drawn together
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    chat_template_kwargs: str = ""          # what the chat template shall read, as JSON
+    seed: int = setting(0, least=0)         # of problems and completions
+    device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
+    threads: int = setting(0, least=0)              # CPU threads; 0: measured
+
+
+# --------------------------------------------------------------------------------- pure functions
+
+MOST_EQUATIONS = 200        # of a completion that are looked at: it is untrusted text
+LONGEST_SIDE = 100          # characters of a side
+_BEFORE = re.compile(r"[-+*/().0-9 ×÷·,$%]*$")
+_BEHIND = re.compile(r"[-+*/().0-9 ×÷·,$%]*")
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", " ": None, ",": None, "$": None})
+
+
+def equations(text):
+    """Returns the equations between numbers that a text writes down, as pairs of sides.
+
+    "48/2=24 and 24 + 48 = 72" has two; "x = 5" has none. Of a chain a = b = c both are given."""
+    found = []
+    pieces = text.split("=")[:MOST_EQUATIONS + 1]
+    for before, behind in zip(pieces, pieces[1:]):
+        left = _BEFORE.search(before[-LONGEST_SIDE:])[0]
+        right = _BEHIND.match(behind[:LONGEST_SIDE])[0]
+        # a full stop or a comma before a blank ends a sentence or a part of it
+        left = re.split("[.,] ", left)[-1].translate(_SIGNS).lstrip("+*/.)")
+        right = re.split("[.,] ", right)[0].translate(_SIGNS).rstrip("+-*/.(")
+        if left[-1:].isdigit() or left[-1:] in (")", "%"):
+            if right:
+                found.append((left, right))
+    return found
+
+
+def steps_hold(text):
+    """Tell whether every equation of a text is true: exact arithmetic, and rounding to the digits
+    that its right side shows. What is no number on a side is not judged."""
+    for left, right in equations(text):
+        if "%" in left + right:
+            continue
+        a, b = value(left), value(right)
+        if a is None or b is None or same_value(a, b):
+            continue
+        digits = len(right.partition(".")[2])
+        if abs(a.floats[0] - b.floats[0]) > 0.5 * 10 ** -digits * (digits > 0):
+            return False
+    return True
+
+
+def kept(texts, right, per_problem):
+    """Choose among the completions of a problem: those that are right and differ, the first first.
+
+    texts: G completions; right: G verdicts. Returns at most ceil(per_problem (1 - p)) of them and
+    at least one, where p is the share of right ones; none where none is right."""
+    different = {}
+    for text, good in zip(texts, right):
+        if good:
+            different.setdefault(" ".join(text.split()), text)
+    success = sum(map(bool, right)) / max(len(texts), 1)
+    count = max(1, math.ceil(per_problem * (1 - success) - 1e-9))
+    return list(different.values())[:count]
+
+
+# ------------------------------------------------------------------------------------ the program
+
+def parse(argv=None):
+    """Returns the checked command line. Raises ValueError, in one line, for wrong settings."""
+    config = RejectionConfig(**command_line(RejectionConfig, __doc__, argv))
+    check_settings(config)
+    parse_levels(config.levels)
+    parse_template_kwargs(config.chat_template_kwargs)
+    if not config.model or not config.out:
+        raise ValueError("give --model, a checkpoint folder, and --out, a file for the corpus")
+    if Path(config.out).exists():
+        raise ValueError(f"--out {config.out} already exists: choose another file")
+    if not Path(config.out).parent.is_dir():
+        raise ValueError(f"--out {config.out}: its folder does not exist")
+    return config
+
+
+def start(config):
+    """Load what the program needs. Returns sampler, tokenizer and problems with prompts."""
+    device = dist.setup(config.device)
+    torch.set_num_threads(config.threads or machine.choose_threads())
+    problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
+                                  config.problems, warn, whole=False)
+    model = Transformer.from_pretrained(
+        config.model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    prompts.follow_run(config)
+    tokenizer = prompts.load_tokenizer(config.model,
+                                       parse_template_kwargs(config.chat_template_kwargs))
+    prompts.report_template(tokenizer, config.template, warn)
+    problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
+    problems = prompts.tokenize_prompts(problems, tokenizer, config.template,
+                                        config.max_prompt_tokens, warn)
+    return Sampler(model, prompts.stop_ids(model, tokenizer)), tokenizer, problems
+
+
+def warn(line):
+    if dist.rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def rows_of(config, problem, texts):
+    """The rows of a problem in the corpus, without those whose steps are wrong."""
+    right = [reward.right(problem, text) for text in texts]
+    success = sum(right) / len(texts)
+    if config.check_steps:
+        right = [good and steps_hold(text) for text, good in zip(texts, right)]
+
+    rows = []
+    for text in kept(texts, right, config.per_problem):
+        rows.append({
+            "problem": problem["problem"], "answer": problem["answer"], "solution": text,
+            "from": problem["task"], "level": problem.get("level"), "success": success,
+        })
+    return rows
+
+
+def sample(config):
+    """Draw, verify and keep. Every rank enters. Returns all rows, and the number of problems."""
+    sampler, tokenizer, problems = start(config)
+    place = {"device", "threads", "batch"}              # these change no result
+    settings = {name: of for name, of in asdict(config).items() if name not in place}
+    header = json.dumps([settings, fingerprint_of_problems(problems)])
+    target = Path(config.out)
+
+    # what an earlier start left, of any number of ranks: {index of a problem: its rows}
+    done = {}
+    for path in sorted(target.parent.glob(f".{target.name}.part-*")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[0] != header:
+            raise ValueError(f"{path} is a part of another corpus: remove it, or choose another "
+                             "--out")
+        done |= {index: rows for index, rows in map(json.loads, lines[1:-1])}
+    dist.barrier()
+    part = target.with_name(f".{target.name}.part-{dist.rank()}")
+    mine = problems[dist.rank()::dist.world()]
+    lines = [header, *(json.dumps([i, done[i]]) for i in (p["index"] for p in mine) if i in done)]
+    write_whole(part, "\n".join(lines) + "\n")
+    todo = [problem for problem in mine if problem["index"] not in done]
+
+    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit=" problems",
+               disable=dist.rank() > 0)
+    with bar, sampler.loaded(), open(part, "a", encoding="utf-8") as file:
+        while todo:
+            batch, todo = todo[:config.batch], todo[config.batch:]
+            seeds = [(config.seed, problem["index"]) for problem in batch]
+            _, groups = draw_groups(sampler, tokenizer, batch, config.samples,
+                                    config.max_new_tokens, config.temperature, seeds)
+            for problem, texts in zip(batch, groups):
+                done[problem["index"]] = rows_of(config, problem, texts)
+                file.write(json.dumps([problem["index"], done[problem["index"]]]) + "\n")
+            file.flush()
+            bar.update(len(batch))
+
+    everything = {}
+    for of_rank in dist.gather_objects({p["index"]: done[p["index"]] for p in mine}):
+        everything |= of_rank
+    return [row for index in sorted(everything) for row in everything[index]], len(problems)
+
+
+def main(argv=None):
+    with machine.program(lambda: "interrupted: the same command goes on"):
+        config = parse(argv)
+        rows, count = sample(config)
+        if not rows:
+            raise ValueError(f"no completion of {count} problems was right: nothing to keep")
+        if dist.rank() == 0:
+            target = Path(config.out)
+            write_whole(target, "".join(json.dumps(row) + "\n" for row in rows))
+            for path in target.parent.glob(f".{target.name}.part-*"):
+                path.unlink()
+            solved = len({row["problem"] for row in rows})
+            print(f"{len(rows)} solutions of {solved} problems, out of {count}, in {config.out}")
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
