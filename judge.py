@@ -130,8 +130,8 @@ class Judge:
             self.programs, self.sentences = principles
         else:
             self.programs, self.sentences = [], list(principles)
-        self.yes = word_ids(tokenizer, "yes")
-        self.no = word_ids(tokenizer, "no")
+        self.yes = word_ids(tokenizer, "yes") if self.sentences else []
+        self.no = word_ids(tokenizer, "no") if self.sentences else []
         if self.sentences and not (self.yes and self.no):
             raise ValueError("the judge's tokenizer has no token for yes or for no")
 
@@ -246,11 +246,17 @@ def judged(model, principles):
 
 
 def load_judge(model, principles, device):
-    """Load a Judge from its checkpoint and its file of principles."""
+    """Load a Judge from its checkpoint and its file of principles.
+
+    Principles that are programs alone need no model, whose name may then be empty."""
+    programs, sentences = read_principles(principles)
+    if not model and not sentences:
+        return Judge(None, None, (programs, []))
+    if not model:
+        raise ValueError(f"{principles} has sentences, so the judge needs a model")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    of_file = read_principles(principles)
     judge = Transformer.from_pretrained(model, device, dtype).requires_grad_(False)
-    return Judge(judge, prompts.load_tokenizer(model), of_file)
+    return Judge(judge, prompts.load_tokenizer(model), (programs, sentences))
 
 
 # ----------------------------------------------------------------------------------- the program

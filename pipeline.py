@@ -1,0 +1,422 @@
+"""Pipelines: several programs in a row, from a base model to one that reasons, in one command.
+
+    python pipeline.py r1 --out runs/r1
+    python pipeline.py r1 --out runs/r1 --resume        goes on after a crash, in any stage
+    python pipeline.py dpo-self-training --quick --out runs/look        about two minutes
+
+A pipeline is a list of stages, and a stage is the command line of a program with a folder of its
+own. A stage that is whole is skipped, one that was killed goes on (train.py, rejection.py,
+evaluate.py) or begins anew (sft.py), so the end is the same. After each stage that makes a model,
+evaluate.py measures it on held-out puzzles. Below --gate nothing can be learned from it, so the
+pipeline stops and says so. At the end stand a table and a figure: accuracy after each stage.
+
+    r1                      base, cold start (SFT), GRPO, the RL model's right answers as a corpus,
+                            SFT of the *base* on them, GRPO again (arXiv 2501.12948)
+    dpo-self-training       SFT, then three rounds of: DPO, right answers of the DPO model, SFT of
+                            the base on solutions and answers (arXiv 2407.18248)
+    progressive             GRPO in three steps of longer and harder puzzles (DeepScaleR), then a
+                            wider model that learns from the result, and GRPO of that
+    curriculum-grpo         SFT on easy levels, GRPO with --curriculum adaptive
+    multitask-dpo           SFT and DPO on a mix of tasks
+    distill-grpo            a wide teacher by SFT and GRPO, a narrow student that learns from it
+                            (--algo distill), GRPO of the student
+    principles-curriculum   GRPO with a reward for principles that are programs (judge.py), adaptive
+
+--without STAGE leaves one out; what comes behind takes what the stage before it made, and removed
+GRPO steps go to the other GRPO stage, so that the number of rollouts stays. With --model the base
+is a checkpoint of yours and --data what it learns. Needs the programs as they are.
+"""
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import report
+from config import DEVICES, check_settings, command_line, setting
+from engine.checkpoint import write_whole
+from engine.machine import program
+from folder import lock
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class PipelineConfig:
+    out: str = ""                           # folder of the pipeline
+    resume: bool = False                    # go on with it
+    quick: bool = False                     # a few steps of everything: to see that it works
+    without: str = ""                       # a stage that is left out
+    data: str = "family"                    # a task of levels 2 and up; see docs/tasks.md
+    model: str = ""                         # the base; empty: a new small one
+    gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
+    seed: int = setting(0, least=0)
+    threads: int = setting(2, least=1)      # CPU threads of each program
+    device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
+
+
+# what each program makes in the folder of its stage, and where in it a model lies
+MAKES = {"sft.py": "model", "train.py": "run", "rejection.py": "corpus.jsonl"}
+MODELS = {"sft.py": "model", "train.py": "run/model"}
+
+
+@dataclass
+class Stage:
+    """One command. Its folder is named after it, within the pipeline's."""
+    name: str
+    program: str                    # one of MAKES
+    args: list                      # flags without --out
+    files: dict = field(default_factory=dict)       # {name: text} written beside it before it runs
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+class Plan:
+    """Builds the stages of a pipeline: sizes, folders, and what is left out."""
+
+    def __init__(self, config):
+        self.c = config
+        self.out = Path(config.out)
+        self.task = config.data
+        self.stages = []
+        quick = config.quick
+        self.sft_steps = 100 if quick else 1000
+        self.grpo_steps = 6 if quick else 60            # of all GRPO stages together
+        self.problems = 400 if quick else 8000
+        self.width = 64 if quick else 128
+
+    def path(self, stage):
+        """The model that a stage makes. Raises ValueError where that stage was left out."""
+        made = [str(model_of(s, self.c)) for s in self.stages if s.name == stage]
+        if not made:
+            raise ValueError(f"--without {self.c.without}: what comes behind it needs it")
+        return made[0]
+
+    def add(self, name, program, args, after="", files=None):
+        """Add a stage, unless it is left out. Returns the name of the stage to go on from."""
+        if name == self.c.without:
+            return after
+        common = ["--seed", self.c.seed, "--threads", self.c.threads]
+        if self.c.device:
+            common += ["--device", self.c.device]
+        args = [str(arg) for arg in (*args, *common)]
+        self.stages.append(Stage(name, program, args, files or {}))
+        return name
+
+    def base(self, levels="2", name="base", width=None):
+        """The base: --model, or a new small model that has seen some solutions of the easiest."""
+        if self.c.model:
+            args = ["--data", self.levels(levels), "--model", self.c.model]
+        else:
+            args = ["--data", f"{self.levels('2')},boolean:1-2", "--hidden-size",
+                    width or self.width, "--muon-lr", 0.02]
+        return self.add(name, "sft.py", [
+            *args, "--steps", self.sft_steps // 2, "--problems", self.problems, "--lr", 4e-3,
+            "--max-length", 400])
+
+    def sft(self, name, after, data, steps=None):
+        """Cross-entropy on solutions, from the model of another stage."""
+        return self.add(name, "sft.py", [
+            "--model", self.path(after), "--data", data, "--steps", steps or self.sft_steps,
+            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400], after)
+
+    def train(self, name, after, data, steps, *more, files=None):
+        """GRPO, or with --algo another objective, from the model of another stage."""
+        return self.add(name, "train.py", [
+            "--model", self.path(after), "--data", data, "--steps", steps, "--max-new-tokens", 128,
+            "--lr", 5e-4, "--eval-every", 10 ** 6, "--eval-problems", 20, "--eval-samples", 1,
+            "--save-every", 5, *more], after, files)
+
+    def right_answers(self, name, after, data):
+        """A corpus of the right answers of a stage's model."""
+        return self.add(name, "rejection.py", [
+            "--model", self.path(after), "--data", data, "--problems",
+            60 if self.c.quick else 1500, "--samples", 8, "--max-new-tokens", 128], after)
+
+    def corpus(self, stage):
+        return str(self.out / stage / "corpus.jsonl")
+
+    def levels(self, text):
+        return f"{self.task}:{text}"
+
+    def held_out(self):
+        """What every stage is measured on."""
+        return self.levels("2-6")
+
+
+def r1(plan):
+    first = plan.grpo_steps // 2
+    both = plan.c.without not in ("grpo", "grpo-2")
+    steps = first if both else plan.grpo_steps
+    start = plan.base()
+    now = plan.sft("cold-start", start, plan.levels("2-3"))
+    now = plan.train("grpo", now, plan.levels("2-5"), steps)
+    corpus = plan.right_answers("right-answers", now, plan.levels("2-5"))
+    if corpus == "right-answers":
+        now = plan.sft("sft-of-base", start, plan.corpus(corpus))
+    plan.train("grpo-2", now, plan.levels("2-6"), steps)
+
+
+def dpo_self_training(plan):
+    start = plan.base()
+    now = plan.sft("sft", start, plan.levels("2-3"))
+    for number in (1, 2, 3):
+        now = plan.train(f"dpo-{number}", now, plan.levels("2-5"), plan.grpo_steps // 3,
+                         "--algo", "dpo", "--sft-weight", 1)
+        corpus = plan.right_answers(f"right-answers-{number}", now, plan.levels("2-5"))
+        if corpus == f"right-answers-{number}":
+            now = plan.sft(f"sft-{number}", start, f"{plan.levels('2-3')},{plan.corpus(corpus)}")
+
+
+def progressive(plan):
+    steps = plan.grpo_steps // 4
+    now = plan.sft("sft", plan.base(), plan.levels("2-3"))
+    for levels, tokens in (("2-3", 48), ("3-4", 96), ("4-6", 128)):
+        now = plan.train(f"grpo-{tokens}-tokens", now, plan.levels(levels), steps,
+                         "--max-new-tokens", tokens)
+    teacher = now
+    wide = plan.base(name="wider-base", width=2 * plan.width)
+    now = plan.train("distill", wide, plan.levels("2-6"), steps, "--algo", "distill",
+                     "--teacher", plan.path(teacher))
+    plan.train("grpo-wider", now, plan.levels("2-6"), steps)
+
+
+def curriculum_grpo(plan):
+    now = plan.sft("sft", plan.base(), plan.levels("2-3"))
+    plan.train("grpo-adaptive", now, plan.levels("2-6"), plan.grpo_steps, "--curriculum",
+               "adaptive")
+
+
+def multitask_dpo(plan):
+    mix = f"{plan.levels('2-3')},boolean:2-4,truth:2"
+    now = plan.sft("sft", plan.base(), mix)
+    plan.train("dpo", now, f"{plan.levels('2-5')},boolean:2-6,truth:2-3", plan.grpo_steps,
+               "--algo", "dpo", "--sft-weight", 1)
+
+
+def distill_grpo(plan):
+    steps = plan.grpo_steps // 2
+    wide = plan.base(name="teacher-base", width=2 * plan.width)
+    teacher = plan.sft("teacher-sft", wide, plan.levels("2-3"))
+    teacher = plan.train("teacher-grpo", teacher, plan.levels("2-5"), steps)
+    now = plan.base(name="student-base")
+    now = plan.train("distill", now, plan.levels("2-5"), steps, "--algo", "distill", "--teacher",
+                     plan.path(teacher))
+    plan.train("grpo", now, plan.levels("2-5"), steps)
+
+
+PRINCIPLES = "check: equations\ncheck: consistent\n"
+REWARD = 'from judge import judged\n\nprincipled = judged("", {file!r})\n'
+
+
+def principles_curriculum(plan):
+    plan.task = "arithmetic"            # whose steps are equations, which programs can check
+    now = plan.sft("sft", plan.base(), plan.levels("2-3"))
+    folder = plan.out / "grpo-principled"
+    files = {"principles.txt": PRINCIPLES,
+             "reward.py": REWARD.format(file=str((folder / "principles.txt").resolve()))}
+    plan.train("grpo-principled", now, plan.levels("2-6"), plan.grpo_steps, "--curriculum",
+               "adaptive", "--reward", f"{folder / 'reward.py'}:principled=0.2", files=files)
+
+
+PIPELINES = {
+    "r1": r1,
+    "dpo-self-training": dpo_self_training,
+    "progressive": progressive,
+    "curriculum-grpo": curriculum_grpo,
+    "multitask-dpo": multitask_dpo,
+    "distill-grpo": distill_grpo,
+    "principles-curriculum": principles_curriculum,
+}
+
+
+# ------------------------------------------------------------------------------------ running them
+
+def run_stage(stage, config):
+    """Run a stage until it is whole, unless it is so already. Its folder then has stage.json.
+
+    Raises ValueError with the end of its output where the program fails."""
+    folder = Path(config.out) / stage.name
+    done = folder / "stage.json"
+    if done.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in stage.files.items():
+        write_whole(folder / name, text)
+
+    # what a killed program left is taken up again, or begins anew
+    target = folder / MAKES[stage.program]
+    args = [*stage.args, "--out", str(target)]
+    if stage.program == "sft.py":
+        shutil.rmtree(target, ignore_errors=True)
+    elif stage.program == "train.py" and any((target / "checkpoints").glob("step-*")):
+        args = ["--resume", "--out", str(target)]
+    elif stage.program == "train.py":
+        shutil.rmtree(target, ignore_errors=True)
+
+    if not target.exists() or stage.program == "train.py":
+        begin = time.perf_counter()
+        call([stage.program, *args], folder / "output.txt")
+        seconds = time.perf_counter() - begin
+    else:
+        seconds = 0.0           # the corpus was whole, but not yet said to be
+    write_whole(done, json.dumps({"seconds": round(seconds, 1), "command": shlex.join(
+        ["python", stage.program, *stage.args])}, indent=1) + "\n")
+
+
+def call(command, log):
+    """Run one of the project's programs, its bars on this terminal and its words in the log too."""
+    with open(log, "ab") as file:
+        done = subprocess.run([sys.executable, *command], cwd=HERE, stdout=file,
+                              stderr=subprocess.PIPE if not sys.stderr.isatty() else None)
+    if done.returncode:
+        said = (done.stderr or b"").decode(errors="replace").strip().split("\n")[-1]
+        raise ValueError(f"{command[0]} ended with status {done.returncode}: {said} "
+                         f"(its output: {log}); mend it, then go on with --resume")
+
+
+def model_of(stage, config):
+    """Where the model of a stage lies; None where it makes none."""
+    if stage.program not in MODELS:
+        return None
+    return Path(config.out) / stage.name / MODELS[stage.program]
+
+
+def measure(stage, plan):
+    """Evaluate the model of a stage on held-out puzzles. Returns the result of evaluate.py."""
+    c = plan.c
+    file = Path(c.out) / stage.name / "eval.json"
+    if not file.exists():
+        call(["evaluate.py", "--model", str(model_of(stage, c)), "--data", plan.held_out(),
+              "--limit", "60" if c.quick else "400", "--samples", "2", "--max-new-tokens", "128",
+              "--threads", str(c.threads), "--json", str(file)], file.with_name("output.txt"))
+    return json.loads(file.read_text())
+
+
+def run(name, config):
+    """Run a pipeline. Returns [(stage, result of evaluate.py or None)].
+
+    Raises ValueError where a stage fails, or stays below the gate."""
+    plan = Plan(config)
+    build(name, plan)
+    results = []
+    for number, stage in enumerate(plan.stages, 1):
+        print(f"[{number}/{len(plan.stages)}] {stage.name}: {stage.program}", flush=True)
+        run_stage(stage, config)
+        if model_of(stage, config) is None:
+            results.append((stage, None))
+            continue
+
+        # what cannot solve anything now and then has nothing to learn from
+        result = measure(stage, plan)
+        results.append((stage, result))
+        accuracy = result["strict"]["avg@2"]["mean"]
+        print(f"    held-out pass@1 {accuracy:.3f}", flush=True)
+        last = number == len(plan.stages)
+        if accuracy < config.gate and not last:
+            raise ValueError(f"stage {stage.name}: held-out pass@1 {accuracy:.3f} is below --gate "
+                             f"{config.gate}: what comes next would have nothing to learn from")
+    return results
+
+
+def build(name, plan):
+    """Fill the plan with the stages of a pipeline. Raises ValueError for a stage that is none."""
+    without, plan.c.without = plan.c.without, ""
+    PIPELINES[name](plan)
+    names = [stage.name for stage in plan.stages]
+    if without and without not in names[1:]:
+        raise ValueError(f"--without {without}: {name} has the stages {', '.join(names[1:])}")
+    plan.stages, plan.c.without = [], without
+    PIPELINES[name](plan)
+
+
+# ------------------------------------------------------------------------- what it shows at the end
+
+def table(results, config):
+    """Returns a Markdown table: accuracy after each stage, for all levels together and each."""
+    kinds = next((list(r["kinds"]) for _, r in results if r), [])
+    lines = [["stage", "program", "minutes", "pass@1", *kinds], ["---"] * (4 + len(kinds))]
+    for stage, result in results:
+        done = json.loads((Path(config.out) / stage.name / "stage.json").read_text())
+        cells = [stage.name, stage.program, f"{done['seconds'] / 60:.1f}"]
+        if result:
+            whole = result["strict"]["avg@2"]
+            cells.append(f"{whole['mean']:.3f} ± {whole['se'] or 0:.3f}")
+            cells += [f"{result['kinds'][kind]['avg@2']['mean']:.2f}" for kind in kinds]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(results, file):
+    """Draw accuracy after each stage, a line for each level. A failure is a warning, no more."""
+    try:
+        measured = [(stage.name, result) for stage, result in results if result]
+        figure, (axis,) = report.new_figure(1, width=9, height=4)
+        names = [name for name, _ in measured]
+        for kind in measured[0][1]["kinds"]:
+            axis.plot(names, [r["kinds"][kind]["avg@2"]["mean"] for _, r in measured], "o-",
+                      label=kind, alpha=0.7)
+        axis.plot(names, [r["strict"]["avg@2"]["mean"] for _, r in measured], "ko-", label="all")
+        axis.set(title="held-out accuracy after each stage", ylim=(0, 1))
+        axis.tick_params(axis="x", rotation=20)
+        report.save_figure(figure, file)
+    except Exception as error:
+        print(f"warning: {file} was not drawn ({error})", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- the program
+
+def parse(argv=None):
+    """Returns (name, config) of the command line. Raises ValueError, in one line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    config = PipelineConfig(**command_line(PipelineConfig, __doc__, argv))
+    if name not in PIPELINES:
+        raise ValueError(f"give a pipeline, one of {', '.join(PIPELINES)}, not {name!r}")
+    check_settings(config)
+    if not config.out:
+        raise ValueError("give --out, the folder of the pipeline")
+    return name, config
+
+
+def claim(name, config):
+    """Take the folder. Raises ValueError where it is another pipeline's, or not asked to go on."""
+    folder = Path(config.out)
+    file = folder / "pipeline.json"
+    mine = {"name": name, **asdict(config), "resume": False}
+
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        if not config.resume:
+            raise ValueError(f"--out {folder} holds a pipeline: go on with --resume, or choose "
+                             "another folder")
+        differ = [key for key in mine if mine[key] != theirs.get(key)]
+        if differ:
+            raise ValueError(f"--resume goes on as it was: {differ[0]} was "
+                             f"{theirs.get(differ[0])!r}, not {mine[differ[0]]!r}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} is not empty: choose another folder")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    write_whole(file, json.dumps(mine, indent=1) + "\n")
+
+
+def main(argv=None):
+    with program(lambda: "interrupted: go on with the same command and --resume"):
+        name, config = parse(argv)
+        build(name, Plan(PipelineConfig(**asdict(config))))     # what cannot be built is said now
+        claim(name, config)
+        results = run(name, config)
+        text = table(results, config)
+        write_whole(Path(config.out) / "table.md", text + "\n")
+        draw(results, Path(config.out) / "pipeline.png")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Pipelines: every command parses, stages are skipped or go on, a gate stops, kill -9 changes nothing."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import config
+import pipeline
+import rejection
+import sft
+from pipeline import PIPELINES, Plan, PipelineConfig, Stage
+from test_train import HERE, equal
+
+
+def stages_of(name, out="X", **settings):
+    plan = Plan(PipelineConfig(out=str(out), **settings))
+    pipeline.build(name, plan)
+    return plan.stages
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
+    stages = stages_of(name, tmp_path, quick=quick)
+    assert len({stage.name for stage in stages}) == len(stages) >= 2
+    for stage in stages:
+        out = ["--out", str(tmp_path / "out")]
+        if stage.program == "sft.py":
+            sft.parse([*stage.args, *out])
+        elif stage.program == "rejection.py":
+            rejection.parse([*stage.args, *out])
+        else:
+            config.parse([*stage.args, *out])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_stage_starts_from_a_model_that_is_made_before_it(name):
+    made = set()
+    for stage in stages_of(name):
+        for flag in ("--model", "--teacher"):
+            if flag in stage.args:
+                assert stage.args[stage.args.index(flag) + 1] in made
+        model = pipeline.model_of(stage, PipelineConfig(out="X"))
+        made.add(str(model))
+
+
+def test_r1_without_each_stage():
+    names = [stage.name for stage in stages_of("r1")]
+    assert names == ["base", "cold-start", "grpo", "right-answers", "sft-of-base", "grpo-2"]
+    for without in names[1:]:
+        left = stages_of("r1", without=without)
+        assert without not in [stage.name for stage in left]
+        steps = sum(int(s.args[s.args.index("--steps") + 1]) for s in left if s.program == "train.py")
+        assert steps == 60                          # as many rollouts
+    by_name = {stage.name: stage for stage in stages_of("r1", without="right-answers")}
+    assert by_name["grpo-2"].args[1] == "X/grpo/run/model" and "sft-of-base" not in by_name
+    by_name = {stage.name: stage for stage in stages_of("r1", without="cold-start")}
+    assert by_name["grpo"].args[1] == "X/base/model"
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "give a pipeline, one of r1"), (["r2", "--out", "X"], "one of r1"), (["r1"], "give --out"),
+    (["r1", "--out", "X", "--without", "sft"], "r1 has the stages cold-start"),
+    (["distill-grpo", "--out", "X", "--without", "student-base"], "what comes behind it needs it")])
+def test_wrong_commands_are_one_line_and_write_nothing(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        pipeline.main(argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_taken_once_and_goes_on_as_it_was(tmp_path):
+    first = PipelineConfig(out=str(tmp_path / "p"), seed=1)
+    pipeline.claim("r1", first)
+    for other, message in ((first, "go on with --resume"), (PipelineConfig(out=first.out, seed=2, resume=True), "seed was 1, not 2")):
+        with pytest.raises(ValueError, match=message):
+            pipeline.claim("r1", other)
+    pipeline.claim("r1", PipelineConfig(out=first.out, seed=1, resume=True))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        pipeline.claim("r1", PipelineConfig(out=str(tmp_path / "full")))
+
+
+def test_a_whole_stage_is_skipped_and_a_failing_one_says_why(tmp_path):
+    c = PipelineConfig(out=str(tmp_path))
+    bad = Stage("bad", "sft.py", ["--data", "nothing.jsonl"])
+    with pytest.raises(ValueError, match="sft.py ended with status 1: .*nothing.jsonl.*--resume"):
+        pipeline.run_stage(bad, c)
+    assert not (tmp_path / "bad" / "stage.json").exists()
+    (tmp_path / "bad" / "stage.json").write_text("{}")
+    pipeline.run_stage(bad, c)                      # does not run again
+
+
+QUICK = ["curriculum-grpo", "--quick", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_a_gate_stops(tmp_path):
+    with pytest.raises(SystemExit, match="stage base: held-out pass@1 0.* is below --gate 0.99"):
+        pipeline.main([*QUICK, "--out", str(tmp_path / "p"), "--gate", "0.99"])
+
+
+@pytest.mark.slow
+def test_kill_minus_9_in_any_stage_gives_the_same_end(tmp_path):
+    pipeline.main([*QUICK, "--out", str(tmp_path / "whole"), "--gate", "0"])
+    out = tmp_path / "killed"
+    command = [sys.executable, str(HERE / "pipeline.py"), *QUICK, "--out", str(out), "--gate", "0"]
+    for awaited in ("base/output.txt", "base/stage.json", "sft/output.txt", "grpo-adaptive/run/checkpoints/step-000005"):
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (out / awaited).exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        command = [*command, "--resume"] if "--resume" not in command else command
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    for stage in ("base", "sft", "grpo-adaptive"):
+        one, two = (json.loads((folder / stage / "eval.json").read_text()) for folder in (tmp_path / "whole", out))
+        assert one["strict"] == two["strict"] and one["kinds"] == two["kinds"]
+    models = [load_file(folder / "grpo-adaptive" / "run" / "model" / "model.safetensors") for folder in (tmp_path / "whole", out)]
+    assert equal(*models)
+    assert "grpo-adaptive" in (out / "table.md").read_text() and (out / "pipeline.png").exists()
