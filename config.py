@@ -277,6 +277,8 @@ class Common:
     levels: str = setting("", needs=[BUILT_IN_TASK])        # easiest-hardest, such as 4-6;
                                                             # empty: the task's usual ones
 
+    problems: int = setting(20000, least=1, needs=[BUILT_IN_TASK])  # to train on, made at the start
+
     curriculum: str = setting("", choices=("", *CURRICULA))     # which levels come when: see
                                                                 # curriculum.py; empty: shuffled
 

@@ -258,7 +258,7 @@ def load_split(c, report=print):
     has none, so a part of it is held out. Of a mix there are --eval-problems, shared by its
     weights. Raises ValueError when nothing is left to train on, or a curriculum finds no levels."""
     levels, eval_count = parse_levels(c.levels), c.eval_problems
-    train = load_problems(c.data, "train", c.seed, levels, report=report)
+    train = load_problems(c.data, "train", c.seed, levels, c.problems, report)
     kinds = kinds_of(train)
     if c.curriculum not in ("", "uniform") and len(kinds) == len(set(kinds.values())):
         raise ValueError(f"--curriculum {c.curriculum} needs problems of several levels")

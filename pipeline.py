@@ -128,6 +128,7 @@ class Plan:
         """GRPO, or with --algo another objective, from the model of another stage."""
         return self.add(name, "train.py", [
             "--model", self.path(after), "--data", data, "--steps", steps, "--max-new-tokens", 128,
+            "--problems", self.problems,
             "--lr", 5e-4, "--eval-every", 10 ** 6, "--eval-problems", 20, "--eval-samples", 1,
             "--save-every", 5, *more], after, files)
 

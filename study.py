@@ -1,0 +1,355 @@
+"""Studies: the same question put to many runs, with several seeds, one table and one figure.
+
+    python study.py curricula --out results/study/curricula --jobs 2
+    python study.py all --quick --out runs/look
+
+A study is a list of starts (warm-started models) and a list of runs of train.py from them. Every
+run has a folder of its own, so a study that was killed goes on by the same command: whole runs are
+skipped, and the others resume. Runs go seed by seed, so that a study that was stopped early has
+about as many seeds of everything. --jobs runs go side by side, each on cores of its own.
+
+    curricula    the five schedules of --curriculum, on levels of which the start has seen two
+    transfer     trained on each task alone and on the mix, evaluated on all
+    group-size   G = 2 to 64 completions a prompt, with N G = 256 of them a step
+    batch-size   N = 4 to 256 prompts a step, as many in all; learning rate as it is, or * sqrt(N)
+    reuse        off-policy, K = 1 to 8 passes over as many fresh samples
+    staleness    off-policy, weights that draw renewed every 1 to 64 steps
+    objectives   GRPO, GTPO, off-policy and DPO with their own defaults
+    leaderboard  the first entries of results/leaderboard.md
+
+What is left behind: study.json (every run with its curve, none dropped), table.md (mean and
+standard error over seeds, and the paired difference to the first row) and study.png. The yardstick
+is family puzzles (docs/tasks.md). Needs train.py, sft.py and report.py.
+"""
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+import report
+from config import CURRICULA, check_settings, command_line, setting
+from engine.checkpoint import write_whole
+from engine.machine import program
+from folder import lock
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class StudyConfig:
+    out: str = ""                           # folder of the study; of "all": of the studies
+    seeds: int = setting(5, least=1)        # runs of each setting
+    jobs: int = setting(1, least=1)         # runs side by side
+    quick: bool = False                     # two seeds of a few steps: to see that it works
+    keep_models: bool = False               # of the runs; else only their logs stay
+
+
+@dataclass
+class Study:
+    """What is run, and what of it is looked at."""
+    starts: dict                    # {name: flags of sft.py}
+    runs: dict                      # {name: flags of train.py}; START stands for a start's folder
+    x: str = "step"                 # axis of the figure
+    columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end
+    panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
+
+
+# ----------------------------------------------------------------------------------- the studies
+
+LEVELS = "family:2-6"           # the yardstick: the start has seen solutions of levels 2 and 3
+YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--lr", "1e-3"]
+MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
+EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
+
+
+def family_start(c):
+    """A small model that has seen the worked solutions of two easy levels."""
+    steps = 60 if c.quick else 1500
+    return {"family": ["--data", "family:2-3", "--steps", steps, "--lr", 4e-3, "--muon-lr", 0.02,
+                       "--problems", 400 if c.quick else 8000,
+                       "--hidden-size", 64 if c.quick else 128]}
+
+
+def length(c, steps=100):
+    """Flags of a run's length and of its evaluations."""
+    if c.quick:
+        return ["--steps", 3, "--eval-every", 3, "--eval-problems", 20, "--eval-samples", 1,
+                "--prompts-per-step", 8, "--problems", 200]
+    return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 5),
+            "--eval-problems", 300, "--eval-samples", 2]
+
+
+def by_level():
+    return [f"eval_pass@1/family:{level}" for level in range(2, 7)]
+
+
+def curricula(c):
+    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), "--curriculum", name]
+            for name in CURRICULA}
+    return Study(family_start(c), runs, columns=["eval_pass@1", *by_level()],
+                 panels=["eval_pass@1", *by_level()])
+
+
+def transfer(c):
+    start = {"mix": ["--data", EASY, "--steps", 60 if c.quick else 4000,
+                     "--problems", 400 if c.quick else 20000,
+                     "--lr", 4e-3, "--muon-lr", 0.02, "--hidden-size", 64 if c.quick else 160,
+                     "--vocab-size", 768]}
+    tasks = [part.partition(":")[0] for part in MIX.split(",")]
+    trained = {**dict(zip(tasks, MIX.split(","))), "mix": MIX}
+    runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX, "--lr", "5e-4",
+                   "--max-new-tokens", "128", *length(c, 60)] for name, data in trained.items()}
+    of_tasks = [f"eval_pass@1/{task}" for task in tasks]
+    return Study(start, runs, columns=["eval_pass@1", *of_tasks], panels=of_tasks)
+
+
+def group_size(c):
+    runs = {}
+    for G in (2, 8) if c.quick else (2, 4, 8, 16, 32, 64):
+        runs[f"G{G}"] = [*YARDSTICK, "--model", "START/family", *length(c), "--group-size", G,
+                         "--prompts-per-step", 256 // G]
+    return Study(family_start(c), runs, x="num_samples",
+                 columns=["eval_pass@1", "frac_reward_zero_std"])
+
+
+def batch_size(c):
+    runs = {}
+    for N in (4, 16) if c.quick else (4, 16, 64, 256):
+        steps = 3 if c.quick else 3200 // N
+        for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 32))):
+            runs[name] = [*YARDSTICK, "--model", "START/family", *length(c, steps),
+                          "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}"]
+    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
+
+
+def reuse(c):
+    runs = {f"K{K}": [*YARDSTICK, "--model", "START/family", *length(c), "--algo", "offpolicy",
+                      "--replay-ratio", K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
+    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "ess"],
+                 panels=["eval_pass@1", "ess"])
+
+
+def staleness(c):
+    runs = {f"v{v}": [*YARDSTICK, "--model", "START/family", *length(c), "--algo", "offpolicy",
+                      "--replay-ratio", 1, "--sync-every", v]
+            for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
+    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "ess"],
+                 panels=["eval_pass@1", "ess"])
+
+
+def objectives(c):
+    more = {"grpo": [], "gtpo": ["--algo", "gtpo"], "offpolicy": ["--algo", "offpolicy"],
+            "dpo": ["--algo", "dpo", "--sft-weight", 1]}
+    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), *flags]
+            for name, flags in more.items()}
+    return Study(family_start(c), runs, x="num_samples")
+
+
+def leaderboard(c):
+    more = {"grpo": [], "grpo-adaptive": ["--curriculum", "adaptive"],
+            "offpolicy-2": ["--algo", "offpolicy"], "gtpo": ["--algo", "gtpo"],
+            "grpo-refill": ["--refill", 2]}
+    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), *flags]
+            for name, flags in more.items()}
+    return Study(family_start(c), runs, columns=["eval_pass@1", "seconds"])
+
+
+STUDIES = {"curricula": curricula, "transfer": transfer, "group-size": group_size,
+           "batch-size": batch_size, "reuse": reuse, "staleness": staleness,
+           "objectives": objectives, "leaderboard": leaderboard}
+
+
+# ------------------------------------------------------------------------------------ running them
+
+def call(command, log, cores):
+    """Run a program of the project on some cores. Raises ValueError with its last line."""
+    pinned = None
+    if cores and hasattr(os, "sched_setaffinity"):
+        def pinned():
+            os.sched_setaffinity(0, cores)
+    with open(log, "ab") as file:
+        done = subprocess.run([sys.executable, *command], cwd=HERE, stdout=file,
+                              stderr=subprocess.PIPE, preexec_fn=pinned)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().replace("\r", "\n").split("\n")[-1]
+        raise ValueError(f"{shlex.join(command)} ended with status {done.returncode}: {said}")
+
+
+def make_start(folder, name, flags, threads):
+    """Make a start, unless it is there: it appears when it is whole."""
+    target = folder / "start" / name
+    if target.exists():
+        return
+    part = target.with_name("." + name)
+    shutil.rmtree(part, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = ["sft.py", *map(str, flags), "--out", str(part), "--threads", str(threads)]
+    call(command, folder / "start" / f"{name}.txt", None)
+    os.replace(part, target)
+
+
+def run_one(folder, name, seed, flags, threads, cores, keep_models):
+    """Make a run whole: skip it, go on with it, or begin it. Returns the lines of its log."""
+    out = folder / "runs" / f"{name}-s{seed}"
+
+    if not (out / "model").exists():
+        command = ["train.py", "--resume", "--out", str(out)]
+        if not any((out / "checkpoints").glob("step-*")):
+            shutil.rmtree(out, ignore_errors=True)
+            flags = [str(flag).replace("START", str(folder / "start")) for flag in flags]
+            command = ["train.py", *flags, "--seed", str(seed), "--threads", str(threads),
+                       "--save-every", "20", "--out", str(out)]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        call(command, out.with_suffix(".txt"), cores)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+    if not keep_models:
+        for file in (out / "model").glob("*.safetensors"):
+            file.unlink()
+    return report.read_log(out)[1]
+
+
+def run_study(name, c, folder):
+    """Run a study, --jobs runs side by side. Returns (Study, {(run, seed): lines of its log})."""
+    study = STUDIES[name](c)
+    every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for start, flags in study.starts.items():
+        print(f"{name}: warm start {start}", flush=True)
+        make_start(folder, start, flags, len(every) or 1)
+
+    seeds = 2 if c.quick else c.seeds
+    todo = [(run, seed) for seed in range(seeds) for run in study.runs]
+    threads = max(1, len(every) // c.jobs)
+    places = [every[i * threads:(i + 1) * threads] for i in range(c.jobs)]
+    logs, free = {}, list(places)
+
+    with ThreadPoolExecutor(c.jobs) as pool, tqdm(total=len(todo), desc=name) as bar:
+        def work(run, seed):
+            cores = free.pop()              # a list's pop and append are atomic
+            try:
+                return run_one(folder, run, seed, study.runs[run], threads, cores, c.keep_models)
+            finally:
+                free.append(cores)
+
+        futures = {item: pool.submit(work, *item) for item in todo}
+        try:
+            for item, future in futures.items():
+                logs[item] = future.result()
+                bar.update()
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            raise
+    return study, logs
+
+
+# --------------------------------------------------------------------------------- what they show
+
+def last_value(lines, key):
+    """The last value of a key in a log, or nan."""
+    found = [line[key] for line in lines if line.get(key) is not None]
+    return found[-1] if found else math.nan
+
+
+def first_value(lines, key):
+    return next((line[key] for line in lines if line.get(key) is not None), math.nan)
+
+
+def summary(study, logs):
+    """Every run with what it ended at, and its curve: the content of study.json."""
+    runs = []
+    for (name, seed), lines in sorted(logs.items()):
+        curve = [{key: line.get(key) for key in (study.x, *study.panels)} for line in lines
+                 if "eval_pass@1" in line]
+        runs.append({
+            "name": name, "seed": seed, "flags": shlex.join(map(str, study.runs[name])),
+            "first": {key: first_value(lines, key) for key in study.columns},
+            "last": {key: last_value(lines, key) for key in study.columns},
+            "num_samples": last_value(lines, "num_samples"),
+            "seconds": last_value(lines, "seconds"), "curve": curve})
+    return runs
+
+
+def table(study, runs):
+    """A Markdown table: mean ± standard error over seeds at the end, and paired differences.
+
+    The difference is that of the first column to the first row's run of the same seed."""
+    def values(name, key):
+        return [run["last"][key] for run in runs if run["name"] == name]
+
+    first = next(iter(study.runs))
+    key = study.columns[0]
+    lines = [["", "runs", *study.columns, f"{key} - {first}"]]
+    lines.append(["---"] * len(lines[0]))
+    before = [run["first"][key] for run in runs]
+    lines.append(["start", "", f"{sum(before) / len(before):.3f}",
+                  *[""] * len(study.columns)])
+    for name in study.runs:
+        cells = [name, str(len(values(name, key)))]
+        for column in study.columns:
+            cells.append(report.cell_text(report.mean_se(values(name, column))))
+        gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
+        cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(name, study, logs, c, folder):
+    """Write study.json, table.md and study.png; print the table."""
+    runs = summary(study, logs)
+    write_whole(folder / "study.json", json.dumps({
+        "study": name, "config": asdict(c), "starts": {
+            start: shlex.join(map(str, flags)) for start, flags in study.starts.items()},
+        "runs": runs}, indent=1) + "\n")
+    text = table(study, runs)
+    write_whole(folder / "table.md", text + "\n")
+    print(text, flush=True)
+    try:
+        by_name = {run: [logs[item] for item in sorted(logs) if item[0] == run]
+                   for run in study.runs}
+        report.draw_runs(by_name, study.x, study.panels, folder / "study.png")
+    except Exception as error:
+        print(f"warning: study.png was not drawn ({error})", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------- the program
+
+def parse(argv=None):
+    """Returns (names of studies, config). Raises ValueError, in one line, for wrong ones."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
+    config = StudyConfig(**command_line(StudyConfig, __doc__, argv))
+    if name not in (*STUDIES, "all"):
+        raise ValueError(f"give a study, one of {', '.join(STUDIES)} or all, not {name!r}")
+    check_settings(config)
+    if not config.out:
+        raise ValueError("give --out, a folder")
+    return [*STUDIES] if name == "all" else [name], config
+
+
+def main(argv=None):
+    with program(lambda: "interrupted: the same command goes on"):
+        names, config = parse(argv)
+        for name in names:
+            folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+            mine = json.dumps([name, config.quick])
+            file = folder / "which.json"
+            if file.exists() and file.read_text() != mine:
+                raise ValueError(f"--out {folder} holds another study: {file.read_text()}")
+            write_whole(file, mine)
+            study, logs = run_study(name, config, folder)
+            show(name, study, logs, config, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Studies: every command parses, tables by hand, a killed study goes on."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import config
+import sft
+import study
+from study import STUDIES, Study, StudyConfig
+from test_train import HERE
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
+    made = STUDIES[name](StudyConfig(quick=quick))
+    assert len(made.runs) >= 2
+    for flags in made.starts.values():
+        sft.parse([*map(str, flags), "--out", str(tmp_path / "out")])
+    for flags in made.runs.values():
+        flags = list(map(str, flags))
+        assert flags[flags.index("--model") + 1].removeprefix("START/") in made.starts
+        config.parse([*flags, "--out", str(tmp_path / "out")])
+
+
+def test_fixed_budgets_are_fixed():
+    """Group sizes share 256 completions a step; batch sizes 3,200 prompts a run."""
+    def value(flags, name):
+        return float(flags[len(flags) - 1 - flags[::-1].index(name) + 1])
+    for flags in STUDIES["group-size"](StudyConfig()).runs.values():
+        assert value(flags, "--group-size") * value(flags, "--prompts-per-step") == 256
+    for flags in STUDIES["batch-size"](StudyConfig()).runs.values():
+        assert value(flags, "--prompts-per-step") * value(flags, "--steps") in (3200, 3072)
+
+
+def test_the_table_by_hand():
+    """a ends at .5 and .7, b at .6 and .9: the paired difference is .15 with standard error .05."""
+    made = Study({}, {"a": ["--x"], "b": ["--y"]})
+    ends = {("a", 0): .5, ("a", 1): .7, ("b", 0): .6, ("b", 1): .9}
+    logs = {item: [{"step": 0, "eval_pass@1": .2, "seconds": 0}, {"step": 1, "reward": 1},
+                   {"step": 2, "eval_pass@1": end, "num_samples": 10, "seconds": 3}] for item, end in ends.items()}
+    runs = study.summary(made, logs)
+    assert [run["last"]["eval_pass@1"] for run in runs] == [.5, .7, .6, .9] and runs[0]["first"] == {"eval_pass@1": .2}
+    assert runs[0]["curve"] == [{"step": 0, "eval_pass@1": .2}, {"step": 2, "eval_pass@1": .5}]
+    lines = study.table(made, runs).split("\n")
+    assert lines[2] == "| start |  | 0.200 |  |"
+    assert lines[3] == "| a | 2 | 0.600 ± 0.100 |  |" and lines[4] == "| b | 2 | 0.750 ± 0.150 | 0.150 ± 0.050 |"
+    assert math.isnan(study.last_value(logs["a", 0], "ess"))
+
+
+@pytest.mark.parametrize("argv, message", [([], "give a study, one of curricula"), (["all"], "give --out"), (["x", "--out", "y"], "one of curricula")])
+def test_wrong_commands_are_one_line(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        study.main(argv)
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_a_folder_is_of_one_study(tmp_path):
+    out = tmp_path / "s"
+    command = [sys.executable, str(HERE / "study.py"), "objectives", "--quick", "--out", str(out)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "runs" / "gtpo-s0" / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = (out / "runs" / "grpo-s0" / "log.jsonl").stat().st_mtime
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "runs" / "grpo-s0" / "log.jsonl").stat().st_mtime == whole        # not made again
+    found = json.loads((out / "study.json").read_text())
+    assert len(found["runs"]) == 8 and (out / "study.png").exists() and "| dpo | 2 |" in (out / "table.md").read_text()
+    with pytest.raises(SystemExit, match="holds another study"):
+        study.main(["reuse", "--quick", "--out", str(out)])
