@@ -27,6 +27,7 @@ from extraction import extract_answer
 from reward import verifies_itself
 
 TAKEN = ("prompt", "messages", "check", "task", "structure")    # fields that we fill ourselves
+MOST_KINDS = 40     # tasks and levels that are counted apart, in the log and elsewhere
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus")
@@ -262,6 +263,9 @@ def load_split(c, report=print):
     kinds = kinds_of(train)
     if c.curriculum not in ("", "uniform") and len(kinds) == len(set(kinds.values())):
         raise ValueError(f"--curriculum {c.curriculum} needs problems of several levels")
+    if c.curriculum == "adaptive" and len(kinds) > MOST_KINDS:
+        raise ValueError(f"--curriculum adaptive follows at most {MOST_KINDS} tasks and levels, "
+                         f"and these problems have {len(kinds)}")
 
     parts = parts_of(c.data, levels)
     if c.eval_data:

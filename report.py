@@ -22,7 +22,7 @@ from tqdm import tqdm
 import dist
 import grpo
 from config import Parser
-from data import kind_of
+from data import MOST_KINDS, kind_of
 
 SAMPLES = 4         # completions of each problem that samples.jsonl shows
 PANELS = (          # of curve.png: (title, keys of the log)
@@ -77,15 +77,17 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
         "pass@G": sums["solved"] / groups,
         "rollout_time": seconds,
         "rollout_tokens_per_s": sums["drawn"] / seconds,
-        **means_by_kind(sums, kinds),
+        **means_by_kind(sums, kinds, c.group_size),
     }
 
 
 def names_of(kinds):
-    """The names under which problems are counted: each kind, and each task if there are several."""
+    """The names under which problems are counted: each kind, and each task if there are several.
+
+    Above MOST_KINDS, as where a file's levels are measured numbers, only the tasks are."""
     if len(kinds) < 2:
         return {}
-    names = {kind: {kind} for kind in kinds}
+    names = {kind: {kind} for kind in kinds} if len(kinds) <= MOST_KINDS else {}
     tasks = dict.fromkeys(kinds.values())
     if len(tasks) > 1:
         names |= {task: {kind for kind in kinds if kinds[kind] == task} for task in tasks}
@@ -104,16 +106,16 @@ def sums_by_kind(drawn, kinds, tokens):
     return sums
 
 
-def means_by_kind(sums, kinds):
+def means_by_kind(sums, kinds, group_size):
     """Share of the groups, mean reward, success and length of each task and level in a step."""
     means = {}
     names = names_of(kinds)
-    all_groups = sum(sums[f"groups/{kind}"] for kind in kinds) if names else 0
+    all_groups = sums["rows"] / group_size
     for name in names:
         groups = sums[f"groups/{name}"]
         means[f"share/{name}"] = groups / all_groups
         if groups:
-            rows = groups * sums["rows"] / all_groups
+            rows = groups * group_size
             for what in ("reward", "pass@1", "length"):
                 means[f"{what}/{name}"] = sums[f"{what}/{name}"] / rows
     return means

@@ -129,6 +129,8 @@ def test_kinds_stand_in_the_order_of_their_levels():
     assert report.names_of(data.kinds_of(problems_of(KINDS))) == {
         "a:1": {"a:1"}, "a:2": {"a:2"}, "a:10": {"a:10"}, "b": {"b"}, "a": {"a:1", "a:2", "a:10"}}
     assert report.names_of({"gsm8k": "gsm8k"}) == {}
+    many = {f"a:{level}": "a" for level in range(41)}
+    assert report.names_of(many) == {} and set(report.names_of({**many, "b": "b"})) == {"a", "b"}
 
 
 def test_tasks_have_their_weights_and_levels_their_schedule():
@@ -268,8 +270,12 @@ def test_a_mix_with_an_adaptive_curriculum_on_any_number_of_ranks(start, levels,
     (["--curriculum", "cosine"], "needs problems of several levels"),
     (["--curriculum", "easy"], "choose uniform, steps, cosine, gaussian, adaptive"),
     (["--curriculum", "cosine", "--curriculum-floor", ".1"], "needs --curriculum gaussian or adaptive"),
+    (["--data", "MANY", "--curriculum", "adaptive"], "follows at most 40 tasks and levels, and these problems have 50"),
     (["--data", "arithmetic:9-2"], "must be easiest-hardest")])
 def test_a_wrong_curriculum_is_one_line_and_nothing_is_written(start, tmp_path, options, message):
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(json.dumps({"problem": f"Which, {i}?", "answer": "1", "level": i / 7}) for i in range(50)))
+    options = [str(many) if word == "MANY" else word for word in options]
     with pytest.raises(SystemExit, match=message):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), *options])
     assert not (tmp_path / "run").exists()
