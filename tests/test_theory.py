@@ -662,7 +662,7 @@ def test_the_bound_with_1_is_attained(p):
 def test_truncated_mse(seed, n, cap):
     """All samples of n draws, each averaged with the truncated weights of offpolicy.py."""
     rng = np.random.default_rng(seed)
-    mu, pi, f = simplex(rng, 4), simplex(rng, 4), rng.normal(size=4)
+    mu, pi, f = simplex(rng, 4), simplex(rng, 4, scale=3.0), rng.normal(size=4)
     terms = weights_of(pi, mu, "truncated", cap=cap) * f
     draws, chances = groups_of(mu, n)
     mse = chances @ (terms[draws].mean(1) - pi @ f) ** 2
