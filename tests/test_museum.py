@@ -2,7 +2,7 @@
 
 An exhibit is a short wrong version of one function, `wrong(ours, *arguments)`, where `ours` is the function that it replaces.
 It names the thread in which somebody met the bug, and one test of this project, which must pass as the code is and must fail
-with the wrong version in place. docs/museum.md is the same list for reading; `python tests/test_museum.py` writes its table.
+with the wrong version in place. docs/museum.md is the same list for reading; `PYTHONPATH=. python tests/test_museum.py` writes its tables.
 
 A thread is repository#number; where the bug was read in a program and no thread is known, the repository alone.
 """
@@ -26,6 +26,7 @@ from engine.sampling import invert_in_two, truncate
 from test_chat import base, plain, saved            # fixtures of tests that are shown here
 from test_data import tokenizer
 from test_train import bfloat16
+from test_user_reward import file
 
 HERE = Path(__file__).resolve().parents[1]
 EXHIBITS = []
@@ -171,8 +172,8 @@ def log_ratio_without_bounds(ours, logp, other, mask):
     return torch.where(mask.bool(), logp - other, 0.0)
 
 
-@exhibit(RATIO, "trl#3867", "learner.Learner.score_mu", "test_mu.test_on_policy_the_ratio_is_1_and_nothing_is_clipped",
-         level="sequence", epochs=1, minibatches=1)
+@exhibit(RATIO, "trl#3867", "learner.Learner.score_mu", "test_mu.test_the_gradient_is_that_of_the_trainers_own_mu",
+         settings={})
 def the_samplers_rounding_as_drift(ours, learner, batch, version):
     """The sampler's log-probs stand for the trainer's. Rounding counts as a policy that has moved, and is clipped."""
     batch.drawn_logp = batch.old_logp
@@ -209,14 +210,6 @@ def count_of_this_rank(ours, learner, batch, rows, config):
 def dr_grpo_by_own_length(ours, loss, mask, how="token", normalizer=None, max_length=None):
     """Dr. GRPO divides by each row's own length. Long wrong answers were punished less a token, and grew."""
     return ours(loss, mask, "sequence" if how == "constant" and max_length else how, normalizer, max_length)
-
-
-@exhibit(AVERAGING, "torchtitan#2206", "sft.loss",
-         "test_data.test_a_token_weighs_the_same_in_a_batch_of_terse_solutions")
-def tokens_of_this_batch(ours, logp, entropy, batch, config, normalizer):
-    """Each batch is divided by its own valid tokens. A token in a batch with few of them weighed more."""
-    total, sums = ours(logp, entropy, batch, config, normalizer)
-    return total * config.batch_tokens / batch.mask.sum(), sums
 
 
 # --------------------------------------------------------------------------------------------------------------- KL
@@ -271,7 +264,7 @@ def weights_of_the_first_call(ours, sampler):
 
 
 @exhibit(SAMPLING, "open-r1#704", "rollout.check_finite", "test_rollout.test_weights_that_are_not_finite_are_one_line",
-         value=math.nan, temperature=1.0)
+         name="model.norm.weight", value=math.inf, temperature=1.0)
 def nan_is_drawn_from(ours, slots):
     """Nobody looks at the log-probs that were drawn. NaN weights wrote "!!!!!" for the rest of the run."""
     return True
@@ -386,7 +379,7 @@ def thoughts_are_graded(ours, text):
     return text
 
 
-@exhibit(REWARDS, "verl#7274", "thoughts.tail", "test_reward.test_only_what_follows_is_read_however_long_it_is")
+@exhibit(REWARDS, "verl#7274", "thoughts.tail", "test_reward.test_no_more_is_read_than_the_caps_allow")
 def last_300_characters(ours, completion):
     """Only the last 300 characters are searched. A right answer with a long sentence behind it is wrong."""
     return ours(completion)[-300:]
@@ -404,7 +397,7 @@ def letter_with_value_equals_nothing(ours, given, gold):
     return False
 
 
-@exhibit(REWARDS, "ms-swift#8123", "user_reward.Own.__call__",
+@exhibit(REWARDS, "ms-swift#8123", "user_reward.UserReward.__call__",
          "test_user_reward.test_functions_written_for_trl_work_unchanged", raises=ValueError)
 def none_becomes_nan(ours, function, problems, groups, rollout):
     """A reward of None becomes NaN. The batch's advantages were NaN; the run ended normally and had learned nothing."""
@@ -519,9 +512,17 @@ def optimizer_not_saved(ours, model, optimizer, lagging=None):
     return {name: tensor for name, tensor in ours(model, optimizer, lagging).items() if not name.startswith("exp_avg")}
 
 
-# ---------------------------------------------------------------------------------------------- DPO and distillation
+# ------------------------------------------------------------------------------------------------- SFT and distillation
 
-DISTILL = "Distillation"
+DISTILL = "SFT and distillation"
+
+
+@exhibit(DISTILL, "torchtitan#2206", "sft.loss",
+         "test_data.test_a_token_weighs_the_same_in_a_batch_of_terse_solutions")
+def tokens_of_this_batch(ours, logp, entropy, batch, config, normalizer):
+    """Each batch is divided by its own valid tokens. A token in a batch with few of them weighed more."""
+    total, sums = ours(logp, entropy, batch, config, normalizer)
+    return total * config.batch_tokens / batch.mask.sum(), sums
 
 
 @exhibit(DISTILL, "atropos#456", "distill.divergence", "test_distill.test_the_gradients_of_both_kls_are_the_known_ones")
