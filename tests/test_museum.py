@@ -2,7 +2,8 @@
 
 An exhibit is a short wrong version of one function, `wrong(ours, *arguments)`, where `ours` is the function that it replaces.
 It names the thread in which somebody met the bug, and one test of this project, which must pass as the code is and must fail
-with the wrong version in place. docs/museum.md is the same list for reading; `PYTHONPATH=. python tests/test_museum.py` writes its tables.
+with the wrong version in place. docs/museum.md is the same list for reading; `PYTHONPATH=. python tests/test_museum.py`
+writes its tables.
 
 A thread is repository#number; where the bug was read in a program and no thread is known, the repository alone.
 """
@@ -109,7 +110,7 @@ ADVANTAGES = "Advantages"
 @exhibit(ADVANTAGES, "NeMo-RL#4158", "grpo.group_advantages", "test_grpo.test_equal_rewards_give_exactly_zero",
          scale="std", G=7)
 def std_of_equal_numbers(ours, rewards, scale="std", eps=1e-6, unbiased=False):
-    """Only a std of exactly 0 is caught. Rounding noise of equal rewards was divided by itself: advantages up to 7,428."""
+    """Only a std of exactly 0 is caught. Rounding noise of equal rewards was divided by itself, and advantages spiked."""
     r = rewards.float()
     std = (r.square().mean(1, keepdim=True) - r.mean(1, keepdim=True).square()).clamp(min=0).sqrt()
     return torch.where(std > 0, (r - r.mean(1, keepdim=True)) / std, 0.0)
@@ -127,6 +128,12 @@ def mean_as_pass_rate(ours, rewards):
 def filter_on_the_shaped_reward(ours, drawn, wanted):
     """Groups are filtered by the shaped reward. All-wrong groups stayed and competed in form: collapse."""
     return ours([replace(d, parts={"correct": d.rewards}) for d in drawn], wanted)
+
+
+@exhibit(ADVANTAGES, "Search-R1#88", "grpo.group_advantages", "test_grpo.test_two_right_two_wrong")
+def every_sample_its_own_group(ours, rewards, scale="std", eps=1e-6, unbiased=False):
+    """The samples of a prompt do not share an id. Nothing is compared: the reward is the advantage."""
+    return rewards.float()
 
 
 @exhibit(ADVANTAGES, "GRPO-Zero", "grpo.prepare", "test_grpo.test_two_groups_of_one_prompt_stay_two")
@@ -160,6 +167,14 @@ def ratio_without_gradient(ours, logp, old_logp, mask, level="token"):
     return ours(logp.detach(), old_logp, mask, level) + 0 * logp.nan_to_num()
 
 
+@exhibit(RATIO, "trl#5815", "grpo.policy_ratio",
+         "test_grpo.test_sequence_ratio_is_the_geometric_mean_and_its_gradient_is_constant_in_a_row")
+def sequence_ratio_by_sum(ours, logp, old_logp, mask, level="token"):
+    """The sequence ratio sums log-ratios in place of their mean. It drifts with length: mean 0.57 where 0.99 was right."""
+    log_ratio = torch.where(mask.bool(), logp - old_logp, 0.0).sum(1, keepdim=True)
+    return log_ratio.exp().expand_as(logp)
+
+
 @exhibit(RATIO, "GTPO's official code", "gtpo.policy_loss", "test_gtpo.test_the_gradient_by_hand")
 def ratio_of_one_in_later_updates(ours, logp, old_logp, *arguments):
     """The ratio is 1 in every update. From the second update on, samples of another policy are not corrected."""
@@ -172,17 +187,17 @@ def log_ratio_without_bounds(ours, logp, other, mask):
     return torch.where(mask.bool(), logp - other, 0.0)
 
 
-@exhibit(RATIO, "trl#3867", "learner.Learner.score_mu", "test_mu.test_the_gradient_is_that_of_the_trainers_own_mu",
+@exhibit(RATIO, "trl#6945", "learner.Learner.score_mu", "test_mu.test_the_gradient_is_that_of_the_trainers_own_mu",
          settings={})
 def the_samplers_rounding_as_drift(ours, learner, batch, version):
     """The sampler's log-probs stand for the trainer's. Rounding counts as a policy that has moved, and is clipped."""
     batch.drawn_logp = batch.old_logp
 
 
-@exhibit(RATIO, "verl#721", "learner.Learner.descend",
+@exhibit(RATIO, "Agent-R1#30", "learner.Learner.descend",
          "test_learner.test_a_loss_or_a_gradient_that_alone_is_not_finite_makes_no_step")
 def step_into_nan(ours, learner, loss):
-    """A step is made whatever the norm. One non-finite loss turned all weights into NaN."""
+    """A step is made whatever the norm. After one bad loss every metric was NaN and every reward the worst."""
     norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), learner.config.grad_clip).item()
     learner.optimizer.step()
     return norm
@@ -208,7 +223,7 @@ def count_of_this_rank(ours, learner, batch, rows, config):
 
 @exhibit(AVERAGING, "trl#3138", "grpo.aggregate", "test_grpo.test_three_aggregations_by_hand")
 def dr_grpo_by_own_length(ours, loss, mask, how="token", normalizer=None, max_length=None):
-    """Dr. GRPO divides by each row's own length. Long wrong answers were punished less a token, and grew."""
+    """The constant of Dr GRPO is each row's own length. Long wrong answers were punished less a token, and grew."""
     return ours(loss, mask, "sequence" if how == "constant" and max_length else how, normalizer, max_length)
 
 
@@ -224,9 +239,9 @@ def k3_by_exp(ours, logp, ref_logp, kind="k3", old_logp=None, mask=None):
     return d.exp() - d - 1
 
 
-@exhibit(KL, "minimind", "learner.forward", "test_learner.test_the_reference_is_scored_at_the_temperature_of_the_run")
+@exhibit(KL, "trl#4159", "learner.forward", "test_learner.test_the_reference_is_scored_at_the_temperature_of_the_run")
 def scored_at_temperature_one(ours, model, micro, rows, config):
-    """Tokens are drawn at one temperature and scored at 1. Ratio and KL say "moved" at step 0 (also in simple_GRPO)."""
+    """Tokens are drawn at one temperature and scored at 1. Ratio and KL say "moved" at step 0 (also minimind)."""
     return ours(model, micro, rows, replace(config, temperature=1.0))
 
 
@@ -235,10 +250,10 @@ def scored_at_temperature_one(ours, model, micro, rows, config):
 SAMPLING = "Sampling and log-probs"
 
 
-@exhibit(SAMPLING, "rasbt/reasoning-from-scratch", "engine.sampling.draw",
+@exhibit(SAMPLING, "trl#6789", "engine.sampling.draw",
          "test_sampling.test_recorded_log_probs_are_those_of_the_truncated_distribution")
 def log_probs_before_truncation(ours, logits, uniforms, temperature, top_k=0, top_p=1.0):
-    """Tokens come from top-k or top-p, their log-probs from the whole softmax. The ratio is to a policy that drew nothing."""
+    """Tokens come from top-k or top-p, their log-probs from the whole softmax. The ratio is biased (also nanochat)."""
     ids = invert_in_two(truncate(logits, top_k, top_p).softmax(-1), uniforms)
     return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
@@ -307,13 +322,13 @@ def eos_ends_every_template(ours, tokenizer):
     return [tokenizer.eos_token_id] if ours(tokenizer) else []
 
 
-@exhibit(TEMPLATES, "axolotl#2073", "prompts.end_id", "test_chat.test_sft_teaches_the_end_of_the_turn_in_use")
+@exhibit(TEMPLATES, "trl#3299", "prompts.end_id", "test_chat.test_sft_teaches_the_end_of_the_turn_in_use")
 def sft_teaches_the_base_eos(ours, tokenizer, template):
-    """SFT in a chat template teaches the base model's eos. The end of a turn stops nothing (also transformers#45127)."""
+    """SFT in a chat template teaches the base model's eos. The model wrote on behind its turns (also trl#2059)."""
     return ours(tokenizer, "plain")
 
 
-@exhibit(TEMPLATES, "trl#3299", "prompts.speaks_chat",
+@exhibit(TEMPLATES, "transformers#45127", "prompts.speaks_chat",
          "test_chat.test_a_chat_model_whose_tokenizer_kept_the_base_eos_gets_its_chat_template")
 def only_the_tokenizer_is_asked(ours, tokenizer):
     """A chat model whose tokenizer kept the base eos is taken for a base model. It is trained on prompts it never saw."""
@@ -368,7 +383,7 @@ def substring_is_right(ours, given, gold):
 
 @exhibit(REWARDS, "verl#2150", "reward.verify", "test_reward.test_several_candidates_or_no_mark_are_wrong")
 def last_number_is_the_answer(ours, completion, answer, lenient=False):
-    """Training pays the last number of the text. Numbers without a claim are rewarded; two extractors disagree."""
+    """The last number is the answer ("flexible"). Numbers without a claim are paid; each extractor has its own accuracy."""
     return ours(completion, answer, lenient=True)
 
 
