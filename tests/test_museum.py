@@ -337,7 +337,7 @@ def only_the_tokenizer_is_asked(ours, tokenizer):
 
 @exhibit(TEMPLATES, "trl#2897", "prompts.decode", "test_chat.test_the_stop_token_is_taken_away_and_nothing_else")
 def special_tokens_skipped(ours, tokenizer, completions, stops):
-    """Special tokens are stripped before the reward. <answer> was one, so every reward was 0 (also verl#1724)."""
+    """Special tokens are stripped before the reward. `<answer>` was one, so every reward was 0 (also verl#1724)."""
     return tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
@@ -408,7 +408,7 @@ def colon_is_division(ours, given, gold):
 
 @exhibit(REWARDS, "trl#5026", "reward._same_choice", "test_reward.test_of_a_gold_letter_with_its_value_either_is_right")
 def letter_with_value_equals_nothing(ours, given, gold):
-    r"""Gold answers such as \textbf{(C)}\ 12 equal nothing. Their problems taught that every answer is wrong."""
+    r"""Gold answers such as `\textbf{(C)}\ 12` equal nothing. Their problems taught that every answer is wrong."""
     return False
 
 
