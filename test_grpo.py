@@ -270,6 +270,16 @@ def test_k3_is_never_negative_and_zero_at_the_reference():
     assert (grpo.kl_penalty(ref, ref, mask=mask) == 0).all()
 
 
+def test_off_the_mask_there_is_no_kl():
+    """Padding may hold anything: its KL is exactly 0, in the value, in the gradient and so in the log's sum."""
+    for kind in grpo.KL_KINDS:
+        logp = torch.tensor([[-1., -2., -3.]], requires_grad=True)
+        ref, mask = torch.tensor([[-2., -9., math.nan]]), torch.tensor([[1., 0., 0.]])
+        kl = grpo.kl_penalty(logp, ref, kind, torch.zeros(1, 3), mask)
+        kl.sum().backward()
+        assert kl[0, 0] != 0 and kl[0, 1:].tolist() == [0, 0] and logp.grad[0, 1:].tolist() == [0, 0]
+
+
 # -------------------------------------------------------------------------------------- aggregation
 
 def test_three_aggregations_by_hand():
@@ -397,6 +407,14 @@ def test_masking_truncated_rows_keeps_them_in_the_baseline():
     batch = grpo.prepare(rollout, rewards, Config(mask_truncated=True))
     assert (batch.mask[1::4] == 0).all() and not batch.active[1::4].any()
     torch.testing.assert_close(batch.advantages.view(3, 4), grpo.group_advantages(rewards))
+
+
+def test_two_groups_of_one_prompt_stay_two():
+    """Both prompts are 7. The means are 1/2 and 2; together they would be 5/4."""
+    rollout = Rollout(torch.tensor([[7, 1], [7, 2], [7, 3], [7, 4]]), torch.ones(4, dtype=torch.int64),
+                      torch.full((4,), 2), torch.zeros(4, 2), torch.ones(4, dtype=torch.bool))
+    batch = grpo.prepare(rollout, torch.tensor([[1., 0.], [3., 1.]]), Config(advantage_scale="none"))
+    assert batch.advantages.tolist() == [.5, -.5, 1, -1]
 
 
 def test_the_stop_token_is_trained_also_when_it_equals_the_padding():

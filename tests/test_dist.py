@@ -371,6 +371,16 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path, monkeypatch):
     assert seen == [("new", "old")] and file.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_checkpoint_holds_the_moments_of_every_weight():
+    """Of a frozen weight it holds nothing."""
+    model = Transformer(ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)).init_weights()
+    model.model.norm.weight.requires_grad_(False)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = checkpoint.tensors_of(model, learner.adamw(model, 1e-3))
+    kinds = ("model", "step", "exp_avg", "exp_avg_sq")
+    assert set(found) == {f"{kind}.{name}" for kind in kinds for name in names}
+
+
 def test_the_count_of_bad_updates_comes_back_with_a_checkpoint(tmp_path):
     checkpoint.save_checkpoint(tmp_path, Progress(step=1, bad_steps=4), {"a": torch.ones(3)})
     progress, _ = checkpoint.load_checkpoint(tmp_path / "step-000001", {"a": torch.zeros(3)})

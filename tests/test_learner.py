@@ -2,6 +2,7 @@
 import itertools
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,27 @@ def test_halves_of_the_gradient_variance_lie_within_each_minibatch():
 
 
 # ------------------------------------------------------------------------------------------------ scoring and steps
+
+def test_the_divisor_counts_the_rows_of_all_ranks(monkeypatch):
+    """Here are 2 tokens and 3 rows, on the other rank 5 and 4; a rank without rows has the same divisor."""
+    others = {"token": 5.0, "sequence": 4.0}
+    for aggregation, whole in (("token", 7), ("sequence", 7)):
+        monkeypatch.setattr(learner.dist, "all_reduce",
+                            lambda sums, device: {"count": sums["count"] + others[aggregation]})
+        one = learner.Learner(Config(aggregation=aggregation), grpo, small_model(), None, Progress())
+        batch = SimpleNamespace(mask=torch.tensor([[1., 0.], [0., 0.], [0., 1.]]))
+        assert one.count(batch, [0, 1, 2], one.config) == whole
+        assert one.count(batch, [], one.config) == others[aggregation]
+
+
+def test_a_rank_with_less_to_do_has_as_many_micro_batches(monkeypatch):
+    """The busiest rank has three: here one of rows and two of none follow, because each pass is a collective."""
+    monkeypatch.setattr(learner.dist, "all_reduce", lambda sums, device, op: {"parts": 3.0})
+    out = Sampler(small_model(), []).generate([[1, 2]], 2, 3)
+    batch = grpo.prepare(out, torch.tensor([[1.0, 0]]), Config())
+    found = learner.parts_of(batch, [0, 1], Config(group_size=2))
+    assert [part for part, _ in found] == [[0, 1], [], []] and [len(micro.mask) for _, micro in found] == [2, 0, 0]
+
 
 def test_the_log_of_two_updates_by_hand():
     """Sums over 10 and 30 tokens are divided by 40; loss and norm are plain means. How far pi is from the sampler's mu is said

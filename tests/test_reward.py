@@ -3,6 +3,7 @@ r"""Specification of reward.py by example: what is extracted, what is equal, wha
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -391,6 +392,15 @@ def test_nothing_in_a_completion_is_executed(tmp_path):
     source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     forbidden = r"\b(?:eval|exec|compile|__import__|subprocess|signal|sympy|pickle)\b\s*[.(]"
     assert not re.search(forbidden, source.replace("re.compile", ""))
+
+
+def test_verify_is_the_same_off_the_main_thread():
+    """A timeout by signal would raise there, and "in doubt False" would hide it."""
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.extend(verify(text, "5") for text in (r"\boxed{5}", r"\boxed{6}")))
+    thread.start()
+    thread.join()
+    assert verdicts == [True, False]
 
 
 def test_no_more_is_read_than_the_caps_allow(monkeypatch):
