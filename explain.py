@@ -449,10 +449,11 @@ def about(seen):
     c = seen.columns["grpo"].learner.config
     own = {name: vars(column.learner.config) for name, column in seen.columns.items()}
     wanted = {"grpo": ("clip_low", "clip_high", "beta", "aggregation", "advantage_scale",
-                       "ratio_level", "kl_kind"),
+                       "ratio_level"),
               "gtpo": ("gtpo_gamma", "gtpo_amplify", "aggregation", "advantage_scale"),
-              "offpolicy": ("clip_low", "clip_high", "beta", "aggregation", "correction",
-                            "importance", "importance_level", "importance_cap", "kl_kind")}
+              "offpolicy": ("clip_low", "clip_high", "beta", "aggregation", "advantage_scale",
+                            "ratio_level", "correction", "importance", "importance_level",
+                            "importance_cap")}
     settings = {name: {key: own[name][key] for key in keys} for name, keys in wanted.items()}
 
     gate = seen.columns["gtpo"].batch.initial_entropy

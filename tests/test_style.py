@@ -12,7 +12,7 @@ PROGRAMS = sorted(file for folder in (".", "engine", "verifier", "measure", "puz
 READING_PATH = ("grpo.py", "rollout.py", "learner.py", "train.py", "model.py")
 OBJECTIVES = {"grpo", "gtpo", "offpolicy"}      # and replay.py, which offpolicy.py brings
 COMPANIONS = {"gtpo", "offpolicy", "replay", "measure", "bench", "evaluate", "matplotlib", "datasets", "lora",
-              "dpo", "distill", "curriculum", "rejection", "judge", "pipeline", "study", "actors", "moe"}
+              "dpo", "distill", "curriculum", "rejection", "judge", "pipeline", "study", "actors", "moe", "explain"}
 
 
 def lines_of(file):
