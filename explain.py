@@ -127,7 +127,7 @@ def check_step(source, step, name):
     known = steps_of(source)
     if step not in known:
         raise ValueError(f"{name} {step}: {source.folder} has the weights of steps "
-                         f"{', '.join(map(str, known))}; train with --save-every and "
+                         f"{', '.join(map(str, sorted(known)))}; train with --save-every and "
                          "--keep-checkpoints for more")
     if step == 0 and not Path(source.start).is_dir() and source.config.model == "":
         raise ValueError(f"{name} 0: the starting model {source.start} is gone")

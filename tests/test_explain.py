@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
 
 import explain
+from config import Common, Config
 from model import trainable
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -25,13 +26,22 @@ HOSTILE = ["<script>window.hacked = 1</script>", "</script><img src=x onerror=wi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small run of GTPO's default task, with three checkpoints."""
-    out = tmp_path_factory.mktemp("explain") / "run"
-    code = ["train.py", "--warm-start-steps", "70", "--steps", "3", "--save-every", "1", "--keep-checkpoints", "9",
-            "--prompts-per-step", "6", "--group-size", "6", "--max-new-tokens", "32", "--eval-problems", "4",
-            "--eval-samples", "1", "--threads", "1", "--format-reward", "0.5", "--out", str(out)]
-    subprocess.run([sys.executable, *code], cwd=explain.PAGE.parents[1], check=True, capture_output=True)
-    return out
+    """A run of three steps, all saved, by a model that guesses one of three numbers."""
+    here = tmp_path_factory.mktemp("explain")
+    problems = [{"problem": f"Guess the number behind door {a}.", "answer": str(a % 3 + 1),
+                 "solution": f"It may be {a % 3 + 1}.\n#### {a % 3 + 1}"} for a in range(60)]
+    (here / "p.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+
+    def run(*command):
+        done = subprocess.run([sys.executable, *map(str, command), "--data", str(here / "p.jsonl"), "--threads", "1"],
+                              cwd=explain.PAGE.parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    run("sft.py", "--steps", 40, "--lr", "5e-3", "--hidden-size", 48, "--layers", 2, "--out", here / "start")
+    run("train.py", "--model", here / "start", "--steps", 3, "--save-every", 1, "--keep-checkpoints", 9,
+        "--prompts-per-step", 6, "--group-size", 6, "--max-new-tokens", 32, "--eval-problems", 4,
+        "--eval-samples", 1, "--format-reward", 0.5, "--out", here / "run")
+    return here / "run"
 
 
 def arguments(folder, *more):
@@ -57,8 +67,8 @@ def content_of(html):
 
 # --------------------------------------------------------------------------------- the numbers
 
-@pytest.mark.parametrize("objective", explain.OBJECTIVES)
-def test_shown_weights_times_gradients_of_logp_are_the_learners_gradient(objective, seen, html, monkeypatch):
+def check_gradient(objective, seen, content, monkeypatch):
+    """Sum the page's weights times the gradients of log pi, and compare with what the learner's optimizer gets."""
     column = seen.columns[objective]
     learner, batch, rollout = column.learner, column.batch, seen.rollout
     gradients = {}
@@ -70,13 +80,13 @@ def test_shown_weights_times_gradients_of_logp_are_the_learners_gradient(objecti
     monkeypatch.setattr(learner, "descend", keep)
     learner.passes(batch, learner.config.prompts_per_step)
 
-    rows = [row for group in content_of(html)["groups"] for row in group["rows"]]
+    rows = [row for group in content["groups"] for row in group["rows"]]
     shown = torch.zeros_like(seen.logps["pi"])
     for row, start, found in zip(range(len(rows)), rollout.prompt_lengths.tolist(), rows):
         assert found["omitted"] is None and found["places"] is None
         weights = found[objective]["weight"]
         shown[row, start:start + len(weights)] = torch.tensor(weights, dtype=torch.float32)
-    assert (shown != 0).sum() > 50
+    assert (shown != 0).sum() > 20
 
     groups = [row // learner.config.group_size for row in range(len(rows))]
     logp, _ = learner.model.token_logps(rollout.tokens, rollout.completion_mask(),
@@ -87,6 +97,38 @@ def test_shown_weights_times_gradients_of_logp_are_the_learners_gradient(objecti
     assert size > 0
     for p, gradient in zip(parameters, mine):
         assert (gradient - gradients[id(p)]).norm() <= 1e-5 * size
+
+
+@pytest.mark.parametrize("objective", explain.OBJECTIVES)
+def test_shown_weights_times_gradients_of_logp_are_the_learners_gradient(objective, seen, html, monkeypatch):
+    check_gradient(objective, seen, content_of(html), monkeypatch)
+
+
+@pytest.mark.parametrize("settings", [
+    {"algo": "grpo", "beta": 0.3, "aggregation": "constant", "advantage_scale": "loo", "kl_kind": "k3_is",
+     "mask_truncated": True, "dual_clip": 3.0},
+    {"algo": "grpo", "ratio_level": "sequence", "zero_variance": "keep", "temperature": 0.7,
+     "clip_low": 0.99, "clip_high": 50.0},
+    {"algo": "gtpo", "gtpo_gamma": 0.1, "aggregation": "token"},
+    {"algo": "offpolicy", "trust_region": "token", "importance": "masked", "importance_level": "token",
+     "importance_normalize": "batch", "beta": 0.1, "sync_every": 2},
+    {"algo": "offpolicy", "correction": "bypass", "importance": "none", "aggregation": "sequence"}],
+    ids=lambda settings: "-".join(map(str, settings.values())))
+def test_so_they_are_with_other_settings_of_the_run(settings, folder, tmp_path, monkeypatch):
+    stored = json.loads((folder / "config.json").read_text())
+    common = {f.name: stored[f.name] for f in fields(Common)}
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(folder / "checkpoints")
+    config = Config(**{**common, **settings})
+    (copy / "config.json").write_text(json.dumps(asdict(config)))
+
+    seen = explain.look(arguments(copy, "--step", "1", "--lr", "1e-3", "--groups", "4"))
+    content = explain.describe(seen)
+    for objective in explain.OBJECTIVES:
+        check_gradient(objective, seen, content, monkeypatch)
+    own = vars(seen.columns[settings["algo"]].learner.config)
+    assert all(own[name] == value for name, value in settings.items())
 
 
 def test_weights_are_the_formulas_that_the_page_shows(seen, html):
@@ -410,7 +452,7 @@ def test_a_quantity_that_an_objective_lacks_brings_one_that_has_it_and_finds_its
         opened.run("document.querySelector('#legend button').click()")
         mark = opened.run("return document.querySelector('.tok.chosen').dataset.mark")
         assert mark and (sign is None or sign in mark)
-        assert opened.run(f"return document.activeElement.dataset.mark") == mark
+        assert opened.run("return document.activeElement.dataset.mark") == mark
 
 
 @pytest.mark.parametrize("dark", [False, True])
