@@ -54,7 +54,7 @@ import reward
 from config import Common, Config, Parser, parse_template_kwargs, stored_config
 from engine.checkpoint import Progress, checkpoints, load_checkpoint, tensors_of
 from engine.logps import chunked_logps
-from engine.weights import read_weights
+from engine.weights import read_json, read_weights
 from learner import Learner, adamw, parts_of
 from policies import load_policies
 from rollout import Sampler, draw_groups
@@ -72,7 +72,7 @@ CANDIDATES = 5          # for the next token
 POINTS = 400            # of a curve
 
 
-# --------------------------------------------------------------------------- the run and its weights
+# -------------------------------------------------------------------------- the run and its weights
 
 @dataclass
 class Source:
@@ -88,11 +88,9 @@ def find_source(args):
     folder = Path(args.run)
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is neither a run of train.py nor a model: it has no config.json")
-    try:
-        is_run = "algo" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{file} is not valid JSON") from None
+        raise ValueError(f"{folder} is neither a run of train.py nor a model: "
+                         "it has no config.json")
+    is_run = "algo" in read_json(file)
 
     if not is_run:
         c = Config("grpo", model=str(folder), data=args.data or "arithmetic", seed=args.seed or 0)
@@ -421,7 +419,7 @@ class Words:
         return self.of_id[i]
 
 
-# -------------------------------------------------------------------------------- the page's numbers
+# ------------------------------------------------------------------------------- the page's numbers
 
 def describe(seen):
     """Everything that the page shows, as one JSON object."""
@@ -561,9 +559,12 @@ def rounded(x, digits=7):
 
 # ----------------------------------------------------------------------- the run around the step
 
-CURVES = (("held-out accuracy", ("eval_pass@1", "eval_greedy")),
-          ("training reward", ("reward",)),
-          ("completion length, tokens", ("completion_length", "eval_length")))
+CURVES = (      # (title, [(key of the log, what it is called)])
+    ("held-out accuracy", (("eval_pass@1", "drawn answers"),
+                           ("eval_greedy", "most likely answers"))),
+    ("training reward", (("reward", "mean of a step"),)),
+    ("length of an answer, tokens", (("completion_length", "in training"),
+                                     ("eval_length", "held-out"))))
 
 
 def curves_of(source):
@@ -574,14 +575,14 @@ def curves_of(source):
     _, lines = report.read_log(source.folder)
 
     panels = []
-    for title, keys in CURVES:
+    for title, named in CURVES:
         series = []
-        for key in keys:
+        for key, name in named:
             points = report.curve(lines, "step", key)
             every = -(-len(points) // POINTS) or 1
             thin = [[x, rounded(y, 4)] for x, y in points[::every]]
             if points:
-                series.append({"name": key, "points": thin})
+                series.append({"name": name, "points": thin})
         panels.append({"title": title, "series": series})
     return panels
 
@@ -662,7 +663,8 @@ def parse(argv=None):
     parser.add_argument("run", help="run folder of train.py, or a model folder")
     parser.add_argument("--html", required=True, help="the page to write")
     parser.add_argument("--step", type=int, help="weights of this step [the newest checkpoint]")
-    parser.add_argument("--steps", default="", help="a,b,c: the same prompt by these steps' weights")
+    parser.add_argument("--steps", default="",
+                        help="a,b,c: the same prompt by the weights of these steps")
     parser.add_argument("--groups", type=int, default=3, help="problems on the page [3]")
     parser.add_argument("--updates", type=int, default=4,
                         help="optimizer steps on the rollout that lead from mu to pi [4]")
