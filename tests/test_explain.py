@@ -415,6 +415,7 @@ def opened(browser, html, tmp_path):
 COLOURS = "return [...document.querySelectorAll('.tok')].map(x => getComputedStyle(x).backgroundColor + x.className);"
 
 
+@pytest.mark.slow
 def test_the_page_loads_without_errors_and_requests_nothing(opened):
     assert opened.run("return document.querySelectorAll('.tok').length") > 100
     for view in ("gtpo", "offpolicy", "three", "grpo"):
@@ -427,6 +428,7 @@ def test_the_page_loads_without_errors_and_requests_nothing(opened):
     assert opened.requests()[0].startswith("file:")
 
 
+@pytest.mark.slow
 def test_every_quantity_has_its_own_colours_and_formula(opened):
     looks, lit = [], {}
     opened.run("document.querySelector('[name=view][value=three]').click()")
@@ -439,6 +441,7 @@ def test_every_quantity_has_its_own_colours_and_formula(opened):
         assert terms == {quantity}, quantity
 
 
+@pytest.mark.slow
 def test_hovering_shows_the_numbers_and_candidates(opened):
     place = opened.run("const r = tokens[5].element.getBoundingClientRect();"
                        "return {x: r.x + 3, y: r.y + r.height / 2}")
@@ -453,6 +456,7 @@ def test_hovering_shows_the_numbers_and_candidates(opened):
     assert opened.run("return document.querySelectorAll('.term .val').length") >= 4
 
 
+@pytest.mark.slow
 def test_the_keyboard_alone_is_enough(opened):
     """Tab reaches everything; arrows change the quantity, and walk over tokens."""
     opened.run("document.querySelector('[name=quantity]:checked').focus()")
@@ -472,6 +476,7 @@ def test_the_keyboard_alone_is_enough(opened):
     assert opened.run("return tokens.filter(x => x.element.tabIndex === 0).length") == 1
 
 
+@pytest.mark.slow
 def test_a_quantity_that_an_objective_lacks_brings_one_that_has_it_and_finds_its_tokens(opened):
     for quantity, view, sign in (("conflict", "gtpo", "×"), ("clip", "grpo", None)):
         opened.run("document.querySelector('[name=view][value=grpo]').click()")
@@ -483,6 +488,7 @@ def test_a_quantity_that_an_objective_lacks_brings_one_that_has_it_and_finds_its
         assert opened.run("return document.activeElement.dataset.mark") == mark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 800, 1400])
 def test_no_width_scrolls_sideways_and_text_has_contrast(opened, html, tmp_path, width, dark):
@@ -510,6 +516,7 @@ for (const element of document.querySelectorAll('.tok')) {
 return least;"""
 
 
+@pytest.mark.slow
 def test_hostile_text_is_text(browser, html, tmp_path):
     file = tmp_path / "hostile.html"
     file.write_text(hostile(html), encoding="utf-8")
@@ -526,6 +533,7 @@ def test_hostile_text_is_text(browser, html, tmp_path):
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth + 1")
 
 
+@pytest.mark.slow
 def test_a_script_that_gets_in_all_the_same_does_not_run(browser, html, tmp_path):
     """The Content-Security-Policy: another script, an event handler, a request."""
     file = tmp_path / "injected.html"
@@ -536,6 +544,7 @@ def test_a_script_that_gets_in_all_the_same_does_not_run(browser, html, tmp_path
     assert browser.run("return document.querySelectorAll('.tok').length") > 100
 
 
+@pytest.mark.slow
 def test_answers_over_training_stand_side_by_side(opened):
     assert opened.run("return [...document.querySelectorAll('.time h3')].map(x => x.textContent)") == [
         "step 0", "step 1", "step 3"]

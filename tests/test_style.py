@@ -101,7 +101,7 @@ def test_nothing_of_a_companion_is_imported_unless_it_is_asked_for():
 def test_sizes():
     assert sum(filled(HERE / name) for name in READING_PATH) <= 1400
     assert len([path for path in subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=HERE, text=True,
-                                                capture_output=True).stdout.split()]) <= 54
+                                                capture_output=True).stdout.split()]) <= 55
     assert sum(filled(file) for file in (HERE / "engine").glob("*.py")) <= 2210
     assert sum(filled(file) for file in (HERE / "verifier").glob("*.py")) <= 950
     assert (HERE / "README.md").stat().st_size <= 10_000
