@@ -61,13 +61,14 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, kind="
     return (1 - beta * margin).clamp(min=0)
 
 
-def pairs(rewards, per_prompt=1, seed=0, lengths=None, allowed=None):
+def pairs(rewards, per_prompt=1, seed=0, lengths=None, allowed=None, first=0):
     """Choose pairs of a right and a wrong completion. Returns (chosen, rejected), row numbers (P,).
 
     rewards (N, G): a completion is right above the middle of its group's best and worst reward,
     else wrong; equal rewards give no pair. At most per_prompt pairs a group, no row twice, in an
     order that follows from the seed. lengths (N, G): the closest in length come first. allowed: a
-    function of two row numbers, False for a pair that is left out."""
+    function of two row numbers, False for a pair that is left out. first: the number of the first
+    prompt among those of all ranks, so that the pairs do not depend on who holds them."""
     if rewards.ndim != 2 or per_prompt < 1:
         raise ValueError(f"pairs needs rewards (prompts, group) and per_prompt >= 1, "
                          f"not {tuple(rewards.shape)}, {per_prompt}")
@@ -75,13 +76,13 @@ def pairs(rewards, per_prompt=1, seed=0, lengths=None, allowed=None):
     best, worst = rewards.amax(1, keepdim=True), rewards.amin(1, keepdim=True)
     right = (rewards > (best + worst) / 2) & (best > worst)                     # (N, G)
     wrong = ~right & (best > worst)
-    shuffled = torch.Generator().manual_seed(seed)
 
     chosen, rejected = [], []
     for n in range(N):
         candidates = [(i, j) for i in right[n].nonzero()[:, 0].tolist()
                       for j in wrong[n].nonzero()[:, 0].tolist()]
-        order = torch.randperm(len(candidates), generator=shuffled).tolist()
+        of_prompt = torch.Generator().manual_seed(seed * 1_000_003 + first + n)
+        order = torch.randperm(len(candidates), generator=of_prompt).tolist()
         candidates = [candidates[k] for k in order]
         if lengths is not None:
             of = lengths[n].tolist()
@@ -150,8 +151,10 @@ def prepare(rollout, rewards, config):
         return overlap(tokens[i], tokens[j]) <= config.most_overlap
 
     lengths = (rollout.lengths - rollout.prompt_lengths).view(rewards.shape)
-    seed = config.seed * 1_000_003 + rollout.version
-    chosen, rejected = pairs(rewards.cpu(), config.pairs_per_prompt, seed, lengths.cpu(), allowed)
+    seed = config.seed * 10_007 + rollout.version
+    first = dist.split(config.prompts_per_step).start
+    chosen, rejected = pairs(rewards.cpu(), config.pairs_per_prompt, seed, lengths.cpu(), allowed,
+                             first)
 
     partner = torch.full((len(mask),), -1, dtype=torch.int64)
     partner[chosen] = rejected
