@@ -95,13 +95,17 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in one
     line, when there is nothing usable."""
     parts = parts_of(data, levels)
-    total = sum(part.weight for part in parts)
     problems = []
-    for part in parts:
-        share = max(1, round(count * part.weight / total))
+    for part, share in zip(parts, shares(parts, count)):
         loaded = load_part(part, split, seed, share, report)
         problems += loaded if whole else loaded[:share]
     return problems
+
+
+def shares(parts, count):
+    """Share a number of problems among the parts of a mix, by weight: at least one each."""
+    total = sum(part.weight for part in parts)
+    return [max(1, round(count * part.weight / total)) for part in parts]
 
 
 def load_part(part, split, seed, count, report):
@@ -274,9 +278,7 @@ def load_split(c, report=print):
 
     # what has a test split, and files, of which a part is held out
     kept, held_out = [], []
-    total = sum(part.weight for part in parts)
-    for part in parts:
-        share = max(1, round(eval_count * part.weight / total))
+    for part, share in zip(parts, shares(parts, eval_count)):
         mine = [p for p in train if p["task"] == Path(part.source).name]
         if tasks.known(part.source) or part.source in HUB:
             theirs = load_part(part, "test", 0, share, report)

@@ -30,7 +30,6 @@ with another tokenizer; the top-k form, which is unstable with the reverse KL (v
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import dist
 import grpo

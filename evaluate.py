@@ -48,11 +48,10 @@ import reward
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
-from engine.checkpoint import write_whole
 from engine.weights import read_json
-from folder import fingerprint_of_problems
+from folder import Parts
 from model import Transformer
-from report import names_of, standard_error
+from report import indices_by_kind, standard_error
 from rollout import Sampler, draw_groups
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
@@ -309,38 +308,21 @@ class Kept:
 
     def __init__(self, config, problems):
         self.rows = {}
-        self.file = None
+        self.parts = None
         if not config.json:
             return
-        target = Path(config.json)
         place = {"json", "device", "threads", "rows_at_once"}       # these change no result
         settings = {k: v for k, v in asdict(config).items() if k not in place}
-        header = json.dumps([settings, fingerprint_of_problems(problems)])
+        self.parts = Parts(config.json, settings, problems, "evaluation", "--json")
+        self.take(self.parts.found)
 
-        for path in sorted(target.parent.glob(f".{target.name}.part-*")):
-            lines = path.read_text().split("\n")
-            if lines[0] != header:
-                raise ValueError(f"{path} is a part of another evaluation: remove it, or choose "
-                                 "another --json")
-            for line in lines[1:-1]:        # the last one is empty, or cut by a crash
-                row = json.loads(line)
-                self.rows[row["kind"], row["index"]] = row
-
-        # all in a file of this rank's own, so that a crash leaves no more than half a line
-        dist.barrier()
-        self.file = target.with_name(f".{target.name}.part-{dist.rank()}")
-        write_whole(self.file, "\n".join([header, *map(json.dumps, self.rows.values())]) + "\n")
+    def take(self, rows):
+        self.rows |= {(row["kind"], row["index"]): row for row in rows}
 
     def add(self, rows):
-        self.rows |= {(row["kind"], row["index"]): row for row in rows}
-        if self.file:
-            with open(self.file, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def remove(self):
-        """Remove the files of all ranks, when the result is written."""
-        for path in self.file.parent.glob(self.file.name.rpartition("-")[0] + "-*"):
-            path.unlink()
+        self.take(rows)
+        if self.parts:
+            self.parts.add(rows)
 
 
 FIRST_BATCH = 64        # completions; later batches grow until one takes BATCH_SECONDS
@@ -474,8 +456,7 @@ def by_kind(problems, greedy, sampled):
 
     Kinds are tasks and levels, see data.kind_of. Empty where there is one kind only."""
     kinds = {}
-    for name, members in names_of(data.kinds_of(problems)).items():
-        chosen = [i for i, problem in enumerate(problems) if data.kind_of(problem) in members]
+    for name, chosen in indices_by_kind(problems, data.kinds_of(problems)).items():
         values = metrics([greedy[i]["grades"] for i in chosen],
                          [sampled[i]["grades"] for i in chosen], "strict")
         n = len(sampled[0]["grades"]["strict"]["right"])
@@ -583,7 +564,7 @@ def main(argv=None):
             # "x" never overwrites, also when the file appeared in the meantime
             with open(config.json, "x", encoding="utf-8") as file:
                 file.write(json.dumps(result, indent=1) + "\n")
-            kept.remove()
+            kept.parts.remove()
         show(result)
 
 

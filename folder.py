@@ -4,6 +4,7 @@
     sources.json    fingerprints of the model and the data that it was started from
     start/          the starting model without its weights: config, tokenizer, chat template
     .lock           held while a run writes here
+    .NAME.part-0    of other programs: a result as far as it is (`Parts`)
     log.jsonl, samples.jsonl, curve.png (report.py), checkpoints/ (engine/checkpoint.py), model/
 
 With --resume the same problems must come in the same order, and a reference must be the model that
@@ -21,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from config import free_on_resume
-from dist import Agreed, gather_objects, together
+from dist import Agreed, barrier, gather_objects, rank, together
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
 from engine.weights import find_checkpoint, read_json, weight_files
@@ -266,3 +267,44 @@ def step_of(line):
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+# ------------------------------------------------------------- what a long program has done so far
+
+class Parts:
+    """Lines of a result, written as they come, so that a program that was stopped goes on.
+
+    Each rank has a file of its own beside the target, .TARGET.part-RANK, so that a crash leaves no
+    more than half a line. The first line says what the parts belong to: settings and problems.
+    `found` holds what earlier starts left, of any number of ranks. Every rank enters."""
+
+    def __init__(self, target, settings, problems, what, flag):
+        """Raises ValueError where the parts are of another `what`; flag: of the target."""
+        self.target = Path(target)
+        header = json.dumps([settings, fingerprint_of_problems(problems)])
+        lines = {}          # each once, though several ranks may have written it anew
+        for path in self.files():
+            first, *others = path.read_text(encoding="utf-8").split("\n")
+            if first != header:
+                raise ValueError(f"{path} is a part of another {what}: remove it, or choose "
+                                 f"another {flag}")
+            lines |= dict.fromkeys(others[:-1])         # the last one is empty, or cut by a crash
+        self.found = [json.loads(line) for line in lines]
+
+        barrier()
+        self.file = self.target.with_name(f".{self.target.name}.part-{rank()}")
+        write_whole(self.file, "\n".join([header, *lines]) + "\n")
+
+    def files(self):
+        """The files of all ranks."""
+        return sorted(self.target.parent.glob(f".{self.target.name}.part-*"))
+
+    def add(self, rows):
+        """Append rows, each a line of JSON."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def remove(self):
+        """Remove the files of all ranks, when the result is written."""
+        for path in self.files():
+            path.unlink()

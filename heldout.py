@@ -2,7 +2,7 @@
 import dist
 import report
 import reward
-from data import kind_of, kinds_of
+from data import kinds_of
 from rollout import draw_groups
 
 
@@ -32,8 +32,7 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
     right = reward.correct(problems, groups)
 
     of_kind = {}
-    for name, members in report.names_of(kinds_of(held_out)).items():
-        chosen = [i for i, problem in enumerate(problems) if kind_of(problem) in members]
+    for name, chosen in report.indices_by_kind(problems, kinds_of(held_out)).items():
         of_kind[f"right/{name}"] = sum(sum(right[i]) for i in chosen)
         of_kind[f"rows/{name}"] = samples * len(chosen)
     return dist.all_reduce({

@@ -49,7 +49,6 @@ import prompts
 import reward
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting)
 from engine.kernels import Sequences
-from engine.machine import choose_threads
 from model import Transformer
 from progress import bar
 from puzzles.common import final_answer
@@ -347,7 +346,7 @@ def parse(argv=None):
 def examine(config):
     """Draw, judge, verify, revise. Returns the numbers, and the rows of the corpus."""
     device = dist.setup(config.device)
-    torch.set_num_threads(config.threads or choose_threads())
+    torch.set_num_threads(config.threads or machine.choose_threads())
     judge = load_judge(config.judge, config.principles, device)
     split = "train" if config.revise else "test"        # a corpus of held-out problems would leak
     problems = data.load_problems(config.data, split, 0, parse_levels(config.levels),

@@ -26,6 +26,7 @@ pipeline stops and says so. At the end stand a table and a figure: accuracy afte
 GRPO steps go to the other GRPO stage, so that the number of rollouts stays. With --model the base
 is a checkpoint of yours and --data what it learns. Needs the programs as they are.
 """
+import functools
 import json
 import os
 import shlex
@@ -78,8 +79,9 @@ class Stage:
 class Plan:
     """Builds the stages of a pipeline: sizes, folders, and what is left out."""
 
-    def __init__(self, config):
+    def __init__(self, config, without=""):
         self.c = config
+        self.without = without
         self.out = Path(config.out)
         self.task = config.data
         self.stages = []
@@ -93,12 +95,12 @@ class Plan:
         """The model that a stage makes. Raises ValueError where that stage was left out."""
         made = [str(model_of(s, self.c)) for s in self.stages if s.name == stage]
         if not made:
-            raise ValueError(f"--without {self.c.without}: what comes behind it needs it")
+            raise ValueError(f"--without {self.without}: what comes behind it needs it")
         return made[0]
 
     def add(self, name, program, args, after="", files=None):
         """Add a stage, unless it is left out. Returns the name of the stage to go on from."""
-        if name == self.c.without:
+        if name == self.without:
             return after
         common = ["--seed", self.c.seed, "--threads", self.c.threads]
         if self.c.device:
@@ -151,7 +153,7 @@ class Plan:
 
 def r1(plan):
     first = plan.grpo_steps // 2
-    both = plan.c.without not in ("grpo", "grpo-2")
+    both = plan.without not in ("grpo", "grpo-2")
     steps = first if both else plan.grpo_steps
     start = plan.base()
     now = plan.sft("cold-start", start, plan.levels("2-3"))
@@ -251,33 +253,50 @@ def run_stage(stage, config):
 
     # what a killed program left is taken up again, or begins anew
     target = folder / MAKES[stage.program]
-    args = [*stage.args, "--out", str(target)]
-    if stage.program == "sft.py":
-        shutil.rmtree(target, ignore_errors=True)
-    elif stage.program == "train.py" and any((target / "checkpoints").glob("step-*")):
-        args = ["--resume", "--out", str(target)]
-    elif stage.program == "train.py":
+    command = [stage.program, *stage.args, "--out", str(target)]
+    if stage.program == "train.py":
+        command = going_on(target, command)
+    elif stage.program == "sft.py":
         shutil.rmtree(target, ignore_errors=True)
 
-    if not target.exists() or stage.program == "train.py":
+    seconds = 0.0               # of a corpus that was whole, but not yet said to be
+    if not target.is_file():
         begin = time.perf_counter()
-        call([stage.program, *args], folder / "output.txt")
+        call(command, folder / "output.txt", "--resume")
         seconds = time.perf_counter() - begin
-    else:
-        seconds = 0.0           # the corpus was whole, but not yet said to be
     write_whole(done, json.dumps({"seconds": round(seconds, 1), "command": shlex.join(
         ["python", stage.program, *stage.args])}, indent=1) + "\n")
 
 
-def call(command, log):
-    """Run one of the project's programs, its bars on this terminal and its words in the log too."""
+def going_on(out, command):
+    """The command that goes on with a run of train.py, or `command` where it has no checkpoint.
+
+    What the run left before its first checkpoint is removed."""
+    if any((out / "checkpoints").glob("step-*")):
+        return ["train.py", "--resume", "--out", str(out)]
+    shutil.rmtree(out, ignore_errors=True)
+    return command
+
+
+def call(command, log, again, cores=None, bars=None):
+    """Run one of the project's programs, with what it says on stdout in the log.
+
+    bars: whether its bars are shown on this terminal; None: if it is one. cores: those that it may
+    use; None: all. Raises ValueError where it fails, with its last line and how to go on: `again`.
+    """
+    pinned = None
+    if cores and hasattr(os, "sched_setaffinity"):
+        pinned = functools.partial(os.sched_setaffinity, 0, cores)
+
+    shown = sys.stderr.isatty() if bars is None else bars
     with open(log, "ab") as file:
         done = subprocess.run([sys.executable, *command], cwd=HERE, stdout=file,
-                              stderr=subprocess.PIPE if not sys.stderr.isatty() else None)
+                              stderr=None if shown else subprocess.PIPE, preexec_fn=pinned)
     if done.returncode:
-        said = (done.stderr or b"").decode(errors="replace").strip().split("\n")[-1]
-        raise ValueError(f"{command[0]} ended with status {done.returncode}: {said} "
-                         f"(its output: {log}); mend it, then go on with --resume")
+        said = (done.stderr or b"").decode(errors="replace").replace("\r", "\n").strip()
+        raise ValueError(f"{command[0]} ended with status {done.returncode}: "
+                         f"{said.rpartition(chr(10))[2]} (its output: {log}); "
+                         f"mend it, then go on with {again}")
 
 
 def model_of(stage, config):
@@ -294,7 +313,8 @@ def measure(stage, plan):
     if not file.exists():
         call(["evaluate.py", "--model", str(model_of(stage, c)), "--data", plan.held_out(),
               "--limit", "60" if c.quick else "400", "--samples", "2", "--max-new-tokens", "128",
-              "--threads", str(c.threads), "--json", str(file)], file.with_name("output.txt"))
+              "--threads", str(c.threads), "--json", str(file)], file.with_name("output.txt"),
+             "--resume")
     return json.loads(file.read_text())
 
 
@@ -302,8 +322,7 @@ def run(name, config):
     """Run a pipeline. Returns [(stage, result of evaluate.py or None)].
 
     Raises ValueError where a stage fails, or stays below the gate."""
-    plan = Plan(config)
-    build(name, plan)
+    plan = build(name, config)
     results = []
     for number, stage in enumerate(plan.stages, 1):
         print(f"[{number}/{len(plan.stages)}] {stage.name}: {stage.program}", flush=True)
@@ -324,15 +343,20 @@ def run(name, config):
     return results
 
 
-def build(name, plan):
-    """Fill the plan with the stages of a pipeline. Raises ValueError for a stage that is none."""
-    without, plan.c.without = plan.c.without, ""
+def build(name, config):
+    """Returns the plan of a pipeline. Raises ValueError for a stage to leave out that is none."""
+    whole = Plan(config)
+    PIPELINES[name](whole)
+    names = [stage.name for stage in whole.stages]
+    if not config.without:
+        return whole
+    if config.without not in names[1:]:
+        raise ValueError(f"--without {config.without}: {name} has the stages "
+                         f"{', '.join(names[1:])}")
+
+    plan = Plan(config, config.without)
     PIPELINES[name](plan)
-    names = [stage.name for stage in plan.stages]
-    if without and without not in names[1:]:
-        raise ValueError(f"--without {without}: {name} has the stages {', '.join(names[1:])}")
-    plan.stages, plan.c.without = [], without
-    PIPELINES[name](plan)
+    return plan
 
 
 # ------------------------------------------------------------------------- what it shows at the end
@@ -371,16 +395,18 @@ def draw(results, file):
 
 # ------------------------------------------------------------------------------------- the program
 
-def parse(argv=None):
-    """Returns (name, config) of the command line. Raises ValueError, in one line."""
+def named_command(argv, what, names, config_class, description):
+    """Read a command line that begins with the name of `what`. Returns (name, config).
+
+    Raises ValueError, in one line, for another name, wrong settings, or without --out."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    config = PipelineConfig(**command_line(PipelineConfig, __doc__, argv))
-    if name not in PIPELINES:
-        raise ValueError(f"give a pipeline, one of {', '.join(PIPELINES)}, not {name!r}")
+    config = config_class(**command_line(config_class, description, argv))
+    if name not in names:
+        raise ValueError(f"give {what}, one of {', '.join(names)}, not {name!r}")
     check_settings(config)
     if not config.out:
-        raise ValueError("give --out, the folder of the pipeline")
+        raise ValueError("give --out, a folder")
     return name, config
 
 
@@ -409,8 +435,8 @@ def claim(name, config):
 
 def main(argv=None):
     with program(lambda: "interrupted: go on with the same command and --resume"):
-        name, config = parse(argv)
-        build(name, Plan(PipelineConfig(**asdict(config))))     # what cannot be built is said now
+        name, config = named_command(argv, "a pipeline", PIPELINES, PipelineConfig, __doc__)
+        build(name, config)         # what cannot be built is said now
         claim(name, config)
         results = run(name, config)
         text = table(results, config)

@@ -16,7 +16,6 @@ data.py, rollout.py, reward.py. Left out: scoring the ways by anything but their
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +30,8 @@ import reward
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from engine.checkpoint import write_whole
-from folder import fingerprint_of_problems
+from evaluate import warn
+from folder import Parts
 from model import Transformer
 from rollout import Sampler, draw_groups
 from verifier.expression import same_value, value
@@ -151,11 +151,6 @@ def start(config):
     return Sampler(model, prompts.stop_ids(model, tokenizer)), tokenizer, problems
 
 
-def warn(line):
-    if dist.rank() == 0:
-        tqdm.write(line, file=sys.stderr)
-
-
 def rows_of(config, problem, texts):
     """The rows of a problem in the corpus, without those whose steps are wrong."""
     right = [reward.right(problem, text) for text in texts]
@@ -173,59 +168,47 @@ def rows_of(config, problem, texts):
 
 
 def sample(config):
-    """Draw, verify and keep. Every rank enters. Returns all rows, and the number of problems."""
+    """Draw, verify and keep. Every rank enters.
+
+    Returns all rows, the number of problems, and the Parts to remove when they are written."""
     sampler, tokenizer, problems = start(config)
     place = {"device", "threads", "batch"}              # these change no result
     settings = {name: of for name, of in asdict(config).items() if name not in place}
-    header = json.dumps([settings, fingerprint_of_problems(problems)])
-    target = Path(config.out)
-
-    # what an earlier start left, of any number of ranks: {index of a problem: its rows}
-    done = {}
-    for path in sorted(target.parent.glob(f".{target.name}.part-*")):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines[0] != header:
-            raise ValueError(f"{path} is a part of another corpus: remove it, or choose another "
-                             "--out")
-        done |= {index: rows for index, rows in map(json.loads, lines[1:-1])}
-    dist.barrier()
-    part = target.with_name(f".{target.name}.part-{dist.rank()}")
+    parts = Parts(config.out, settings, problems, "corpus", "--out")
+    done = dict(parts.found)            # {index of a problem: its rows}
     mine = problems[dist.rank()::dist.world()]
-    lines = [header, *(json.dumps([i, done[i]]) for i in (p["index"] for p in mine) if i in done)]
-    write_whole(part, "\n".join(lines) + "\n")
     todo = [problem for problem in mine if problem["index"] not in done]
 
     bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit=" problems",
                disable=dist.rank() > 0)
-    with bar, sampler.loaded(), open(part, "a", encoding="utf-8") as file:
+    with bar, sampler.loaded():
         while todo:
             batch, todo = todo[:config.batch], todo[config.batch:]
             seeds = [(config.seed, problem["index"]) for problem in batch]
             _, groups = draw_groups(sampler, tokenizer, batch, config.samples,
                                     config.max_new_tokens, config.temperature, seeds)
-            for problem, texts in zip(batch, groups):
-                done[problem["index"]] = rows_of(config, problem, texts)
-                file.write(json.dumps([problem["index"], done[problem["index"]]]) + "\n")
-            file.flush()
+            rows = [[problem["index"], rows_of(config, problem, texts)]
+                    for problem, texts in zip(batch, groups)]
+            parts.add(rows)
+            done |= dict(rows)
             bar.update(len(batch))
 
     everything = {}
     for of_rank in dist.gather_objects({p["index"]: done[p["index"]] for p in mine}):
         everything |= of_rank
-    return [row for index in sorted(everything) for row in everything[index]], len(problems)
+    rows = [row for index in sorted(everything) for row in everything[index]]
+    return rows, len(problems), parts
 
 
 def main(argv=None):
     with machine.program(lambda: "interrupted: the same command goes on"):
         config = parse(argv)
-        rows, count = sample(config)
+        rows, count, parts = sample(config)
         if not rows:
             raise ValueError(f"no completion of {count} problems was right: nothing to keep")
         if dist.rank() == 0:
-            target = Path(config.out)
-            write_whole(target, "".join(json.dumps(row) + "\n" for row in rows))
-            for path in target.parent.glob(f".{target.name}.part-*"):
-                path.unlink()
+            write_whole(Path(config.out), "".join(json.dumps(row) + "\n" for row in rows))
+            parts.remove()
             solved = len({row["problem"] for row in rows})
             print(f"{len(rows)} solutions of {solved} problems, out of {count}, in {config.out}")
         dist.barrier()

@@ -94,11 +94,18 @@ def names_of(kinds):
     return names
 
 
+def indices_by_kind(problems, kinds):
+    """Returns {name of names_of: indices of its problems}."""
+    found = {}
+    for name, members in names_of(kinds).items():
+        found[name] = [i for i, problem in enumerate(problems) if kind_of(problem) in members]
+    return found
+
+
 def sums_by_kind(drawn, kinds, tokens):
     """The sums of one train.Drawn behind `means_by_kind`; tokens (n, G) of its completions."""
     sums = {}
-    for name, members in names_of(kinds).items():
-        chosen = [i for i, problem in enumerate(drawn.problems) if kind_of(problem) in members]
+    for name, chosen in indices_by_kind(drawn.problems, kinds).items():
         sums[f"groups/{name}"] = len(chosen)
         sums[f"reward/{name}"] = drawn.rewards[chosen].sum()
         sums[f"pass@1/{name}"] = (drawn.parts["correct"][chosen] > 0).sum()

@@ -26,7 +26,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -35,12 +34,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import report
-from config import CURRICULA, check_settings, command_line, setting
+from config import CURRICULA, setting
 from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
-
-HERE = Path(__file__).resolve().parent
+from pipeline import call, going_on, named_command
 
 
 @dataclass
@@ -169,20 +167,6 @@ STUDIES = {"curricula": curricula, "transfer": transfer, "group-size": group_siz
 
 # ------------------------------------------------------------------------------------ running them
 
-def call(command, log, cores):
-    """Run a program of the project on some cores. Raises ValueError with its last line."""
-    pinned = None
-    if cores and hasattr(os, "sched_setaffinity"):
-        def pinned():
-            os.sched_setaffinity(0, cores)
-    with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *command], cwd=HERE, stdout=file,
-                              stderr=subprocess.PIPE, preexec_fn=pinned)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().replace("\r", "\n").split("\n")[-1]
-        raise ValueError(f"{shlex.join(command)} ended with status {done.returncode}: {said}")
-
-
 def make_start(folder, name, flags, threads):
     """Make a start, unless it is there: it appears when it is whole."""
     target = folder / "start" / name
@@ -192,7 +176,7 @@ def make_start(folder, name, flags, threads):
     shutil.rmtree(part, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     command = ["sft.py", *map(str, flags), "--out", str(part), "--threads", str(threads)]
-    call(command, folder / "start" / f"{name}.txt", None)
+    call(command, folder / "start" / f"{name}.txt", "the same command", bars=False)
     os.replace(part, target)
 
 
@@ -201,14 +185,11 @@ def run_one(folder, name, seed, flags, threads, cores, keep_models):
     out = folder / "runs" / f"{name}-s{seed}"
 
     if not (out / "model").exists():
-        command = ["train.py", "--resume", "--out", str(out)]
-        if not any((out / "checkpoints").glob("step-*")):
-            shutil.rmtree(out, ignore_errors=True)
-            flags = [str(flag).replace("START", str(folder / "start")) for flag in flags]
-            command = ["train.py", *flags, "--seed", str(seed), "--threads", str(threads),
-                       "--save-every", "20", "--out", str(out)]
+        flags = [str(flag).replace("START", str(folder / "start")) for flag in flags]
+        command = ["train.py", *flags, "--seed", str(seed), "--threads", str(threads),
+                   "--save-every", "20", "--out", str(out)]
         out.parent.mkdir(parents=True, exist_ok=True)
-        call(command, out.with_suffix(".txt"), cores)
+        call(going_on(out, command), out.with_suffix(".txt"), "the same command", cores, bars=False)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
     if not keep_models:
@@ -322,22 +303,10 @@ def show(name, study, logs, c, folder):
 
 # ------------------------------------------------------------------------------------- the program
 
-def parse(argv=None):
-    """Returns (names of studies, config). Raises ValueError, in one line, for wrong ones."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else ""
-    config = StudyConfig(**command_line(StudyConfig, __doc__, argv))
-    if name not in (*STUDIES, "all"):
-        raise ValueError(f"give a study, one of {', '.join(STUDIES)} or all, not {name!r}")
-    check_settings(config)
-    if not config.out:
-        raise ValueError("give --out, a folder")
-    return [*STUDIES] if name == "all" else [name], config
-
-
 def main(argv=None):
     with program(lambda: "interrupted: the same command goes on"):
-        names, config = parse(argv)
+        asked, config = named_command(argv, "a study", (*STUDIES, "all"), StudyConfig, __doc__)
+        names = [*STUDIES] if asked == "all" else [asked]
         for name in names:
             folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,12 @@
 
 A tiny model learns the single steps of such a story. Their composition it does not learn, neither
 told step by step nor guessed at once, and so there is something left for reinforcement learning.
-Training and held-out stories differ in start and operations, not only in words (`_held_out`).
+Training and held-out stories differ in start and operations, not only in words (`held_out`).
 """
+import functools
 import random
-import zlib
 
-from puzzles.common import Task
+from puzzles.common import Task, held_out, perturbed
 
 LARGEST = 20      # no number in a story exceeds it: the single steps are a small, learnable table
 NAMES = {
@@ -56,7 +56,7 @@ def arithmetic(count, split="train", seed=0, levels=(4, 6)):
     stories = []
     while len(stories) < count:
         start, steps = _chain(rng, rng.randint(fewest, most))
-        if _held_out(start, steps) == (split == "test"):
+        if held_out((start, steps)) == (split == "test"):
             stories.append(_story(rng, start, steps, f"arithmetic/{split}/{seed}/{len(stories)}"))
     return stories
 
@@ -89,13 +89,6 @@ def _apply(value, sign, number):
     return results[sign]
 
 
-def _held_out(start, steps):
-    """Tell whether a story is held out, as one in ten is.
-
-    A checksum of its numbers and operations decides, so words can not move it to the other side."""
-    return zlib.crc32(repr((start, steps)).encode()) % 10 == 0
-
-
 def _story(rng, start, steps, name):
     """Put a chain of operations into words that are drawn at random. Returns the problem."""
     who, friend = rng.sample(sorted(NAMES), 2)
@@ -117,17 +110,22 @@ def _story(rng, start, steps, name):
             "structure": (start, tuple(steps))}
 
 
-def perturb(problem, seed):
-    """Returns the story with another operation in one step, and so another answer; None if none."""
-    rng = random.Random(f"perturbed/{problem['id']}/{seed}")
-    start, steps = problem["structure"]
+def perturb(rng, structure):
+    """Returns the story with another operation in one step, and another result; None if none."""
+    start, steps = structure
+    result = _values(start, steps)[-1]
     for _ in range(100):
         changed = list(steps)
         changed[rng.randrange(len(steps))] = (rng.choice("+-"), rng.randint(1, 9))
         values = _values(start, changed)
-        if all(1 <= value <= LARGEST for value in values) and str(values[-1]) != problem["answer"]:
-            return _story(rng, start, changed, problem["id"] + "/perturbed")
+        if all(1 <= value <= LARGEST for value in values) and values[-1] != result:
+            return start, tuple(changed)
     return None
+
+
+def write(rng, structure):
+    """Returns a story of this structure, in words that are drawn from the rng."""
+    return _story(rng, *structure, name="")
 
 
 def _values(start, steps):
@@ -145,4 +143,4 @@ def guess(level):
 
 
 TASK = Task(problems=arithmetic, levels=(4, 6), level_is="steps", guess=guess,
-            perturb=perturb)
+            perturb=functools.partial(perturbed, perturb, write))

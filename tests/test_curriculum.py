@@ -12,7 +12,7 @@ import report
 import tasks
 import train
 from config import CURRICULA, Config
-from test_train import equal, fast, log_of, same_on_ranks, start, stored        # start is a fixture
+from test_train import fast, log_of, same_on_ranks, same_when_resumed, start        # start is a fixture
 
 UNIT = st.floats(0, 1)
 
@@ -251,12 +251,7 @@ def test_each_level_is_in_the_log_and_sums_to_the_whole(start, levels, tmp_path)
 
 
 def test_an_adaptive_run_resumes_bit_for_bit(start, levels, tmp_path):
-    options = ["--model", str(start), *fast(start), "--data", levels, "--curriculum", "adaptive"]
-    train.main([*options, "--out", str(tmp_path / "whole")])
-    train.main([*options, "--out", str(tmp_path / "two"), "--steps", "2"])
-    train.main(["--resume", "--out", str(tmp_path / "two"), "--steps", "4"])
-    assert equal(stored(tmp_path / "whole", 4), stored(tmp_path / "two", 4))
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
+    same_when_resumed(start, tmp_path, "--data", levels, "--curriculum", "adaptive")
 
 
 @pytest.mark.slow

@@ -94,15 +94,20 @@ def test_line_separators_inside_a_string_do_not_cut_it(tmp_path):
     assert problem["problem"] == "a\u2028b"
 
 
-def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
+def take_away(monkeypatch, package):
+    """Let imports of a package fail, as where it is not installed."""
     real = builtins.__import__
 
-    def without_datasets(name, *arguments, **options):
-        if name == "datasets":
+    def without(name, *arguments, **options):
+        if name == package:
             raise ImportError()
         return real(name, *arguments, **options)
 
-    monkeypatch.setattr(builtins, "__import__", without_datasets)
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+def test_without_the_datasets_library_the_way_out_is_named(monkeypatch):
+    take_away(monkeypatch, "datasets")
     with pytest.raises(FileNotFoundError, match=r"pip install datasets.*--data gsm8k_train\.jsonl"):
         data.load_problems("gsm8k")
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ from model import Transformer, trainable
 from prompts import load_tokenizer
 from rollout import Sampler
 from test_decode import normal, small_model
-from test_train import equal, fast, log_of, same_on_ranks, start, stored        # start is a fixture
+from test_train import fast, log_of, same_on_ranks, same_when_resumed, start        # start is a fixture
 
 torch.set_num_threads(1)
 
@@ -230,16 +229,13 @@ def teacher(start, tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["full", "token"])
 def test_a_run_comes_nearer_to_its_teacher_and_resumes(start, teacher, tmp_path, form):
-    options = ["--model", str(start), *fast(start), "--algo", "distill", "--teacher", str(teacher), "--divergence", form,
-               "--lr", "3e-3", "--warmup-steps", "0"]
-    train.main([*options, "--out", str(tmp_path / "whole"), "--steps", "6"])
-    lines = log_of(tmp_path / "whole")[1:]
-    assert lines[-1]["divergence"] < 0.7 * lines[0]["divergence"] and lines[0]["ratio_max_dev"] < 1e-3
+    options = ["--algo", "distill", "--teacher", str(teacher), "--divergence", form, "--lr", "3e-3", "--warmup-steps", "0"]
     if form == "full":
-        train.main([*options, "--out", str(tmp_path / "two"), "--steps", "2"])
-        train.main(["--resume", "--out", str(tmp_path / "two"), "--steps", "6"])
-        assert equal(stored(tmp_path / "whole", 6), stored(tmp_path / "two", 6))
-        assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
+        lines = same_when_resumed(start, tmp_path, *options, steps=6)[1:]
+    else:
+        train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), *options, "--steps", "6"])
+        lines = log_of(tmp_path / "run")[1:]
+    assert lines[-1]["divergence"] < 0.7 * lines[0]["divergence"] and lines[0]["ratio_max_dev"] < 1e-3
 
 
 @pytest.mark.slow

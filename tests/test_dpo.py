@@ -15,7 +15,7 @@ from engine.checkpoint import Progress
 from model import trainable
 from rollout import Sampler
 from test_decode import small_model
-from test_train import equal, fast, log_of, same_on_ranks, start, stored        # start is a fixture
+from test_train import fast, log_of, same_on_ranks, same_when_resumed, start        # start is a fixture
 
 torch.set_num_threads(1)
 NAMES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -143,12 +143,7 @@ def test_a_run_raises_the_margin_and_logs_its_names(start, tmp_path):
 
 @pytest.mark.parametrize("extra", [["--minibatches", "2", "--epochs", "2"], ["--lora-rank", "2"]])
 def test_resume_is_exact(start, tmp_path, extra):
-    options = ["--model", str(start), *fast(start), "--algo", "dpo", "--most-overlap", "1", *extra]
-    train.main([*options, "--out", str(tmp_path / "whole")])
-    train.main([*options, "--out", str(tmp_path / "two"), "--steps", "2"])
-    train.main(["--resume", "--out", str(tmp_path / "two"), "--steps", "4"])
-    assert equal(stored(tmp_path / "whole", 4), stored(tmp_path / "two", 4))
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "two")
+    same_when_resumed(start, tmp_path, "--algo", "dpo", "--most-overlap", "1", *extra)
 
 
 @pytest.mark.slow

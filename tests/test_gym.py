@@ -1,5 +1,4 @@
 """gym:NAME: tasks of reasoning-gym through a stand-in of the package, and some real ones where it is installed."""
-import builtins
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import data
 import reward
 import tasks
 from puzzles import gym
+from test_data import take_away
 
 
 class Doubles:
@@ -59,13 +59,7 @@ def test_an_unknown_name_and_levels_are_one_line(package):
 
 
 def test_without_the_package_the_way_out_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name == "reasoning_gym":
-            raise ImportError()
-        return real(name, *arguments, **options)
-    monkeypatch.setattr(builtins, "__import__", without)
+    take_away(monkeypatch, "reasoning_gym")
     with pytest.raises(ValueError, match="pip install reasoning-gym"):
         tasks.problems("gym:double", 1)
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -14,14 +13,12 @@ import config
 import pipeline
 import rejection
 import sft
-from pipeline import PIPELINES, Plan, PipelineConfig, Stage
+from pipeline import PIPELINES, PipelineConfig, Stage
 from test_train import HERE, equal
 
 
 def stages_of(name, out="X", **settings):
-    plan = Plan(PipelineConfig(out=str(out), **settings))
-    pipeline.build(name, plan)
-    return plan.stages
+    return pipeline.build(name, PipelineConfig(out=str(out), **settings)).stages
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -57,7 +57,7 @@ def test_the_means_of_a_rollout_by_hand():
         rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), torch.full((2,), 2), torch.tensor(lengths),
                           torch.full((2, 6), -.25), torch.tensor(finished))
         rewards = torch.tensor([rewards])
-        return SimpleNamespace(rollout=rollout, rewards=rewards, parts={"correct": rewards - .5})
+        return SimpleNamespace(problems=[{}], rollout=rollout, rewards=rewards, parts={"correct": rewards - .5})
 
     learner = SimpleNamespace(config=SimpleNamespace(group_size=2), device=torch.device("cpu"),
                               progress=Progress(step=3, num_tokens=100, num_samples=8))
