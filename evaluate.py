@@ -51,6 +51,7 @@ from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, pa
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
+from puzzles.common import final_answer
 from report import indices_by_kind, standard_error
 from rollout import Sampler, draw_groups
 
@@ -389,11 +390,14 @@ def grade(texts, gold, check=None):
     """Grade the completions of one problem, strictly and leniently.
 
     gold is the answer as text. check, a function of a completion, decides in its stead where the
-    problem's task has one. Returns {"strict" | "lenient": {"right": [bool], "labels": [int]}}. For
-    the vote equal labels are equal answers, and -1 is no answer."""
-    checked = None
+    problem's task has one; then the two kinds are the same. Returns {"strict" | "lenient":
+    {"right": [bool], "labels": [int]}}. For the vote equal labels are equal answers, and -1 is no
+    answer."""
     if check is not None:
-        checked = [bool(check(text)) for text in texts]
+        answers = [final_answer(text) or None for text in texts]        # words too: "#### Ben"
+        one = {"right": [bool(check(text)) for text in texts],
+               "labels": vote_labels(answers, reward.equal)}
+        return {kind: one for kind in KINDS}
 
     # samples repeat each other, and so do the two kinds
     equal = functools.lru_cache(maxsize=None)(reward.equal)
@@ -401,9 +405,7 @@ def grade(texts, gold, check=None):
     grades = {}
     for kind in KINDS:
         answers = [reward.extract_answer(text, lenient=kind == "lenient") for text in texts]
-        right = checked
-        if right is None:       # what reward.verify does
-            right = [answer is not None and equal(answer, gold) for answer in answers]
+        right = [answer is not None and equal(answer, gold) for answer in answers]
         grades[kind] = {"right": right, "labels": vote_labels(answers, equal)}
     return grades
 

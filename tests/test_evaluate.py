@@ -82,6 +82,16 @@ def test_equivalent_answers_are_one_candidate():
     assert vote(["1/2", "0.5", "7", "7", r"\frac12"], "0.5") == 1
 
 
+def test_votes_for_words():
+    """Where the task has a checker, a worded last line is an answer that others can agree with."""
+    texts = ["So it is these two.\n#### Ben, Cid", "#### Cid, Ben", "#### Ana", "no idea"]
+    graded = evaluate.grade(texts, "Ben, Cid", lambda text: "Ben" in text)
+    assert graded["strict"] == graded["lenient"]
+    assert graded["strict"]["right"] == [True, True, False, False]
+    assert graded["strict"]["labels"] == [0, 0, 1, -1]
+    assert majority_at_k(graded["strict"]["labels"], [1, 1, 0, 0], 4) == 1
+
+
 def test_no_answer_casts_no_vote():
     assert vote_labels([None, "3", None, "4"]) == [-1, 0, -1, 1]
     assert vote([None, None, None, "5"], "5") == 1
