@@ -22,7 +22,11 @@ Both train pi on tokens of mu. There are two forms of the loss, with a ratio a t
 The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu.
 Sequence weights are exact, but their variance grows like exp(2 KL) of the whole completion; token
 weights are biased but tame. Truncating at 2 had the smallest error of all in an exact comparison on
-8-token sequences. For long completions watch `ess`. Function by function beside grpo.py:
+8-token sequences. For long completions watch `ess`.
+
+Three refinements, each off by default: --ess-lr (a smaller step where few samples count),
+--weighted-baseline (the baseline of least variance), --prox loglinear (prox without its forward).
+Function by function beside grpo.py:
 
     prepare      the same, also for groups from the buffer      policy_loss   the same
     correct      new: weights of a pass                         loss          with weights, trust
@@ -52,6 +56,7 @@ SCHEMES = ("none", "standard", *CAPPED, "self_normalized", *TRACES)
 LEVELS = ("token", "sequence", "geometric")
 NORMALIZERS = ("", "batch", "group")
 CORRECTIONS = ("decoupled", "bypass")
+PROXIES = ("forward", "loglinear")
 REGIONS = ("", "sequence", "token", "second_moment")
 
 
@@ -154,6 +159,37 @@ def trace_weights(log_ratio, mask, scheme, trace):
     from_here = torch.where(on, factor, 0.0).flip(1).cumsum(1).flip(1)
     after = torch.nn.functional.pad(from_here[:, 1:], (0, 1))
     return torch.where(on, (down + after).exp(), 0.0)
+
+
+def weighted_advantages(rewards, weights, scale="std", eps=1e-6, unbiased=False):
+    """Group advantages with the baseline of least variance for weighted samples: (N, G).
+
+    rewards and weights (N, G), one weight a completion. b = sum w^2 r / sum w^2 in the place of the
+    group's mean: with weights w the variance of sum w (r - b) grad log pi is least there, if all
+    gradients are about as long. With equal weights it is the mean, and this is grpo.py's
+    group_advantages for the scales "std" and "none". Raises ValueError for other scales."""
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale must be std or none for a weighted baseline, not {scale!r}")
+
+    r = rewards if rewards.dtype == torch.float64 else rewards.float()
+    squares = weights.detach().to(r.dtype).square()
+    squares = torch.where(squares.sum(1, keepdim=True) > 0, squares, 1.0)
+    baseline = (squares * r).sum(1, keepdim=True) / squares.sum(1, keepdim=True)
+
+    advantages = r - baseline
+    if scale == "std":
+        advantages = advantages / (r.std(1, correction=int(unbiased), keepdim=True) + eps)
+    return torch.where(grpo.informative(rewards)[:, None], advantages, 0.0)
+
+
+def loglinear_prox(logp, old_logp, versions):
+    """log prox between mu and pi, without a forward of its own (A-3PO, arXiv 2512.06547): (B, T).
+
+    Policies that training leaves behind are taken to lie on a line in log space: with mu `versions`
+    (B,) passes before prox, and the pi that is now being trained one pass after it,
+    log prox = log mu + v / (v + 1) (log pi - log mu). No gradient."""
+    share = versions / (versions + 1)
+    return old_logp + share[:, None] * (logp.detach() - old_logp)
 
 
 # ---------------------------------------------------------------- how far pi has moved away from mu
@@ -301,6 +337,7 @@ IN_REGION = (lambda c: c.trust_region, "--trust-region")
 REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
 OLD = (lambda c: c.replay_ratio > 1 or c.sync_every > 1,
        "samples of older weights: --replay-ratio or --sync-every above 1")
+BY_FORWARD = (lambda c: c.prox == "forward", "--prox forward: what it needs is known too late else")
 REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
                  "--replay-ratio above 1 or --adaptive-clip")
 BY_PRIORITY = (lambda c: c.priority, "--priority")
@@ -316,6 +353,10 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     correction: str = setting("decoupled", choices=CORRECTIONS)     # decoupled (ratio to prox,
                                                 # importance weights), bypass (ratio to mu)
 
+    prox: str = setting("forward", choices=PROXIES, needs=[DECOUPLED, OLD])     # how prox is
+                                                # known: one more forward, or loglinear between mu
+                                                # and pi
+
     importance: str = setting("truncated", choices=SCHEMES,
                                 needs=[DECOUPLED, OLD])  # none, standard,
                                                 # clipped, truncated, masked, self_normalized,
@@ -330,8 +371,15 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     importance_low: float = setting(0.0, least=0, needs=[DECOUPLED, HAS_LOW])
                                                 # least weight of clipped (0: 1 / cap) and masked
 
-    importance_normalize: str = setting("", choices=NORMALIZERS, needs=[DECOUPLED, WEIGHTED])
+    importance_normalize: str = setting("", choices=NORMALIZERS,
+                                        needs=[DECOUPLED, WEIGHTED, BY_FORWARD])
                                                 # batch, group: weights of mean 1
+
+    weighted_baseline: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])
+                                                # subtract sum w^2 r / sum w^2, not the mean
+
+    ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, BY_FORWARD])   # learning rate of a pass x
+                                                # sqrt(ESS), as a share (VCPO, arXiv 2602.17616)
 
     trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
                                                 # of retrace and tempered
@@ -407,6 +455,18 @@ class Settings(grpo.Settings):          # those of GRPO, and these
             raise ValueError("--trust-region second_moment needs samples of older weights: "
                              "--replay-ratio or --sync-every above 1")
 
+        if self.weighted_baseline:
+            if self.importance_level == "token" or self.advantage_scale not in ("std", "none"):
+                raise ValueError("--weighted-baseline needs one weight a completion, "
+                                 "--importance-level sequence or geometric, and "
+                                 "--advantage-scale std or none")
+
+        if self.prox == "loglinear":
+            if self.trust_region == "second_moment" or self.importance == "self_normalized":
+                raise ValueError("--prox loglinear knows prox only in the middle of a pass: "
+                                 "--trust-region second_moment and --importance self_normalized "
+                                 "need that of the whole pass; use --prox forward")
+
         if self.adaptive_clip and not (self.kl_limit and self.clip_low):
             raise ValueError("--adaptive-clip holds the KL near --kl-limit: give one above 0, "
                              "and --clip-low above 0")
@@ -422,6 +482,8 @@ class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
     lag: torch.Tensor | None = None             # (B,) age in rollouts
     prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
+    prox_age: torch.Tensor | None = None        # (B,) passes from mu to prox, where the loss finds
+                                                # prox between mu and pi
     weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
     replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
 
@@ -435,7 +497,8 @@ complete = grpo.complete
 
 
 def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
-    """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,).
+    """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,), and with
+    --weighted-baseline other advantages.
 
     Without batch.prox_logp (on-policy, or bypass) only `weights` (B,), those of the replay buffer,
     count. reduce sums a dict of numbers over ranks, gather joins a vector over ranks: means and
@@ -447,6 +510,11 @@ def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda
         log_ratio = torch.where(mask.bool(), batch.prox_logp - batch.old_logp, 0.0)
         if config.correction == "decoupled":
             batch.weight = configured_weights(log_ratio, mask, config, reduce)
+        if config.weighted_baseline:
+            by_group = batch.weight.amax(1).view(-1, config.group_size)
+            batch.advantages = weighted_advantages(
+                batch.rewards.view_as(by_group), by_group, config.advantage_scale,
+                unbiased=config.unbiased_std).flatten()
         if config.trust_region == "second_moment":
             squares = log_ratio.square()
             limit = second_moment_limit(gather(squares[mask.bool()]), config.trust_delta)
@@ -455,7 +523,7 @@ def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda
     batch.replay_weight = torch.ones_like(batch.advantages) if weights is None else weights
 
 
-def configured_weights(log_ratio, mask, config, reduce):
+def configured_weights(log_ratio, mask, config, reduce=lambda sums: sums):
     """importance_weights as the config names them; a mean over the batch is one over all ranks."""
     scheme, level = config.importance, config.importance_level
     normalize = config.importance_normalize
@@ -483,6 +551,10 @@ def loss(logp, entropy, batch, config, normalizer):
     mu, A, mask, weight = batch.old_logp, batch.advantages, batch.mask, batch.weight
     decoupled = config.correction == "decoupled" and batch.prox_logp is not None
     anchor = batch.prox_logp if decoupled else mu           # the ratio's and the clip's
+    if batch.prox_age is not None:
+        anchor = loglinear_prox(logp, mu, batch.prox_age)
+        log_ratio = torch.where(mask.bool(), anchor - mu, 0.0)
+        weight = configured_weights(log_ratio, weight, config)
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high, "level": config.ratio_level}
 
     if config.trust_region == "sequence":
@@ -538,7 +610,7 @@ def learn(learner, rollout, rewards):
 
     # the fresh groups; they go into the buffer after their own pass, so that a draw may hold them
     batch = fresh_batch(learner, rollout, rewards)
-    updates = learner.passes(batch, c.prompts_per_step, config)
+    updates = passes(learner, batch, c.prompts_per_step, config)
     if batch.old_logp is None:          # the update has met mu itself
         batch.old_logp = batch.pi_logp
     first = last = measure(learner, batch)
@@ -552,14 +624,14 @@ def learn(learner, rollout, rewards):
         if not groups:
             break
 
-        batch = replayed_batch(learner, groups, weights)
+        batch = replayed_batch(learner, groups, weights, len(drifts))
         measured_before = batch.prox_logp is not None
         if measured_before:         # a pass that would start too far away is not made at all
             last = measure(learner, batch, groups)
             if too_far(c, last):
                 break
 
-        updates += learner.passes(batch, len(groups), config)
+        updates += passes(learner, batch, len(groups), config)
         if not measured_before:
             last = measure(learner, batch, groups)
         drifts.append(last)
@@ -569,6 +641,26 @@ def learn(learner, rollout, rewards):
     return updates, {**metrics(learner, drifts, last), "clip": config.clip_low}
 
 
+def passes(learner, batch, count, config):
+    """learner.passes; with --ess-lr at a learning rate that fits what the samples are worth.
+
+    B samples whose weights leave ESS of them are a batch of that size, whose noise is sqrt(B / ESS)
+    times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616)."""
+    if not (config.ess_lr and batch.prox_logp is not None):
+        return learner.passes(batch, count, config)
+
+    share = measure(learner, batch).ess
+    groups = learner.optimizer.param_groups
+    usual = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] *= math.sqrt(share)
+    updates = learner.passes(batch, count, config)
+
+    for group, lr in zip(groups, usual):
+        group["lr"] = lr
+    return updates
+
+
 def fresh_batch(learner, rollout, rewards):
     """The batch of a rollout that was just drawn."""
     versions = torch.full_like(rollout.lengths, learner.progress.behaviour_step)
@@ -576,35 +668,42 @@ def fresh_batch(learner, rollout, rewards):
     return pass_batch(learner, rollout, rewards, versions, fresh=True, on_policy=on_policy)
 
 
-def replayed_batch(learner, groups, weights):
-    """This rank's share of groups that were drawn from the buffer, as if just rolled out."""
+def replayed_batch(learner, groups, weights, made):
+    """This rank's share of groups that were drawn from the buffer, as if just rolled out.
+
+    made: passes of this step so far."""
     mine = dist.split(len(groups))
     device, G = learner.device, learner.config.group_size
     if not len(mine):
         nothing = torch.zeros(0, device=device)
         return pass_batch(learner, empty_rollout(device), nothing.view(0, G), versions=nothing,
-                          weights=nothing)
+                          weights=nothing, made=made)
 
     fields, rewards, versions = unpack([groups[i] for i in mine], device)
     weights = torch.from_numpy(weights[mine.start:mine.stop]).to(device)
-    return pass_batch(learner, Rollout(**fields), rewards, versions, weights.repeat_interleave(G))
+    weights = weights.repeat_interleave(G)
+    return pass_batch(learner, Rollout(**fields), rewards, versions, weights, made=made)
 
 
-def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, on_policy=False):
+def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, on_policy=False,
+               made=0):
     """The batch of a pass, with the age of each row, pi at its start where needed, and the weights.
 
     fresh: the sampler's mu has not become the trainer's yet. on_policy: pi drew the batch; there is
-    nothing to correct, and prox is mu."""
+    nothing to correct, and prox is mu. made: passes of this step so far."""
     c = learner.config
     batch = learner.batch(rollout, rewards)
     if fresh:
         learner.score_mu(batch, rollout.version)
     batch.lag = learner.progress.step - versions.float()
 
-    if not on_policy and (c.correction == "decoupled" or c.trust_region == "second_moment"):
+    wants_prox = c.correction == "decoupled" or c.trust_region == "second_moment"
+    if wants_prox and not on_policy and c.prox == "forward":
         batch.prox_logp = learner.score(batch)[0]
     else:           # the updates leave here what they meet: no second forward
         batch.pi_logp = batch.sampler_logp.clone()
+        if c.prox == "loglinear":
+            batch.prox_age = batch.lag * c.replay_ratio + made
 
     correct(batch, c, weights,
             reduce=lambda sums: dist.all_reduce(sums, learner.device),

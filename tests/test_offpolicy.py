@@ -20,7 +20,7 @@ from model import ModelConfig, Transformer
 from offpolicy import ReplayBuffer, importance_weights
 from rollout import Rollout, Sampler
 from test_grpo import probed, random_batch
-from config import Config, check
+from config import Config, check, parse
 from engine.checkpoint import Progress
 
 torch.set_num_threads(1)
@@ -409,6 +409,72 @@ def test_decoupled_multiplies_rows_by_their_weights_and_bypass_has_the_ratio_to_
     assert min(w) < 1 and max(w) > 2
 
 
+def test_the_weighted_baseline_by_hand():
+    """1, 0, 0 of weights 1, 1, 2: the baseline is 1 / 6. Equal weights give the advantages of grpo.py, 0 weights the mean."""
+    rewards, weights = torch.tensor([[1., 0, 0], [1., 1, 1]]).double(), torch.tensor([[1., 1, 2], [1., 2, 3]])
+    close(offpolicy.weighted_advantages(rewards, weights, "none"), [[5 / 6, -1 / 6, -1 / 6], [0, 0, 0]])
+    std = math.sqrt(2) / 3
+    close(offpolicy.weighted_advantages(rewards, weights, eps=0)[0], [5 / 6 / std, -1 / 6 / std, -1 / 6 / std])
+    for scale, unbiased in (("std", False), ("std", True), ("none", False)):
+        expected = grpo.group_advantages(rewards, scale, unbiased=unbiased)
+        for equal in (0., 1., 3.):
+            found = offpolicy.weighted_advantages(rewards, torch.full((2, 3), equal), scale, unbiased=unbiased)
+            close(found, expected if equal else offpolicy.weighted_advantages(rewards, 0 * rewards, scale, unbiased=unbiased))
+    with pytest.raises(ValueError, match="std or none"):
+        offpolicy.weighted_advantages(rewards, weights, "loo")
+
+
+def test_the_weighted_baseline_has_the_least_variance_by_exact_enumeration():
+    """A softmax over 4 symbols, samples of mu: E (w (r - b))^2 over mu is least at E w^2 r / E w^2, of which b is the estimate."""
+    mu, pi, r = torch.tensor([.1, .2, .3, .4]), torch.tensor([.4, .3, .2, .1]), torch.tensor([1., 0, 1, 0])
+    w = pi / mu
+    best = (mu * w * w * r).sum() / (mu * w * w).sum()
+    variance = lambda b: (mu * (w * (r - b)) ** 2).sum().item()
+    assert variance(best) < min(variance(best - .01), variance(best + .01), variance((mu * r).sum()))
+    draws = torch.multinomial(mu, 400_000, replacement=True, generator=torch.Generator().manual_seed(0)).view(1, -1)
+    found = offpolicy.weighted_advantages(r[draws], w[draws], "none")
+    close((r[draws] - found)[0, 0], best, 5e-3)
+
+
+def test_the_baseline_of_a_run_is_weighted_by_what_the_loss_is_weighted_by():
+    config = settings_of("truncated", weighted_baseline=True, replay_ratio=2)
+    _, batch = batch_of(2, drift=.6)
+    batch.rewards = torch.tensor([1., 0, 0, 1, 1, 0])
+    offpolicy.correct(batch, config)
+    w = ((batch.prox_logp - batch.old_logp) * batch.mask).sum(1).exp().clamp(max=2).view(2, 3)
+    assert w.std() > .1
+    close(batch.advantages, offpolicy.weighted_advantages(batch.rewards.view(2, 3), w).flatten())
+
+
+def test_prox_between_mu_and_pi_by_hand():
+    """Two passes behind: log mu + 2/3 of the way to pi. None behind: mu itself. No gradient flows through it."""
+    mu, pi = torch.tensor([[-1., -2], [-1., -2]]), torch.tensor([[-4., -2], [-4., -2]], requires_grad=True)
+    prox = offpolicy.loglinear_prox(pi, mu, torch.tensor([0., 2]))
+    close(prox, [[-1, -2], [-3, -2]])
+    assert not prox.requires_grad
+
+
+def test_the_loss_with_a_loglinear_prox_lies_between_bypass_and_decoupled():
+    """v = 0: rho = pi / mu without weights, as grpo.py. v without end: rho = 1, weights of pi / mu. v = 2: by hand."""
+    logp, batch = batch_of(3)
+    config = settings_of("truncated", prox="loglinear", replay_ratio=2)
+    near = replace(batch, prox_logp=None, prox_age=torch.zeros(6))
+    offpolicy.correct(near, config)
+    assert all(map(torch.equal, value_and_gradient(offpolicy, logp, near, config), value_and_gradient(grpo, logp, batch, Config())))
+
+    far, exact = replace(near, prox_age=torch.full((6,), 1e12)), replace(batch, prox_logp=logp.detach())
+    offpolicy.correct(exact, settings_of("truncated"))
+    expected = value_and_gradient(offpolicy, logp, exact, settings_of("truncated"))
+    list(map(close, value_and_gradient(offpolicy, logp, far, config), expected))
+
+    between = replace(near, prox_age=torch.full((6,), 2., dtype=torch.float64))
+    step = (logp.detach() - batch.old_logp) * batch.mask
+    W = (2 / 3 * step).sum(1).exp().clamp(max=2)[:, None]
+    rho, A = (step / 3).exp(), batch.advantages[:, None]
+    loss = -W * torch.minimum(rho * A, rho.clamp(.8, 1.2) * A) * batch.mask
+    close(value_and_gradient(offpolicy, logp, between, config)[0], loss.sum() / batch.mask.sum())
+
+
 @pytest.mark.parametrize("kind, delta", [("sequence", .1), ("token", .05), ("second_moment", .04)])
 def test_a_trust_region_takes_gradients_but_not_the_denominator(kind, delta):
     logp, batch = batch_of(5)
@@ -498,6 +564,59 @@ def test_stale_fresh_groups_have_weights_also_without_replay():
     assert 0 < w[batch.active].min() < .9 and w.max() > 2
     rollout.version = 1                                     # pi's own: no weights
     assert torch.equal(offpolicy.fresh_batch(one, rollout, rewards).weight, mask)
+
+
+def moved(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p += .05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    return model
+
+
+def test_the_learning_rate_follows_the_effective_samples():
+    """x sqrt(ESS) of each pass over samples of older weights, as it is for pi's own, and back after each."""
+    model = tiny()
+    rollout, rewards = drawn(model)
+    one = learner_of(moved(model), Progress(updates=1), replay_ratio=1, sync_every=2, ess_lr=True)
+    rates, passes = [], one.passes
+    one.passes = lambda *a: rates.append([g["lr"] for g in one.optimizer.param_groups]) or passes(*a)
+    more = one.learn(rollout, rewards)
+    assert .1 < more["ess"] < .95
+    close(torch.tensor(rates), torch.full((1, 2), 1e-3 * math.sqrt(more["ess"])))
+    assert all(group["lr"] == 1e-3 for group in one.optimizer.param_groups)
+    rollout.version = one.progress.updates                  # now pi drew it
+    one.learn(rollout, rewards)
+    assert rates[1] == [1e-3, 1e-3]
+
+
+def test_a_loglinear_prox_needs_no_forward_and_ages_by_passes():
+    """Fresh: 0 passes. One rollout and one pass of two later: 1 x 2 + 1. The drift is that of the policy that the updates met."""
+    one = learner_of(tiny(), replay_ratio=2, prox="loglinear")
+    one.score, ages, passes = None, [], one.passes
+    one.passes = lambda batch, *a: ages.append(batch.prox_age.tolist()) or passes(batch, *a)
+    for _ in range(2):
+        rollout, rewards = drawn(one.model, seed=one.progress.step)
+        rollout.version = one.progress.updates
+        one.progress.behaviour_step = one.progress.step
+        last = one.learn(rollout, rewards)
+        one.progress.step += 1
+    assert set(ages[0]) == set(ages[2]) == {0.} and set(ages[1]) == {1.} and set(ages[3]) <= {1., 3.}
+    assert last["kl_last"] > 0 and last["replay_ratio"] == 2
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    (dict(prox="loglinear", trust_region="second_moment"), "--prox forward"),
+    (dict(prox="loglinear", importance="self_normalized"), "--prox forward"),
+    (dict(prox="loglinear", ess_lr=True), "--ess-lr needs --prox forward"),
+    (dict(prox="loglinear", weighted_baseline=True), "--weighted-baseline needs --prox forward"),
+    (dict(correction="bypass", ess_lr=True), "--ess-lr needs --correction decoupled"),
+    (dict(replay_ratio=1, prox="loglinear"), "--prox needs samples of older weights"),
+    (dict(weighted_baseline=True, importance_level="token"), "one weight a completion"),
+    (dict(weighted_baseline=True, advantage_scale="loo"), "std or none")])
+def test_refinements_that_would_do_nothing_are_refused(changes, complaint):
+    words = [[f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])] for name, value in changes.items()]
+    with pytest.raises(ValueError, match=complaint):
+        parse(["--algo", "offpolicy", *itertools.chain(*words)])
 
 
 def test_the_bias_correction_of_priorities_rises_from_its_start_to_1_at_the_last_step():
