@@ -65,7 +65,7 @@ class ProbeConfig:
     threads: int = setting(0, least=0)          # CPU threads; 0: measured
 
 
-# ------------------------------------------------------------------------------------ pure functions
+    template: str = setting("auto", choices=TEMPLATES)  # auto, chat, plain, reasoning
 
 def sketch(gradients, size, seed=0):
     """Returns one vector (size,) of a list of tensors, such that inner products stay.
