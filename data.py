@@ -213,6 +213,10 @@ def from_hub(name, split, report):
     return problems
 
 
+# GSM8K writes for a calculator too: "48/2 = <<48/2=24>>24". To a model it says everything twice.
+CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+
+
 def normalize(row, name):
     """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
 
@@ -231,6 +235,8 @@ def normalize(row, name):
     if isinstance(answer, str) and "####" in answer:
         solution = answer
         answer = None
+    if isinstance(solution, str):
+        solution = CALCULATOR.sub("", solution)
     # MATH: the answer stands in the solution's box only
     if (answer is None or answer == "") and isinstance(solution, str):
         answer = extract_answer(solution) or answer

@@ -56,6 +56,14 @@ def test_every_layout_gives_problem_and_answer(tmp_path, row, answer):
     assert problem["problem"] == (row.get("problem") or row["question"])
 
 
+def test_what_gsm8k_writes_for_a_calculator_is_left_out(tmp_path):
+    """In both fields that hold solutions; a shift of bits and an open mark are none."""
+    said = "48+24 = <<48+24=72>>72 clips, 1 << 2 and <<5.\n#### 72"
+    for row in ({"question": "?", "answer": said}, {"problem": "?", "solution": said, "answer": "72"}):
+        problem, = data.load_problems(str(write(tmp_path, row)))
+        assert problem["solution"] == "48+24 = 72 clips, 1 << 2 and <<5.\n#### 72" and problem["answer"] == "72"
+
+
 @pytest.mark.parametrize("line, reason", [
     ('{"problem": "half', "Unterminated string"),
     ('["a"]', "not a JSON object"),
