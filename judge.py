@@ -45,6 +45,7 @@ import torch
 
 import data
 import dist
+import evaluate
 import prompts
 import reward
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting)
@@ -53,7 +54,7 @@ from model import Transformer
 from progress import bar
 from puzzles.common import final_answer
 from rejection import equations, steps_hold
-from rollout import Sampler, draw_groups
+from rollout import draw_groups
 
 LONGEST = 6000          # characters of a completion that a judge reads: the end counts most
 BUDGET = 4096           # tokens that go through the judge together
@@ -345,16 +346,12 @@ def parse(argv=None):
 
 def examine(config):
     """Draw, judge, verify, revise. Returns the numbers, and the rows of the corpus."""
-    device = dist.setup(config.device)
-    torch.set_num_threads(config.threads or machine.choose_threads())
-    judge = load_judge(config.judge, config.principles, device)
-    split = "train" if config.revise else "test"        # a corpus of held-out problems would leak
-    problems = data.load_problems(config.data, split, 0, parse_levels(config.levels),
-                                  config.limit, whole=False)
-    model = Transformer.from_pretrained(config.model, device)
-    tokenizer = prompts.load_tokenizer(config.model)
-    problems = prompts.tokenize_prompts(problems, tokenizer, config.template, 10 ** 6)
-    sampler = Sampler(model, prompts.stop_ids(model, tokenizer))
+    sampler, tokenizer, problems, _ = evaluate.start(evaluate.EvalConfig(
+        model=config.model, data=config.data, levels=config.levels, limit=config.limit,
+        train_seed=0 if config.revise else -1,          # a corpus of held-out problems would leak
+        max_prompt_tokens=10 ** 6, template=config.template, device=config.device,
+        threads=config.threads))
+    judge = load_judge(config.judge, config.principles, sampler.model.device)
 
     with sampler.loaded():
         seeds = [(config.seed, i) for i in range(len(problems))]

@@ -20,20 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
-import torch
 from tqdm import tqdm
 
-import data
 import dist
-import prompts
+import evaluate
 import reward
 from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from engine.checkpoint import write_whole
-from evaluate import warn
 from folder import Parts
-from model import Transformer
-from rollout import Sampler, draw_groups
+from rollout import draw_groups
 from verifier.expression import same_value, value
 
 
@@ -133,24 +129,6 @@ def parse(argv=None):
     return config
 
 
-def start(config):
-    """Load what the program needs. Returns sampler, tokenizer and problems with prompts."""
-    device = dist.setup(config.device)
-    torch.set_num_threads(config.threads or machine.choose_threads())
-    problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems, warn, whole=False)
-    model = Transformer.from_pretrained(
-        config.model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    prompts.follow_run(config)
-    tokenizer = prompts.load_tokenizer(config.model,
-                                       parse_template_kwargs(config.chat_template_kwargs))
-    prompts.report_template(tokenizer, config.template, warn)
-    problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
-    problems = prompts.tokenize_prompts(problems, tokenizer, config.template,
-                                        config.max_prompt_tokens, warn)
-    return Sampler(model, prompts.stop_ids(model, tokenizer)), tokenizer, problems
-
-
 def rows_of(config, problem, texts):
     """The rows of a problem in the corpus, without those whose steps are wrong."""
     right = [reward.right(problem, text) for text in texts]
@@ -171,7 +149,11 @@ def sample(config):
     """Draw, verify and keep. Every rank enters.
 
     Returns all rows, the number of problems, and the Parts to remove when they are written."""
-    sampler, tokenizer, problems = start(config)
+    sampler, tokenizer, problems, _ = evaluate.start(evaluate.EvalConfig(
+        model=config.model, data=config.data, levels=config.levels, limit=config.problems,
+        train_seed=config.seed, max_prompt_tokens=config.max_prompt_tokens,
+        template=config.template, chat_template_kwargs=config.chat_template_kwargs,
+        device=config.device, threads=config.threads))
     place = {"device", "threads", "batch"}              # these change no result
     settings = {name: of for name, of in asdict(config).items() if name not in place}
     parts = Parts(config.out, settings, problems, "corpus", "--out")
