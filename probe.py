@@ -183,10 +183,12 @@ def probe(config):
     by_prompt, gradients = np.array(by_prompt), torch.stack(gradients).double().numpy()
     c1, c2, c3 = constants(by_prompt, gradients)
     best, error = best_size(c1, c3), jackknife(by_prompt, gradients)
+    between = None
+    if math.isfinite(best) and math.isfinite(error):
+        between = [1 + (best - 1) * math.exp(sign * error) for sign in (-1, 1)]
     return {"config": asdict(config), "success": float(np.mean(success)),
             "informative": float(np.mean(by_prompt.any(1))), "c1": c1, "c2": c2, "c3": c3,
-            "best_group_size": best,
-            "between": [1 + (best - 1) * math.exp(sign * error) for sign in (-1, 1)]}
+            "best_group_size": best if math.isfinite(best) else None, "between": between}
 
 
 def table(result):
@@ -194,12 +196,14 @@ def table(result):
     c1, c2, c3, best = (result[name] for name in ("c1", "c2", "c3", "best_group_size"))
     lines = [f"success {result['success']:.3f}, prompts with a signal {result['informative']:.2f}",
              f"c1 {c1:.4g} (prompts differ), c2 {c2:.4g} (completions), c3 {c3:.4g} (baseline)"]
-    if not math.isfinite(best):
-        return "\n".join([*lines, "the prompts' gradients cannot be told apart from noise: "
-                                  "more --prompts; until then, the larger groups the better"])
+    if best is None:
+        return "\n".join([*lines, "no difference between the prompts' gradients is seen in the "
+                                  "noise: give more --prompts"])
 
-    low, high = result["between"]
-    lines += [f"G* = {best:.1f}, one standard error: {low:.1f} to {high:.1f}",
+    error = "cannot be told: more --prompts"
+    if result["between"]:
+        error = "{:.1f} to {:.1f}".format(*result["between"])
+    lines += [f"G* = {best:.1f}, one standard error: {error}",
               "group size    squared error of a step at as many completions, the best is 1"]
     least = theory.gradient_mse(best, 1, c1, c2, c3)
     for G in SIZES:
@@ -207,12 +211,18 @@ def table(result):
     return "\n".join(lines)
 
 
+def parse(argv=None):
+    """Returns the checked command line. Raises ValueError, in one line, for wrong settings."""
+    config = ProbeConfig(**command_line(ProbeConfig, __doc__, argv))
+    check_settings(config)
+    if not config.model:
+        raise ValueError("give --model, a checkpoint folder or hub id")
+    return config
+
+
 def main(argv=None):
     with machine.program(lambda: "interrupted: nothing was written"):
-        config = ProbeConfig(**command_line(ProbeConfig, __doc__, argv))
-        check_settings(config)
-        if not config.model:
-            raise ValueError("give --model, a checkpoint folder or hub id")
+        config = parse(argv)
         result = probe(config)
         print(table(result))
         if config.json:

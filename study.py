@@ -10,12 +10,13 @@ about as many seeds of everything. --jobs runs go side by side, each on cores of
 
     curricula    the five schedules of --curriculum, on levels of which the start has seen two
     transfer     trained on each task alone and on the mix, evaluated on all
-    group-size   G = 2 to 64 completions a prompt, with N G = 256 of them a step
-    batch-size   N = 4 to 256 prompts a step, as many in all; learning rate as it is, or * sqrt(N)
-    reuse        off-policy, K = 1 to 8 passes over as many fresh samples
+    leaderboard  the objectives, and the first entries of results/leaderboard.md
+    group-size   G = 2 to 64 completions a prompt, with N G = 128 of them a step; and what probe.py
+                 says of the model at the start, in the middle and at the end
+    batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N)
+    reuse        off-policy, K = 1 to 8 passes over as many fresh samples; its refinements at K = 4
     staleness    off-policy, weights that draw renewed every 1 to 64 steps
-    objectives   GRPO, GTPO, off-policy and DPO with their own defaults
-    leaderboard  the first entries of results/leaderboard.md
+    lora         a pretrained model (--base) on arithmetic: LoRA of rank 1, 8 and 32, and full
 
 What is left behind: study.json (every run with its curve, none dropped), table.md (mean and
 standard error over seeds, and the paired difference to the first row) and study.png. The yardstick
@@ -46,6 +47,7 @@ class StudyConfig:
     out: str = ""                           # folder of the study; of "all": of the studies
     seeds: int = setting(5, least=1)        # runs of each setting
     jobs: int = setting(1, least=1)         # runs side by side
+    base: str = ""                          # of lora: the pretrained checkpoint
     quick: bool = False                     # two seeds of a few steps: to see that it works
     keep_models: bool = False               # of the runs; else only their logs stay
 
@@ -58,12 +60,15 @@ class Study:
     x: str = "step"                 # axis of the figure
     columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end
     panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
+    after: dict = field(default_factory=dict)   # {folder or file that appears: command that makes
+                                                # it}, in this order; STUDY stands for the folder
 
 
 # ----------------------------------------------------------------------------------- the studies
 
 LEVELS = "family:2-6"           # the yardstick: the start has seen solutions of levels 2 and 3
-YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--lr", "1e-3"]
+YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--lr", "1e-3",
+             "--prompts-per-step", "16", "--model", "START/family"]
 MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
 EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
 
@@ -81,8 +86,8 @@ def length(c, steps=100):
     if c.quick:
         return ["--steps", 3, "--eval-every", 3, "--eval-problems", 20, "--eval-samples", 1,
                 "--prompts-per-step", 8, "--problems", 200]
-    return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 5),
-            "--eval-problems", 300, "--eval-samples", 2]
+    return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 4),
+            "--eval-problems", 300, "--eval-samples", 1]
 
 
 def by_level():
@@ -90,7 +95,7 @@ def by_level():
 
 
 def curricula(c):
-    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), "--curriculum", name]
+    runs = {name: [*YARDSTICK, *length(c), "--curriculum", name]
             for name in CURRICULA}
     return Study(family_start(c), runs, columns=["eval_pass@1", *by_level()],
                  panels=["eval_pass@1", *by_level()])
@@ -112,57 +117,78 @@ def transfer(c):
 def group_size(c):
     runs = {}
     for G in (2, 8) if c.quick else (2, 4, 8, 16, 32, 64):
-        runs[f"G{G}"] = [*YARDSTICK, "--model", "START/family", *length(c), "--group-size", G,
-                         "--prompts-per-step", 256 // G]
+        runs[f"G{G}"] = [*YARDSTICK, *length(c), "--group-size", G,
+                         "--prompts-per-step", 128 // G]
+
+    # what the gradients say: of the start, and of models on the way of GRPO with G = 8
+    after = {}
+    models = {"start": "START/family"}
+    for name, steps in (("middle", 50), ("end", 100)):
+        models[name] = f"STUDY/{name}/model"
+        after[models[name]] = ["train.py", *YARDSTICK, *length(c, steps), "--out", f"STUDY/{name}"]
+    for name, model in models.items():
+        after[f"STUDY/probe-{name}.json"] = [
+            "probe.py", "--model", model, "--data", LEVELS, "--max-new-tokens", 128,
+            "--prompts", 8 if c.quick else 128, "--group-size", 4 if c.quick else 16,
+            "--json", f"STUDY/probe-{name}.json"]
     return Study(family_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "frac_reward_zero_std"])
+                 columns=["eval_pass@1", "frac_reward_zero_std"], after=after)
 
 
 def batch_size(c):
     runs = {}
-    for N in (4, 16) if c.quick else (4, 16, 64, 256):
-        steps = 3 if c.quick else 3200 // N
-        for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 32))):
-            runs[name] = [*YARDSTICK, "--model", "START/family", *length(c, steps),
+    for N in (4, 16) if c.quick else (4, 16, 64, 128):
+        steps = 3 if c.quick else 1600 // N
+        for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 16))):
+            if N == 16 and name != "N16":       # the same
+                continue
+            runs[name] = [*YARDSTICK, *length(c, steps),
                           "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}"]
     return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
 
 
 def reuse(c):
-    runs = {f"K{K}": [*YARDSTICK, "--model", "START/family", *length(c), "--algo", "offpolicy",
-                      "--replay-ratio", K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
-    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "ess"],
+    off = [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio"]
+    runs = {f"K{K}": [*off, K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
+    K = 2 if c.quick else 4
+    runs |= {f"K{K}-ess-lr": [*off, K, "--ess-lr"],
+             f"K{K}-loglinear": [*off, K, "--prox", "loglinear"],
+             f"K{K}-weighted-baseline": [*off, K, "--weighted-baseline"]}
+    return Study(family_start(c), runs, x="num_samples",
+                 columns=["eval_pass@1", "ess", "kl_pi_mu", "seconds"],
                  panels=["eval_pass@1", "ess"])
 
 
 def staleness(c):
-    runs = {f"v{v}": [*YARDSTICK, "--model", "START/family", *length(c), "--algo", "offpolicy",
-                      "--replay-ratio", 1, "--sync-every", v]
-            for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
-    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "ess"],
-                 panels=["eval_pass@1", "ess"])
-
-
-def objectives(c):
-    more = {"grpo": [], "gtpo": ["--algo", "gtpo"], "offpolicy": ["--algo", "offpolicy"],
-            "dpo": ["--algo", "dpo", "--sft-weight", 1]}
-    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), *flags]
-            for name, flags in more.items()}
-    return Study(family_start(c), runs, x="num_samples")
+    runs = {f"v{v}": [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio", 1,
+                      "--sync-every", v] for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
+    return Study(family_start(c), runs, x="num_samples",
+                 columns=["eval_pass@1", "ess", "kl_pi_mu"], panels=["eval_pass@1", "ess"])
 
 
 def leaderboard(c):
-    more = {"grpo": [], "grpo-adaptive": ["--curriculum", "adaptive"],
-            "offpolicy-2": ["--algo", "offpolicy"], "gtpo": ["--algo", "gtpo"],
-            "grpo-refill": ["--refill", 2]}
-    runs = {name: [*YARDSTICK, "--model", "START/family", *length(c), *flags]
-            for name, flags in more.items()}
+    more = {"grpo": [], "gtpo": ["--algo", "gtpo"], "offpolicy": ["--algo", "offpolicy"],
+            "dpo": ["--algo", "dpo", "--sft-weight", 1],
+            "grpo-adaptive": ["--curriculum", "adaptive"], "grpo-refill": ["--refill", 2]}
+    runs = {name: [*YARDSTICK, *length(c), *flags] for name, flags in more.items()}
     return Study(family_start(c), runs, columns=["eval_pass@1", "seconds"])
 
 
-STUDIES = {"curricula": curricula, "transfer": transfer, "group-size": group_size,
-           "batch-size": batch_size, "reuse": reuse, "staleness": staleness,
-           "objectives": objectives, "leaderboard": leaderboard}
+def lora(c):
+    start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--steps", 3 if c.quick else 40,
+                      "--lr", "1e-4", "--template", "plain", "--problems", 400 if c.quick else 4000]}
+    flags = ["--model", "START/base", "--data", "arithmetic:4-8", "--template", "plain",
+             *length(c, 24), "--prompts-per-step", 8, "--max-new-tokens", 96, "--eval-every", 24,
+             "--micro-batch-tokens", 2048]
+    runs = {"full": [*flags, "--lr", "1e-5"]}
+    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
+    return Study(start, runs, columns=["eval_pass@1", "eval_greedy", "seconds"],
+                 panels=["eval_pass@1", "reward"])
+
+
+STUDIES = {"curricula": curricula, "transfer": transfer, "leaderboard": leaderboard,
+           "group-size": group_size, "batch-size": batch_size, "reuse": reuse,
+           "staleness": staleness, "lora": lora}
 
 
 # ------------------------------------------------------------------------------------ running them
@@ -229,7 +255,23 @@ def run_study(name, c, folder):
             for future in futures.values():
                 future.cancel()
             raise
+
+    run_after(study, folder, len(every) or 1)
     return study, logs
+
+
+def run_after(study, folder, threads):
+    """Make what a study wants besides its runs, unless it is there."""
+    def text(word):
+        return str(word).replace("START", str(folder / "start")).replace("STUDY", str(folder))
+
+    for made, command in study.after.items():
+        if not Path(text(made)).exists():
+            command = [*map(text, command), "--threads", str(threads)]
+            out = Path(text(made)).parent
+            if command[0] == "train.py":
+                command = going_on(out, command)
+            call(command, folder / "after.txt", "the same command", bars=False)
 
 
 # --------------------------------------------------------------------------------- what they show
@@ -283,6 +325,19 @@ def table(study, runs):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def table_of_probes(files):
+    """A Markdown table of what probe.py says of several models."""
+    lines = ["| model | c1 | c2 | c3 | best group size | one standard error |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for file in files:
+        found = json.loads(file.read_text())
+        numbers = [found[name] for name in ("c1", "c2", "c3", "best_group_size")]
+        cells = ["" if x is None else f"{x:.3g}" for x in numbers]
+        error = "{:.3g} to {:.3g}".format(*found["between"]) if found["between"] else ""
+        lines.append("| " + " | ".join([file.stem.removeprefix("probe-"), *cells, error]) + " |")
+    return "\n".join(lines)
+
+
 def show(name, study, logs, c, folder):
     """Write study.json, table.md and study.png; print the table."""
     runs = summary(study, logs)
@@ -290,9 +345,14 @@ def show(name, study, logs, c, folder):
         "study": name, "config": asdict(c), "starts": {
             start: shlex.join(map(str, flags)) for start, flags in study.starts.items()},
         "runs": runs}, indent=1) + "\n")
+
     text = table(study, runs)
+    probes = sorted(folder.glob("probe-*.json"))
+    if probes:
+        text += "\n\n" + table_of_probes(probes)
     write_whole(folder / "table.md", text + "\n")
     print(text, flush=True)
+
     try:
         by_name = {run: [logs[item] for item in sorted(logs) if item[0] == run]
                    for run in study.runs}
@@ -306,7 +366,11 @@ def show(name, study, logs, c, folder):
 def main(argv=None):
     with program(lambda: "interrupted: the same command goes on"):
         asked, config = named_command(argv, "a study", (*STUDIES, "all"), StudyConfig, __doc__)
-        names = [*STUDIES] if asked == "all" else [asked]
+        names = [asked]
+        if asked == "all":
+            names = [name for name in STUDIES if name != "lora" or config.base]
+        if asked == "lora" and not config.base:
+            raise ValueError("lora needs --base, a pretrained checkpoint")
         for name in names:
             folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
             folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from test_train import HERE
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
-    made = STUDIES[name](StudyConfig(quick=quick))
+    made = STUDIES[name](StudyConfig(quick=quick, base=str(tmp_path)))
     assert len(made.runs) >= 2
     for flags in made.starts.values():
         sft.parse([*map(str, flags), "--out", str(tmp_path / "out")])
@@ -30,13 +30,13 @@ def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
 
 
 def test_fixed_budgets_are_fixed():
-    """Group sizes share 256 completions a step; batch sizes 3,200 prompts a run."""
+    """Group sizes share 128 completions a step; batch sizes 1,600 prompts a run, or what is a whole number of steps."""
     def value(flags, name):
         return float(flags[len(flags) - 1 - flags[::-1].index(name) + 1])
     for flags in STUDIES["group-size"](StudyConfig()).runs.values():
-        assert value(flags, "--group-size") * value(flags, "--prompts-per-step") == 256
+        assert value(flags, "--group-size") * value(flags, "--prompts-per-step") == 128
     for flags in STUDIES["batch-size"](StudyConfig()).runs.values():
-        assert value(flags, "--prompts-per-step") * value(flags, "--steps") in (3200, 3072)
+        assert value(flags, "--prompts-per-step") * value(flags, "--steps") in (1600, 1536)
 
 
 def test_the_table_by_hand():
@@ -54,7 +54,33 @@ def test_the_table_by_hand():
     assert math.isnan(study.last_value(logs["a", 0], "ess"))
 
 
-@pytest.mark.parametrize("argv, message", [([], "give a study, one of curricula"), (["all"], "give --out"), (["x", "--out", "y"], "one of curricula")])
+def test_commands_behind_the_runs_are_made_once_and_shown(tmp_path, monkeypatch):
+    """The probes of group-size: their flags parse, START and STUDY are folders, what is there is not made again."""
+    import probe
+    made, called = STUDIES["group-size"](StudyConfig()), []
+
+    def call(command, *rest, **more):
+        called.append(command)
+        if command[0] == "train.py":
+            config.parse(command[1:])
+            (tmp_path / command[command.index("--out") + 1] / "model").mkdir(parents=True)
+        else:
+            probe.parse(command[1:])
+            numbers = {"c1": .5, "c2": 2, "c3": 8, "best_group_size": 5, "between": [4, 7] if len(called) > 3 else None}
+            (tmp_path / command[command.index("--json") + 1]).write_text(json.dumps(numbers))
+
+    monkeypatch.setattr(study, "call", call)
+    study.run_after(made, tmp_path, 1)
+    assert [c[0] for c in called] == ["train.py"] * 2 + ["probe.py"] * 3
+    assert str(tmp_path / "start" / "family") in called[0] and str(tmp_path / "end" / "model") in called[4]
+    study.run_after(made, tmp_path, 1)
+    assert len(called) == 5
+    lines = study.table_of_probes(sorted(tmp_path.glob("probe-*.json"))).split("\n")
+    assert lines[2] == "| end | 0.5 | 2 | 8 | 5 | 4 to 7 |" and lines[4] == "| start | 0.5 | 2 | 8 | 5 |  |"
+
+
+@pytest.mark.parametrize("argv, message", [([], "give a study, one of curricula"), (["all"], "give --out"), (["x", "--out", "y"], "one of curricula"),
+                                           (["lora", "--out", "y"], "lora needs --base")])
 def test_wrong_commands_are_one_line(argv, message):
     with pytest.raises(SystemExit, match=message):
         study.main(argv)
@@ -63,7 +89,7 @@ def test_wrong_commands_are_one_line(argv, message):
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_a_folder_is_of_one_study(tmp_path):
     out = tmp_path / "s"
-    command = [sys.executable, str(HERE / "study.py"), "objectives", "--quick", "--out", str(out)]
+    command = [sys.executable, str(HERE / "study.py"), "leaderboard", "--quick", "--out", str(out)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "runs" / "gtpo-s0" / "log.jsonl").exists():
         assert process.poll() is None
