@@ -175,8 +175,9 @@ def leaderboard(c):
 
 
 def lora(c):
-    start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--steps", 3 if c.quick else 40,
-                      "--lr", "1e-4", "--template", "plain", "--problems", 400 if c.quick else 4000]}
+    start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--template", "plain",
+                      "--lr", "1e-4", "--steps", 3 if c.quick else 40,
+                      "--problems", 400 if c.quick else 4000]}
     flags = ["--model", "START/base", "--data", "arithmetic:4-8", "--template", "plain",
              *length(c, 24), "--prompts-per-step", 8, "--max-new-tokens", 96, "--eval-every", 24,
              "--micro-batch-tokens", 2048]
@@ -371,6 +372,7 @@ def main(argv=None):
             names = [name for name in STUDIES if name != "lora" or config.base]
         if asked == "lora" and not config.base:
             raise ValueError("lora needs --base, a pretrained checkpoint")
+
         for name in names:
             folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
             folder.mkdir(parents=True, exist_ok=True)
