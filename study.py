@@ -8,19 +8,9 @@ run has a folder of its own, so a study that was killed goes on by the same comm
 skipped, and the others resume. Runs go seed by seed, so that a study that was stopped early has
 about as many seeds of everything. --jobs runs go side by side, each on cores of its own.
 
-    curricula    the five schedules of --curriculum, on levels of which the start has seen two
-    transfer     trained on each task alone and on the mix, evaluated on all
-    leaderboard  the objectives, and the first entries of results/leaderboard.md
-    group-size   G = 2 to 64 completions a prompt, with N G = 128 of them a step; and what probe.py
-                 says of the model at the start, in the middle and at the end
-    batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N)
-    reuse        off-policy, K = 1 to 8 passes over as many fresh samples; its refinements at K = 4
-    staleness    off-policy, weights that draw renewed every 1 to 64 steps
-    lora         a pretrained model (--base) on arithmetic: LoRA of rank 1, 8 and 32, and full
-
-What is left behind: study.json (every run with its curve, none dropped), table.md (mean and
-standard error over seeds, and the paired difference to the first row) and study.png. The yardstick
-is family puzzles (docs/tasks.md). Needs train.py, sft.py and report.py.
+studies.py says which studies there are and what each runs. What is left behind: study.json (every
+run with its curve, none dropped), table.md (mean and standard error over seeds, and the paired
+difference to the first row) and study.png. Needs train.py, sft.py and report.py.
 """
 import json
 import math
@@ -29,17 +19,19 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 import report
-from config import CURRICULA, setting
+import studies
+from config import setting
 from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
 from pipeline import call, going_on, named_command
+from studies import STUDIES
 
 
 @dataclass
@@ -50,146 +42,6 @@ class StudyConfig:
     base: str = ""                          # of lora: the pretrained checkpoint
     quick: bool = False                     # two seeds of a few steps: to see that it works
     keep_models: bool = False               # of the runs; else only their logs stay
-
-
-@dataclass
-class Study:
-    """What is run, and what of it is looked at."""
-    starts: dict                    # {name: flags of sft.py}
-    runs: dict                      # {name: flags of train.py}; START stands for a start's folder
-    x: str = "step"                 # axis of the figure
-    columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end
-    panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
-    after: dict = field(default_factory=dict)   # {folder or file that appears: command that makes
-                                                # it}, in this order; STUDY stands for the folder
-
-
-# ----------------------------------------------------------------------------------- the studies
-
-LEVELS = "family:2-6"           # the yardstick: the start has seen solutions of levels 2 and 3
-YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--lr", "1e-3",
-             "--prompts-per-step", "16", "--model", "START/family"]
-MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
-EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
-
-
-def family_start(c):
-    """A small model that has seen the worked solutions of two easy levels."""
-    steps = 60 if c.quick else 1500
-    return {"family": ["--data", "family:2-3", "--steps", steps, "--lr", 4e-3, "--muon-lr", 0.02,
-                       "--problems", 400 if c.quick else 8000,
-                       "--hidden-size", 64 if c.quick else 128]}
-
-
-def length(c, steps=100):
-    """Flags of a run's length and of its evaluations."""
-    if c.quick:
-        return ["--steps", 3, "--eval-every", 3, "--eval-problems", 20, "--eval-samples", 1,
-                "--prompts-per-step", 8, "--problems", 200]
-    return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 4),
-            "--eval-problems", 300, "--eval-samples", 1]
-
-
-def by_level():
-    return [f"eval_pass@1/family:{level}" for level in range(2, 7)]
-
-
-def curricula(c):
-    runs = {name: [*YARDSTICK, *length(c), "--curriculum", name]
-            for name in CURRICULA}
-    return Study(family_start(c), runs, columns=["eval_pass@1", *by_level()],
-                 panels=["eval_pass@1", *by_level()])
-
-
-def transfer(c):
-    start = {"mix": ["--data", EASY, "--steps", 60 if c.quick else 4000,
-                     "--problems", 400 if c.quick else 20000,
-                     "--lr", 4e-3, "--muon-lr", 0.02, "--hidden-size", 64 if c.quick else 160,
-                     "--vocab-size", 768]}
-    tasks = [part.partition(":")[0] for part in MIX.split(",")]
-    trained = {**dict(zip(tasks, MIX.split(","))), "mix": MIX}
-    runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX, "--lr", "5e-4",
-                   "--max-new-tokens", "128", *length(c, 60)] for name, data in trained.items()}
-    of_tasks = [f"eval_pass@1/{task}" for task in tasks]
-    return Study(start, runs, columns=["eval_pass@1", *of_tasks], panels=of_tasks)
-
-
-def group_size(c):
-    runs = {}
-    for G in (2, 8) if c.quick else (2, 4, 8, 16, 32, 64):
-        runs[f"G{G}"] = [*YARDSTICK, *length(c), "--group-size", G,
-                         "--prompts-per-step", 128 // G]
-
-    # what the gradients say: of the start, and of models on the way of GRPO with G = 8
-    after = {}
-    models = {"start": "START/family"}
-    for name, steps in (("middle", 50), ("end", 100)):
-        models[name] = f"STUDY/{name}/model"
-        after[models[name]] = ["train.py", *YARDSTICK, *length(c, steps), "--out", f"STUDY/{name}"]
-    for name, model in models.items():
-        after[f"STUDY/probe-{name}.json"] = [
-            "probe.py", "--model", model, "--data", LEVELS, "--max-new-tokens", 128,
-            "--prompts", 8 if c.quick else 128, "--group-size", 4 if c.quick else 16,
-            "--json", f"STUDY/probe-{name}.json"]
-    return Study(family_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "frac_reward_zero_std"], after=after)
-
-
-def batch_size(c):
-    runs = {}
-    for N in (4, 16) if c.quick else (4, 16, 64, 128):
-        steps = 3 if c.quick else 1600 // N
-        for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 16))):
-            if N == 16 and name != "N16":       # the same
-                continue
-            runs[name] = [*YARDSTICK, *length(c, steps),
-                          "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}"]
-    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
-
-
-def reuse(c):
-    off = [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio"]
-    runs = {f"K{K}": [*off, K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
-    K = 2 if c.quick else 4
-    runs |= {f"K{K}-ess-lr": [*off, K, "--ess-lr"],
-             f"K{K}-loglinear": [*off, K, "--prox", "loglinear"],
-             f"K{K}-weighted-baseline": [*off, K, "--weighted-baseline"]}
-    return Study(family_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "ess", "kl_pi_mu", "seconds"],
-                 panels=["eval_pass@1", "ess"])
-
-
-def staleness(c):
-    runs = {f"v{v}": [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio", 1,
-                      "--sync-every", v] for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
-    return Study(family_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "ess", "kl_pi_mu"], panels=["eval_pass@1", "ess"])
-
-
-def leaderboard(c):
-    more = {"grpo": [], "gtpo": ["--algo", "gtpo"], "offpolicy": ["--algo", "offpolicy"],
-            "dpo": ["--algo", "dpo", "--sft-weight", 1],
-            "grpo-adaptive": ["--curriculum", "adaptive"], "grpo-refill": ["--refill", 2]}
-    runs = {name: [*YARDSTICK, *length(c), *flags] for name, flags in more.items()}
-    return Study(family_start(c), runs, columns=["eval_pass@1", "seconds"])
-
-
-def lora(c):
-    start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--template", "plain",
-                      "--lr", "1e-4", "--steps", 3 if c.quick else 40,
-                      "--problems", 400 if c.quick else 4000]}
-    flags = ["--model", "START/base", "--data", "arithmetic:4-8", "--template", "plain",
-             *length(c, 24), "--prompts-per-step", 8, "--max-new-tokens", 96, "--eval-every", 24,
-             "--micro-batch-tokens", 2048]
-    runs = {"full": [*flags, "--lr", "1e-5"]}
-    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
-    return Study(start, runs, columns=["eval_pass@1", "eval_greedy", "seconds"],
-                 panels=["eval_pass@1", "reward"])
-
-
-STUDIES = {"curricula": curricula, "transfer": transfer, "leaderboard": leaderboard,
-           "group-size": group_size, "batch-size": batch_size, "reuse": reuse,
-           "staleness": staleness, "lora": lora}
 
 
 # ------------------------------------------------------------------------------------ running them
@@ -366,7 +218,8 @@ def show(name, study, logs, c, folder):
 
 def main(argv=None):
     with program(lambda: "interrupted: the same command goes on"):
-        asked, config = named_command(argv, "a study", (*STUDIES, "all"), StudyConfig, __doc__)
+        asked, config = named_command(argv, "a study", (*STUDIES, "all"), StudyConfig,
+                                      f"{__doc__}\n{studies.__doc__}")
         names = [asked]
         if asked == "all":
             names = [name for name in STUDIES if name != "lora" or config.base]

@@ -12,7 +12,8 @@ import pytest
 import config
 import sft
 import study
-from study import STUDIES, Study, StudyConfig
+from studies import STUDIES, Study
+from study import StudyConfig
 from test_train import HERE
 
 

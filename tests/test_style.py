@@ -12,7 +12,7 @@ PROGRAMS = sorted(file for folder in (".", "engine", "verifier", "measure", "puz
 READING_PATH = ("grpo.py", "rollout.py", "learner.py", "train.py", "model.py")
 OBJECTIVES = {"grpo", "gtpo", "offpolicy"}      # and replay.py, which offpolicy.py brings
 COMPANIONS = {"gtpo", "offpolicy", "replay", "measure", "bench", "evaluate", "matplotlib", "datasets", "lora",
-              "dpo", "distill", "curriculum", "rejection", "study", "theory", "probe", "explain", "judge", "pipeline", "actors",
+              "dpo", "distill", "curriculum", "rejection", "study", "studies", "theory", "probe", "explain", "judge", "pipeline", "actors",
               "moe"}
 
 
@@ -101,7 +101,7 @@ def test_nothing_of_a_companion_is_imported_unless_it_is_asked_for():
 def test_sizes():
     assert sum(filled(HERE / name) for name in READING_PATH) <= 1400
     assert len([path for path in subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=HERE, text=True,
-                                                capture_output=True).stdout.split()]) <= 56
+                                                capture_output=True).stdout.split()]) <= 57
     assert sum(filled(file) for file in (HERE / "engine").glob("*.py")) <= 2210
     assert sum(filled(file) for file in (HERE / "verifier").glob("*.py")) <= 950
     assert (HERE / "README.md").stat().st_size <= 10_000
