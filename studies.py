@@ -143,13 +143,13 @@ def lora(c):
     start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--template", "plain",
                       "--lr", "1e-4", "--steps", 3 if c.quick else 40,
                       "--problems", 400 if c.quick else 4000]}
-    flags = ["--model", "START/base", "--data", "arithmetic:4-8", "--template", "plain",
-             *length(c, 24), "--prompts-per-step", 8, "--max-new-tokens", 96, "--eval-every", 24,
-             "--micro-batch-tokens", 2048]
-    runs = {"full": [*flags, "--lr", "1e-5"]}
-    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
+    flags = ["--model", "START/base", "--data", "arithmetic:3-6", "--template", "plain",
+             *length(c, 16), "--eval-every", 16, "--eval-problems", 20 if c.quick else 100,
+             "--prompts-per-step", 8, "--max-new-tokens", 80, "--micro-batch-tokens", 2048]
+    runs = {"full": [*flags, "--lr", "2e-5"]}
+    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "5e-4"] for rank in (1, 8, 32)}
     return Study(start, runs, columns=["eval_pass@1", "eval_greedy", "seconds"],
-                 panels=["eval_pass@1", "reward"])
+                 panels=["eval_pass@1", "eval_greedy"])
 
 
 STUDIES = {"curricula": curricula, "transfer": transfer, "leaderboard": leaderboard,
