@@ -907,6 +907,56 @@ def test_ln_2_of_a_mean(seed):
     assert geometric >= math.exp(-float(H)) - TINY
 
 
+def beginning(seed, how, conflict=False):
+    """A group whose completions share three tokens, then differ: rewards, lengths, and the weight of each shared position.
+
+    The weight of a token is - d loss / d log pi, of the objective's own loss at rho = 1. A shared beginning has one context
+    in all completions, so one gradient, and its weight is the sum over completions."""
+    rng = np.random.default_rng(seed)
+    G, T = 6, 12
+    lengths = torch.tensor(rng.integers(4, T + 1, G))
+    mask = (torch.arange(T) < lengths[:, None]).double()
+    tokens = torch.tensor(rng.integers(10, 10 ** 6, (G, T)))
+    tokens[:, :3] = torch.tensor([1, 2, 3])
+    rewards = torch.zeros(G).double()
+    rewards[rng.permutation(G)[:rng.integers(1, G)]] = 1
+
+    A = grpo.group_advantages(rewards[None], "none")[0]
+    logp = torch.zeros(G, T, dtype=torch.float64, requires_grad=True)
+    loss = grpo.policy_loss(logp, logp.detach(), A, mask)
+    if conflict:
+        loss = loss * gtpo.conflict_weights(tokens, mask, A, G)
+    weights = -torch.autograd.grad(grpo.aggregate(loss, mask, how), logp)[0]
+    return rewards, lengths, A, weights[:, :3].sum(0)
+
+
+@MANY
+@given(SEEDS)
+def test_a_shared_beginning_learns_nothing_under_token_averaging(seed):
+    assert beginning(seed, "token")[3].abs().max() < TINY
+
+
+@MANY
+@given(SEEDS)
+def test_a_shared_beginning_under_sequence_averaging(seed):
+    """The covariance of A with 1 / length: below 0 where all right completions are longer than all wrong ones."""
+    rewards, lengths, A, weights = beginning(seed, "sequence")
+    covariance = (A * (1 / lengths.double())).mean()
+    assert torch.allclose(weights, covariance.expand(3), atol=TINY)
+    if lengths[rewards == 1].min() > lengths[rewards == 0].max():
+        assert (weights < 0).all()
+
+
+@MANY
+@given(SEEDS)
+def test_conflict_weights_hold_a_shared_beginning(seed):
+    """Twice the weight that right completions give it, under either averaging: above 0."""
+    for how in ("token", "sequence"):
+        rewards, lengths, A, weights = beginning(seed, how, conflict=True)
+        share = 1 / lengths.sum() if how == "token" else 1 / (len(A) * lengths)
+        assert torch.allclose(weights, (2 * A.clamp(min=0) * share).sum().expand(3), atol=TINY) and (weights > 0).all()
+
+
 # ----------------------------------------------------------------------------------------- the page
 
 def test_the_page_names_every_test_and_no_other():
