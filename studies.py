@@ -140,14 +140,15 @@ def leaderboard(c):
 
 
 def lora(c):
-    start = {"base": ["--model", c.base, "--data", "arithmetic:2-6", "--template", "plain",
-                      "--lr", "1e-4", "--steps", 3 if c.quick else 40,
+    start = {"base": ["--model", c.base, "--data", "arithmetic:2-4", "--template", "plain",
+                      "--lr", "1e-4", "--steps", 3 if c.quick else 60, "--terse-steps", 12,
                       "--problems", 400 if c.quick else 4000]}
-    flags = ["--model", "START/base", "--data", "arithmetic:3-6", "--template", "plain",
-             *length(c, 16), "--eval-every", 16, "--eval-problems", 20 if c.quick else 100,
-             "--prompts-per-step", 8, "--max-new-tokens", 80, "--micro-batch-tokens", 2048]
+    flags = ["--model", "START/base", "--data", "arithmetic:2-4", "--template", "plain",
+             *length(c, 10), "--eval-every", 10, "--eval-problems", 20 if c.quick else 100,
+             "--prompts-per-step", 8, "--warmup-steps", 2, "--max-new-tokens", 64,
+             "--micro-batch-tokens", 2048]
     runs = {"full": [*flags, "--lr", "2e-5"]}
-    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "5e-4"] for rank in (1, 8, 32)}
+    runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
     return Study(start, runs, columns=["eval_pass@1", "eval_greedy", "seconds"],
                  panels=["eval_pass@1", "eval_greedy"])
 
