@@ -7,10 +7,9 @@
              al., 2203.11171)
 
 Each is a mean over problems, +- its standard error over problems; where problems are of several
-tasks and levels, of each kind too. Answers are read strictly, as
-rewards are, and leniently, which takes the last number in the text if no answer is marked. A gap
-between the two columns is a matter of format. A built-in task with a checker of its own has one
-verdict for both.
+tasks and levels, of each kind too. Answers are read strictly, as rewards are, and leniently, which
+takes the last number in the text if no answer is marked. A gap between the two columns is a matter
+of format. A built-in task with a checker of its own has one verdict for both.
 
     python evaluate.py --model runs/NAME/model --data arithmetic --samples 8 --json eval.json
 

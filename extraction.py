@@ -16,8 +16,8 @@ ones. Ticks, code fences and bold type around an answer are taken away.
 A mark that the text denies is no answer: "is not \boxed{5}", "cannot be 5", "x \neq \boxed{5}",
 "\boxed{5} is wrong". The negation has to stand directly before the mark, with nothing between but
 words such as "equal to" or "that the answer is". An answer that is struck out, or only asked ("Is
-it \boxed{5}?"), is denied too. So "Those that do not fit are \boxed{5}" denies
-nothing. An earlier mark with the value that a later one denies is no answer either.
+it \boxed{5}?"), is denied too. So "Those that do not fit are \boxed{5}" denies nothing. An earlier
+mark with the value that a later one denies is no answer either.
 
 What is attached to a mark belongs to the answer: -\boxed{5} is -5, "\boxed{5} million" is not 5.
 Units and ordinary words are not attached, nor are "at least" and "dozens of".

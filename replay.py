@@ -114,8 +114,8 @@ class ReplayBuffer:
 
     capacity: groups. capacity_mb: megabytes, 0 for no bound; the oldest leave first. A group also
     leaves when one of three rules says so; 0 switches a rule off. It is more than max_staleness
-    rollouts old, it has been drawn max_reuse times, or its effective sample size fell
-    below the share min_ess (which is 1 until it has been replayed). alpha: 0 draws uniformly.
+    rollouts old, it has been drawn max_reuse times, or its effective sample size fell below the
+    share min_ess (which is 1 until it has been replayed). alpha: 0 draws uniformly.
     Above, a group is drawn in proportion to priority^alpha, where priority = std of the rewards x
     exp(-staleness / decay) + 0.001. All draws follow from seed."""
 
