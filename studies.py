@@ -143,8 +143,8 @@ def lora(c):
     start = {"base": ["--model", c.base, "--data", "arithmetic:2-4", "--template", "plain",
                       "--lr", "1e-4", "--steps", 3 if c.quick else 60, "--terse-steps", 12,
                       "--problems", 400 if c.quick else 4000]}
-    flags = ["--model", "START/base", "--data", "arithmetic:2-4", "--template", "plain",
-             *length(c, 10), "--eval-every", 10, "--eval-problems", 20 if c.quick else 100,
+    flags = ["--model", "START/base", "--data", "arithmetic:4-5", "--template", "plain",
+             *length(c, 12), "--eval-every", 12, "--eval-problems", 20 if c.quick else 100,
              "--prompts-per-step", 8, "--warmup-steps", 2, "--max-new-tokens", 64,
              "--micro-batch-tokens", 2048]
     runs = {"full": [*flags, "--lr", "2e-5"]}
