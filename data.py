@@ -214,7 +214,7 @@ def from_hub(name, split, report):
 
 
 # GSM8K writes for a calculator too: "48/2 = <<48/2=24>>24". To a model it says everything twice.
-CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+CALCULATOR = re.compile(r"<<[-+*/().0-9 ,%$]{0,100}=[^<>\n]{0,100}>>")
 
 
 def normalize(row, name):

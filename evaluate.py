@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -385,6 +386,18 @@ def rows_of(config, sampler, tokenizer, problems, rollout, groups, kind):
     return rows
 
 
+RIGHT = "\nright"       # no line of an answer is this
+
+
+def last_words(text):
+    """What a completion says behind its last mark, in small letters, to be compared as it stands.
+
+    None where there is no answer. For tasks with a checker of their own, whose right answers are
+    one whatever their spelling: names, an order, several lines."""
+    said = text.rpartition("####")[2] if "####" in text else final_answer(text)
+    return " ".join(re.findall(r"\w+", said.lower())) or None
+
+
 def grade(texts, gold, check=None):
     """Grade the completions of one problem, strictly and leniently.
 
@@ -393,9 +406,9 @@ def grade(texts, gold, check=None):
     {"right": [bool], "labels": [int]}}. For the vote equal labels are equal answers, and -1 is no
     answer."""
     if check is not None:
-        answers = [final_answer(text) or None for text in texts]        # words too: "#### Ben"
-        one = {"right": [bool(check(text)) for text in texts],
-               "labels": vote_labels(answers, reward.equal)}
+        right = [bool(check(text)) for text in texts]
+        answers = [RIGHT if good else last_words(text) for text, good in zip(texts, right)]
+        one = {"right": right, "labels": vote_labels(answers, str.__eq__)}
         return {kind: one for kind in KINDS}
 
     # samples repeat each other, and so do the two kinds

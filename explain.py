@@ -193,6 +193,8 @@ def look(args):
 
     # the three objectives meet the rollout at mu
     config = replace(c, prompts_per_step=N, lr=args.lr or c.lr)
+    if hasattr(config, "prox"):
+        config = replace(config, prox="forward")        # prox is measured here
     learners = {name: learner_of(name, config, learner, reference) for name in OBJECTIVES}
     restore_gtpo(learners["gtpo"], run)
     batches = {name: learners[name].batch(rollout, rewards) for name in ("grpo", "gtpo")}

@@ -346,11 +346,13 @@ def parse(argv=None):
 
 def examine(config):
     """Draw, judge, verify, revise. Returns the numbers, and the rows of the corpus."""
-    sampler, tokenizer, problems, _ = evaluate.start(evaluate.EvalConfig(
+    loaded = evaluate.EvalConfig(
         model=config.model, data=config.data, levels=config.levels, limit=config.limit,
         train_seed=0 if config.revise else -1,          # a corpus of held-out problems would leak
         max_prompt_tokens=10 ** 6, template=config.template, device=config.device,
-        threads=config.threads))
+        threads=config.threads)
+    sampler, tokenizer, problems, _ = evaluate.start(loaded)
+    config.template = loaded.template       # that of the run which made the model
     judge = load_judge(config.judge, config.principles, sampler.model.device)
 
     with sampler.loaded():

@@ -166,8 +166,9 @@ def weighted_advantages(rewards, weights, scale="std", eps=1e-6, unbiased=False)
 
     rewards and weights (N, G), one weight a completion. b = sum w^2 r / sum w^2 in the place of the
     group's mean: with weights w the variance of sum w (r - b) grad log pi is least there, if all
-    gradients are about as long. With equal weights it is the mean, and this is grpo.py's
-    group_advantages for the scales "std" and "none". Raises ValueError for other scales."""
+    gradients are about as long. A completion's own reward is part of b, so one whose weight is
+    far above the others' keeps little of its advantage. With equal weights b is the mean, and this
+    is grpo.py's group_advantages for the scales "std" and "none". Raises ValueError for others."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale must be std or none for a weighted baseline, not {scale!r}")
 
@@ -182,13 +183,12 @@ def weighted_advantages(rewards, weights, scale="std", eps=1e-6, unbiased=False)
     return torch.where(grpo.informative(rewards)[:, None], advantages, 0.0)
 
 
-def loglinear_prox(logp, old_logp, versions):
+def loglinear_prox(logp, old_logp, share):
     """log prox between mu and pi, without a forward of its own (A-3PO, arXiv 2512.06547): (B, T).
 
-    Policies that training leaves behind are taken to lie on a line in log space: with mu `versions`
-    (B,) passes before prox, and the pi that is now being trained one pass after it,
-    log prox = log mu + v / (v + 1) (log pi - log mu). No gradient."""
-    share = versions / (versions + 1)
+    Policies that training leaves behind are taken to lie on a line in log space, with prox the
+    `share` (B,) of the way from mu to the pi that is now being trained. With 1 prox is pi itself,
+    which is exact in the first update of a pass. No gradient."""
     return old_logp + share[:, None] * (logp.detach() - old_logp)
 
 
@@ -354,8 +354,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # importance weights), bypass (ratio to mu)
 
     prox: str = setting("forward", choices=PROXIES, needs=[DECOUPLED, OLD])     # how prox is
-                                                # known: one more forward, or loglinear between mu
-                                                # and pi
+                                                # known: one more forward, or loglinear, none: pi
+                                                # where a pass is one update, else between mu and pi
 
     importance: str = setting("truncated", choices=SCHEMES,
                                 needs=[DECOUPLED, OLD])  # none, standard,
@@ -378,8 +378,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     weighted_baseline: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])
                                                 # subtract sum w^2 r / sum w^2, not the mean
 
-    ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, BY_FORWARD])   # learning rate of a pass x
-                                                # sqrt(ESS), as a share (VCPO, arXiv 2602.17616)
+    ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])     # learning rate
+                                                # of a pass x sqrt(ESS) of its weights, as a share
 
     trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
                                                 # of retrace and tempered
@@ -455,11 +455,13 @@ class Settings(grpo.Settings):          # those of GRPO, and these
             raise ValueError("--trust-region second_moment needs samples of older weights: "
                              "--replay-ratio or --sync-every above 1")
 
+        if self.importance_level == "token" and (self.weighted_baseline or self.ess_lr):
+            raise ValueError("--weighted-baseline and --ess-lr need one weight a completion: "
+                             "--importance-level sequence or geometric")
         if self.weighted_baseline:
-            if self.importance_level == "token" or self.advantage_scale not in ("std", "none"):
-                raise ValueError("--weighted-baseline needs one weight a completion, "
-                                 "--importance-level sequence or geometric, and "
-                                 "--advantage-scale std or none")
+            if self.mask_truncated or self.advantage_scale not in ("std", "none"):
+                raise ValueError("--weighted-baseline needs --advantage-scale std or none, and a "
+                                 "weight of each completion, so no --mask-truncated")
 
         if self.prox == "loglinear":
             if self.trust_region == "second_moment" or self.importance == "self_normalized":
@@ -482,8 +484,8 @@ class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
     lag: torch.Tensor | None = None             # (B,) age in rollouts
     prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
-    prox_age: torch.Tensor | None = None        # (B,) passes from mu to prox, where the loss finds
-                                                # prox between mu and pi
+    prox_share: torch.Tensor | None = None      # (B,) of the way from mu to pi, where the loss
+                                                # finds prox there
     weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
     replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
 
@@ -551,8 +553,8 @@ def loss(logp, entropy, batch, config, normalizer):
     mu, A, mask, weight = batch.old_logp, batch.advantages, batch.mask, batch.weight
     decoupled = config.correction == "decoupled" and batch.prox_logp is not None
     anchor = batch.prox_logp if decoupled else mu           # the ratio's and the clip's
-    if batch.prox_age is not None:
-        anchor = loglinear_prox(logp, mu, batch.prox_age)
+    if batch.prox_share is not None:
+        anchor = loglinear_prox(logp, mu, batch.prox_share)
         log_ratio = torch.where(mask.bool(), anchor - mu, 0.0)
         weight = configured_weights(log_ratio, weight, config)
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high, "level": config.ratio_level}
@@ -645,20 +647,24 @@ def passes(learner, batch, count, config):
     """learner.passes; with --ess-lr at a learning rate that fits what the samples are worth.
 
     B samples whose weights leave ESS of them are a batch of that size, whose noise is sqrt(B / ESS)
-    times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616)."""
+    times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616). The weights
+    are those of the loss, after the cap. The log's `lr` is the rate before."""
     if not (config.ess_lr and batch.prox_logp is not None):
         return learner.passes(batch, count, config)
 
-    share = measure(learner, batch).ess
+    w = (batch.weight.amax(1) * batch.replay_weight)[batch.active]
+    sums = {"sequences": float(len(w)), "weight": float(w.sum()), "weight2": float((w * w).sum())}
+    share = Drift(**dist.all_reduce(sums, learner.device)).ess
+
     groups = learner.optimizer.param_groups
     usual = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] *= math.sqrt(share)
-    updates = learner.passes(batch, count, config)
-
-    for group, lr in zip(groups, usual):
-        group["lr"] = lr
-    return updates
+    try:
+        return learner.passes(batch, count, config)
+    finally:
+        for group, lr in zip(groups, usual):
+            group["lr"] = lr
 
 
 def fresh_batch(learner, rollout, rewards):
@@ -702,13 +708,24 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
         batch.prox_logp = learner.score(batch)[0]
     else:           # the updates leave here what they meet: no second forward
         batch.pi_logp = batch.sampler_logp.clone()
-        if c.prox == "loglinear":
-            batch.prox_age = batch.lag * c.replay_ratio + made
+        if wants_prox and not on_policy:
+            batch.prox_share = prox_share(c, batch.lag * c.replay_ratio + made)
 
     correct(batch, c, weights,
             reduce=lambda sums: dist.all_reduce(sums, learner.device),
             gather=lambda x: torch.cat(dist.gather_objects(x.cpu())))
     return batch
+
+
+def prox_share(c, passes):
+    """How far prox is on the way from mu to pi, where it is not measured: (B,).
+
+    passes (B,): those from mu to prox, if each step makes --replay-ratio of them. Where a pass is
+    one update, the update meets prox itself: 1. Else pi is taken to be one pass further,
+    v / (v + 1)."""
+    if c.epochs * c.minibatches == 1:
+        return torch.ones_like(passes)
+    return passes / (passes + 1)
 
 
 def store(learner, rollout, rewards, batch):

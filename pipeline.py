@@ -407,6 +407,12 @@ def named_command(argv, what, names, config_class, description):
     check_settings(config)
     if not config.out:
         raise ValueError("give --out, a folder")
+
+    # the programs are called in the project's folder, and so would find relative paths there
+    for name_of in ("out", "base", "model"):
+        path = getattr(config, name_of, "")
+        if path and (name_of == "out" or Path(path).exists()):
+            setattr(config, name_of, str(Path(path).resolve()))
     return name, config
 
 

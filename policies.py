@@ -8,6 +8,7 @@ has the weights of pi and mu in its checkpoint, and its tokenizer and shapes in 
 the starting model it then needs nothing, but with --beta and LoRA, whose checkpoints hold the
 adapter alone.
 """
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +78,17 @@ def save_model(c, model, folder, source):
     """Write folder/model in HF's layout; with LoRA also folder/adapter in PEFT's.
 
     Every rank enters. source: what the adapter belongs to. The merged weights are float32, because
-    bfloat16 would round a small change away."""
+    bfloat16 would round a small change away. model/ appears when it is whole, so that where it is,
+    the run has ended."""
     write = dist.rank() == 0
-    if not c.lora_rank:
-        model.save_pretrained(folder / "model", write=write)
-        return
-    import lora
-    lora.save_adapter(model, folder / "adapter", source, write)
-    model.save_pretrained(folder / "model", torch.float32, write, lora.merged(model))
+    part = folder / ".model"
+    if c.lora_rank:
+        import lora
+        lora.save_adapter(model, folder / "adapter", source, write)
+        model.save_pretrained(part, torch.float32, write, lora.merged(model))
+    else:
+        model.save_pretrained(part, write=write)
+
+    if write:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        part.rename(folder / "model")

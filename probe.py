@@ -20,12 +20,14 @@ estimate is unbiased at any G of at least 4.
 
 Only inner products of scores count, so a score is kept as a sketch: random signs, then added up
 into --sketch numbers, which leaves inner products right on average, and exact where the model is
-that small. What the formula does not know: Adam, the clip, std-normalising, and that gradients of
+that small. Of a run with LoRA give its adapter/ folder: then the gradients are the adapter's, as in
+training. What the formula does not know: Adam, the clip, std-normalising, and that gradients of
 several steps add up. Left out: several ranks. Needs rollout.py to draw, reward.py to grade,
 theory.py for the curve.
 """
 import json
 import math
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +68,7 @@ class ProbeConfig:
 
 
     template: str = setting("auto", choices=TEMPLATES)  # auto, chat, plain, reasoning
+    chat_template_kwargs: str = ""              # what the chat template shall read, as JSON
 
 def sketch(gradients, size, seed=0):
     """Returns one vector (size,) of a list of tensors, such that inner products stay.
@@ -102,14 +105,14 @@ def pair_products(products, rewards):
     return [of_pairs[shared == count].mean() for count in (0, 1, 2)]
 
 
-def constants(by_prompt, gradients):
-    """c1, c2 and c3 from the `pair_products` (N, 3) and mean gradients (N, k) of N prompts.
+def constants(by_prompt, products):
+    """c1, c2 and c3 from the `pair_products` (N, 3) of N prompts and the inner products (N, N) of
+    their mean gradients, each the leave-one-out estimate of a prompt's grad p.
 
-    gradients: each the leave-one-out estimate of its prompt's grad p. c1 is the mean of |grad p|^2
-    less the square of the mean gradient, which is taken over pairs of different prompts."""
+    c1 is the mean of |grad p|^2 less the square of the mean gradient, which is taken over pairs of
+    different prompts."""
     none, one, both = np.mean(by_prompt, 0)
-    N = len(gradients)
-    products = gradients @ gradients.T
+    N = len(products)
     mean_square = (products.sum() - products.trace()) / (N * (N - 1))
     c2 = 4 * (one - none)
     c3 = 2 * (both - none) - c2
@@ -123,15 +126,16 @@ def best_size(c1, c3):
     return theory.best_group_size(c1, c3)
 
 
-def jackknife(by_prompt, gradients):
+def jackknife(by_prompt, products):
     """Standard error of log(G* - 1) over prompts, or inf where some set of N - 1 knows no G*.
 
-    Of the logarithm, because G* is a ratio of noisy numbers and its error is not symmetric."""
+    products (N, N): inner products of the prompts' mean gradients. Of the logarithm, because G* is
+    a ratio of noisy numbers and its error is not symmetric."""
     N = len(by_prompt)
     values = []
     for left_out in range(N):
-        rest = [i for i in range(N) if i != left_out]
-        c1, _, c3 = constants(by_prompt[rest], gradients[rest])
+        rest = np.delete(np.arange(N), left_out)
+        c1, _, c3 = constants(by_prompt[rest], products[np.ix_(rest, rest)])
         values.append(math.log(best_size(c1, c3) - 1))
     if not all(map(math.isfinite, values)):
         return math.inf
@@ -156,9 +160,12 @@ def scores_of(model, rollout, rows, size, temperature):
 def probe(config):
     """Draw, grade and differentiate. Returns the numbers that --json receives."""
     sampler, tokenizer, problems, _ = evaluate.start(evaluate.EvalConfig(
-        model=config.model, data=config.data, levels=config.levels, limit=config.prompts,
-        train_seed=config.seed, template=config.template, device=config.device, dtype="float32",
-        threads=config.threads))
+        model=config.model, data=config.data, levels=config.levels, train_seed=config.seed,
+        template=config.template, chat_template_kwargs=config.chat_template_kwargs,
+        device=config.device, dtype="float32", threads=config.threads))
+    # not the first ones: files are often sorted by subject
+    count = min(config.prompts, len(problems))
+    problems = random.Random(config.seed).sample(problems, count)
     G, by_prompt, gradients, success = config.group_size, [], [], []
 
     with tqdm(total=len(problems), unit=" prompts", desc="probe") as bar:
@@ -181,8 +188,9 @@ def probe(config):
                 bar.update()
 
     by_prompt, gradients = np.array(by_prompt), torch.stack(gradients).double().numpy()
-    c1, c2, c3 = constants(by_prompt, gradients)
-    best, error = best_size(c1, c3), jackknife(by_prompt, gradients)
+    products = gradients @ gradients.T
+    c1, c2, c3 = constants(by_prompt, products)
+    best, error = best_size(c1, c3), jackknife(by_prompt, products)
     between = None
     if math.isfinite(best) and math.isfinite(error):
         between = [1 + (best - 1) * math.exp(sign * error) for sign in (-1, 1)]
@@ -196,6 +204,8 @@ def table(result):
     c1, c2, c3, best = (result[name] for name in ("c1", "c2", "c3", "best_group_size"))
     lines = [f"success {result['success']:.3f}, prompts with a signal {result['informative']:.2f}",
              f"c1 {c1:.4g} (prompts differ), c2 {c2:.4g} (completions), c3 {c3:.4g} (baseline)"]
+    if not result["informative"]:
+        return "\n".join([lines[0], "no prompt has right and wrong answers: give other problems"])
     if best is None:
         return "\n".join([*lines, "no difference between the prompts' gradients is seen in the "
                                   "noise: give more --prompts"])
@@ -217,6 +227,8 @@ def parse(argv=None):
     check_settings(config)
     if not config.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
+    if config.json and (Path(config.json).exists() or not Path(config.json).parent.is_dir()):
+        raise ValueError(f"--json {config.json}: exists already, or its folder does not")
     return config
 
 

@@ -103,12 +103,13 @@ def group_size(c):
 def batch_size(c):
     runs = {}
     for N in (4, 16) if c.quick else (4, 16, 64, 128):
-        steps = 3 if c.quick else 1600 // N
+        steps = 3 if c.quick else 1536 // N
         for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 16))):
             if N == 16 and name != "N16":       # the same
                 continue
             runs[name] = [*YARDSTICK, *length(c, steps),
-                          "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}"]
+                          "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}",
+                          "--warmup-steps", max(1, 80 // N)]
     return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
 
 
@@ -136,7 +137,7 @@ def leaderboard(c):
             "dpo": ["--algo", "dpo", "--sft-weight", 1],
             "grpo-adaptive": ["--curriculum", "adaptive"], "grpo-refill": ["--refill", 2]}
     runs = {name: [*YARDSTICK, *length(c), *flags] for name, flags in more.items()}
-    return Study(family_start(c), runs, columns=["eval_pass@1", "seconds"])
+    return Study(family_start(c), runs, columns=["eval_pass@1", "num_samples", "seconds"])
 
 
 def lora(c):

@@ -46,6 +46,24 @@ class StudyConfig:
 
 # ------------------------------------------------------------------------------------ running them
 
+def claim(folder, name, study):
+    """Write down what the folder's runs are. Raises ValueError where it holds others.
+
+    Runs may be added to a study, but a run that is there is never reported under other flags."""
+    file = folder / "which.json"
+    mine = {"study": name}
+    for kind, made in (("start", study.starts), ("run", study.runs)):
+        for key, flags in made.items():
+            mine[f"{kind} {key}"] = shlex.join(map(str, flags))
+
+    theirs = json.loads(file.read_text()) if file.exists() else {}
+    for key, said in mine.items():
+        if theirs.get(key, said) != said:
+            raise ValueError(f"--out {folder} holds other runs, {key} was {theirs[key]!r}, not "
+                             f"{said!r}: choose another folder")
+    write_whole(file, json.dumps({**theirs, **mine}, indent=1) + "\n")
+
+
 def make_start(folder, name, flags, threads):
     """Make a start, unless it is there: it appears when it is whole."""
     target = folder / "start" / name
@@ -230,11 +248,7 @@ def main(argv=None):
             folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
-            mine = json.dumps([name, config.quick])
-            file = folder / "which.json"
-            if file.exists() and file.read_text() != mine:
-                raise ValueError(f"--out {folder} holds another study: {file.read_text()}")
-            write_whole(file, mine)
+            claim(folder, name, STUDIES[name](config))
             study, logs = run_study(name, config, folder)
             show(name, study, logs, config, folder)
 

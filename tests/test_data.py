@@ -57,11 +57,11 @@ def test_every_layout_gives_problem_and_answer(tmp_path, row, answer):
 
 
 def test_what_gsm8k_writes_for_a_calculator_is_left_out(tmp_path):
-    """In both fields that hold solutions; a shift of bits and an open mark are none."""
-    said = "48+24 = <<48+24=72>>72 clips, 1 << 2 and <<5.\n#### 72"
+    """In both fields that hold solutions; shifts of bits and an open mark are none."""
+    said = "48+24 = <<48+24=72>>72 clips, 1 << 2, a<<b and c>>d, <<5.\n#### 72"
     for row in ({"question": "?", "answer": said}, {"problem": "?", "solution": said, "answer": "72"}):
         problem, = data.load_problems(str(write(tmp_path, row)))
-        assert problem["solution"] == "48+24 = 72 clips, 1 << 2 and <<5.\n#### 72" and problem["answer"] == "72"
+        assert problem["solution"] == "48+24 = 72 clips, 1 << 2, a<<b and c>>d, <<5.\n#### 72" and problem["answer"] == "72"
 
 
 @pytest.mark.parametrize("line, reason", [

@@ -92,6 +92,14 @@ def test_votes_for_words():
     assert majority_at_k(graded["strict"]["labels"], [1, 1, 0, 0], 4) == 1
 
 
+def test_votes_for_an_order_and_for_several_lines():
+    """Of three people in a row each order is an answer of its own; a grid is one answer, wherever it begins."""
+    texts = ["#### Ana, Ben, Cid", "#### Ben, Ana, Cid", "#### Cid, Ben, Ana", "#### ben,  ana, cid"]
+    assert evaluate.grade(texts, "Ana, Ben, Cid", lambda text: "Ana, B" in text)["strict"]["labels"] == [0, 1, 2, 1]
+    grids = ["####\n1 2\n3 4", "#### 1 2\n3 4", "#### 1 2\n4 3", "it is 5"]
+    assert evaluate.grade(grids, "", lambda text: text.endswith("3 4"))["lenient"]["labels"] == [0, 0, 1, -1]
+
+
 def test_no_answer_casts_no_vote():
     assert vote_labels([None, "3", None, "4"]) == [-1, 0, -1, 1]
     assert vote([None, None, None, "5"], "5") == 1

@@ -447,27 +447,30 @@ def test_the_baseline_of_a_run_is_weighted_by_what_the_loss_is_weighted_by():
 
 
 def test_prox_between_mu_and_pi_by_hand():
-    """Two passes behind: log mu + 2/3 of the way to pi. None behind: mu itself. No gradient flows through it."""
-    mu, pi = torch.tensor([[-1., -2], [-1., -2]]), torch.tensor([[-4., -2], [-4., -2]], requires_grad=True)
-    prox = offpolicy.loglinear_prox(pi, mu, torch.tensor([0., 2]))
-    close(prox, [[-1, -2], [-3, -2]])
+    """2/3 of the way to pi, none of it, all of it. No gradient flows through it. Two passes behind, of several updates: 2/3."""
+    mu, pi = torch.tensor([[-1., -2]] * 3), torch.tensor([[-4., -2]] * 3, requires_grad=True)
+    prox = offpolicy.loglinear_prox(pi, mu, torch.tensor([0., 2 / 3, 1]))
+    close(prox, [[-1, -2], [-3, -2], [-4, -2]], 1e-6)
     assert not prox.requires_grad
+    for more in ({"epochs": 2}, {"minibatches": 2}):
+        close(offpolicy.prox_share(settings_of("truncated", **more), torch.tensor([0., 2])), [0, 2 / 3], 1e-6)
+    close(offpolicy.prox_share(settings_of("truncated"), torch.tensor([0., 2])), [1, 1])
 
 
 def test_the_loss_with_a_loglinear_prox_lies_between_bypass_and_decoupled():
-    """v = 0: rho = pi / mu without weights, as grpo.py. v without end: rho = 1, weights of pi / mu. v = 2: by hand."""
+    """Prox at mu: rho = pi / mu without weights, as grpo.py. At pi: rho = 1, weights of pi / mu. Between: by hand."""
     logp, batch = batch_of(3)
     config = settings_of("truncated", prox="loglinear", replay_ratio=2)
-    near = replace(batch, prox_logp=None, prox_age=torch.zeros(6))
+    near = replace(batch, prox_logp=None, prox_share=torch.zeros(6))
     offpolicy.correct(near, config)
     assert all(map(torch.equal, value_and_gradient(offpolicy, logp, near, config), value_and_gradient(grpo, logp, batch, Config())))
 
-    far, exact = replace(near, prox_age=torch.full((6,), 1e12)), replace(batch, prox_logp=logp.detach())
+    far, exact = replace(near, prox_share=torch.ones(6)), replace(batch, prox_logp=logp.detach())
     offpolicy.correct(exact, settings_of("truncated"))
     expected = value_and_gradient(offpolicy, logp, exact, settings_of("truncated"))
     list(map(close, value_and_gradient(offpolicy, logp, far, config), expected))
 
-    between = replace(near, prox_age=torch.full((6,), 2., dtype=torch.float64))
+    between = replace(near, prox_share=torch.full((6,), 2 / 3, dtype=torch.float64))
     step = (logp.detach() - batch.old_logp) * batch.mask
     W = (2 / 3 * step).sum(1).exp().clamp(max=2)[:, None]
     rho, A = (step / 3).exp(), batch.advantages[:, None]
@@ -574,33 +577,53 @@ def moved(model):
 
 
 def test_the_learning_rate_follows_the_effective_samples():
-    """x sqrt(ESS) of each pass over samples of older weights, as it is for pi's own, and back after each."""
+    """x sqrt(ESS) of the capped weights of each pass over samples of older weights; back after each, also when it fails."""
     model = tiny()
     rollout, rewards = drawn(model)
     one = learner_of(moved(model), Progress(updates=1), replay_ratio=1, sync_every=2, ess_lr=True)
-    rates, passes = [], one.passes
-    one.passes = lambda *a: rates.append([g["lr"] for g in one.optimizer.param_groups]) or passes(*a)
+    rates, shares, passes = [], [], one.passes
+
+    def seen(batch, *a):
+        w = batch.weight.amax(1)[batch.active].double()
+        shares.append((w.sum() ** 2 / (len(w) * (w * w).sum())).item())
+        rates.append([g["lr"] for g in one.optimizer.param_groups])
+        return passes(batch, *a)
+
+    one.passes = seen
     more = one.learn(rollout, rewards)
-    assert .1 < more["ess"] < .95
-    close(torch.tensor(rates), torch.full((1, 2), 1e-3 * math.sqrt(more["ess"])))
+    assert more["ess"] < shares[0] < .95                    # the cap makes the weights more equal
+    close(torch.tensor(rates), torch.full((1, 2), 1e-3 * math.sqrt(shares[0])))
     assert all(group["lr"] == 1e-3 for group in one.optimizer.param_groups)
+
+    def fails(*a):
+        raise ValueError("stop")
+    one.passes = fails
+    with pytest.raises(ValueError, match="stop"):
+        one.learn(rollout, rewards)
+    assert all(group["lr"] == 1e-3 for group in one.optimizer.param_groups)
+    one.passes = seen
     rollout.version = one.progress.updates                  # now pi drew it
     one.learn(rollout, rewards)
     assert rates[1] == [1e-3, 1e-3]
 
 
 def test_a_loglinear_prox_needs_no_forward_and_ages_by_passes():
-    """Fresh: 0 passes. One rollout and one pass of two later: 1 x 2 + 1. The drift is that of the policy that the updates met."""
-    one = learner_of(tiny(), replay_ratio=2, prox="loglinear")
-    one.score, ages, passes = None, [], one.passes
-    one.passes = lambda batch, *a: ages.append(batch.prox_age.tolist()) or passes(batch, *a)
+    """pi's own samples have no prox. A pass later: 1 / 2. One rollout and one pass of two later: 1 x 2 + 1, so 3 / 4."""
+    one = learner_of(tiny(), replay_ratio=2, prox="loglinear", minibatches=2)
+    one.score, shares, passes = None, [], one.passes
+
+    def seen(batch, *a):
+        shares.append(None if batch.prox_share is None else batch.prox_share.tolist())
+        return passes(batch, *a)
+
+    one.passes = seen
     for _ in range(2):
         rollout, rewards = drawn(one.model, seed=one.progress.step)
         rollout.version = one.progress.updates
         one.progress.behaviour_step = one.progress.step
         last = one.learn(rollout, rewards)
         one.progress.step += 1
-    assert set(ages[0]) == set(ages[2]) == {0.} and set(ages[1]) == {1.} and set(ages[3]) <= {1., 3.}
+    assert shares[0] is shares[2] is None and set(shares[1]) == {.5} and set(shares[3]) <= {.5, .75}
     assert last["kl_last"] > 0 and last["replay_ratio"] == 2
 
 
@@ -612,6 +635,9 @@ def test_a_loglinear_prox_needs_no_forward_and_ages_by_passes():
     (dict(correction="bypass", ess_lr=True), "--ess-lr needs --correction decoupled"),
     (dict(replay_ratio=1, prox="loglinear"), "--prox needs samples of older weights"),
     (dict(weighted_baseline=True, importance_level="token"), "one weight a completion"),
+    (dict(ess_lr=True, importance_level="token"), "one weight a completion"),
+    (dict(ess_lr=True, importance="none"), "--ess-lr needs --importance"),
+    (dict(weighted_baseline=True, mask_truncated=True), "no --mask-truncated"),
     (dict(weighted_baseline=True, advantage_scale="loo"), "std or none")])
 def test_refinements_that_would_do_nothing_are_refused(changes, complaint):
     words = [[f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])] for name, value in changes.items()]

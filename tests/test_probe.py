@@ -37,7 +37,7 @@ def test_constants_by_hand():
     """Gradients (1, 0), (0, 1), (1, 1): variance 1/3 in each of two directions, with n - 1. None, one and both are means."""
     gradients = np.array([[1., 0], [0, 1], [1, 1]])
     by_prompt = np.array([[1., 2, 5], [1, 2, 5], [2, 3, 6]])
-    c1, c2, c3 = probe.constants(by_prompt, gradients)
+    c1, c2, c3 = probe.constants(by_prompt, gradients @ gradients.T)
     assert (c1, c2, c3) == (pytest.approx(2 / 3), pytest.approx(4), pytest.approx(4))
     assert c1 == pytest.approx(gradients.var(0, ddof=1).sum())
     assert probe.best_size(c1, c3) == pytest.approx(1 + math.sqrt(6))
@@ -50,10 +50,11 @@ def test_the_jackknife_is_the_plain_one():
     by_prompt = np.stack([squares, squares + 1, squares + 9 + RANDOM.random(12)], 1)
     values = []
     for i in range(12):
-        c1, _, c3 = probe.constants(np.delete(by_prompt, i, 0), np.delete(gradients, i, 0))
+        rest = np.delete(gradients, i, 0)
+        c1, _, c3 = probe.constants(np.delete(by_prompt, i, 0), rest @ rest.T)
         values.append(.5 * math.log(c3 / c1))
-    assert probe.jackknife(by_prompt, gradients) == pytest.approx(math.sqrt(11 / 12 * ((np.array(values) - np.mean(values)) ** 2).sum()))
-    assert probe.jackknife(by_prompt, gradients * 10) == math.inf       # c1 below 0: no difference is seen
+    assert probe.jackknife(by_prompt, gradients @ gradients.T) == pytest.approx(math.sqrt(11 / 12 * ((np.array(values) - np.mean(values)) ** 2).sum()))
+    assert probe.jackknife(by_prompt, 100 * gradients @ gradients.T) == math.inf       # c1 below 0: no difference is seen
 
 
 def test_a_sketch_keeps_inner_products():

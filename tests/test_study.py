@@ -31,13 +31,13 @@ def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
 
 
 def test_fixed_budgets_are_fixed():
-    """Group sizes share 128 completions a step; batch sizes 1,600 prompts a run, or what is a whole number of steps."""
+    """Group sizes share 128 completions a step; batch sizes 1,536 prompts a run."""
     def value(flags, name):
         return float(flags[len(flags) - 1 - flags[::-1].index(name) + 1])
     for flags in STUDIES["group-size"](StudyConfig()).runs.values():
         assert value(flags, "--group-size") * value(flags, "--prompts-per-step") == 128
     for flags in STUDIES["batch-size"](StudyConfig()).runs.values():
-        assert value(flags, "--prompts-per-step") * value(flags, "--steps") in (1600, 1536)
+        assert value(flags, "--prompts-per-step") * value(flags, "--steps") == 1536
 
 
 def test_the_table_by_hand():
@@ -53,6 +53,18 @@ def test_the_table_by_hand():
     assert lines[2] == "| start |  | 0.200 |  |"
     assert lines[3] == "| a | 2 | 0.600 ± 0.100 |  |" and lines[4] == "| b | 2 | 0.750 ± 0.150 | 0.150 ± 0.050 |"
     assert math.isnan(study.last_value(logs["a", 0], "ess"))
+
+
+def test_a_folder_keeps_the_flags_of_its_runs(tmp_path):
+    """Another start, other flags of a run, another study: refused. A new run of the same study is welcome."""
+    made = Study({"s": ["--steps", 3]}, {"a": ["--lr", 1]})
+    study.claim(tmp_path, "x", made)
+    study.claim(tmp_path, "x", Study(made.starts, {"b": ["--lr", 2]}))
+    for name, other, said in (("x", Study({"s": ["--steps", 4]}, {}), "start s was '--steps 3', not '--steps 4'"),
+                              ("x", Study({}, {"b": ["--lr", 3]}), "run b was '--lr 2'"), ("y", made, "study was 'x'")):
+        with pytest.raises(ValueError, match=said):
+            study.claim(tmp_path, name, other)
+    study.claim(tmp_path, "x", made)
 
 
 def test_commands_behind_the_runs_are_made_once_and_shown(tmp_path, monkeypatch):
