@@ -10,7 +10,8 @@ about as many seeds of everything. --jobs runs go side by side, each on cores of
 
 studies.py says which studies there are and what each runs. What is left behind: study.json (every
 run with its curve, none dropped), table.md (mean and standard error over seeds, and the paired
-difference to the first row) and study.png. Needs train.py, sft.py and report.py.
+difference to the first row) and study.png. `theory` runs nothing: it draws the exact curves of
+theory.py. Needs train.py, sft.py and report.py.
 """
 import json
 import math
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import report
 import studies
+import theory
 from config import setting
 from engine.checkpoint import write_whole
 from engine.machine import program
@@ -236,17 +238,21 @@ def show(name, study, logs, c, folder):
 
 def main(argv=None):
     with program(lambda: "interrupted: the same command goes on"):
-        asked, config = named_command(argv, "a study", (*STUDIES, "all"), StudyConfig,
+        asked, config = named_command(argv, "a study", ("theory", *STUDIES, "all"), StudyConfig,
                                       f"{__doc__}\n{studies.__doc__}")
         names = [asked]
         if asked == "all":
-            names = [name for name in STUDIES if name != "lora" or config.base]
+            names = ["theory", *(name for name in STUDIES if name != "lora" or config.base)]
         if asked == "lora" and not config.base:
             raise ValueError("lora needs --base, a pretrained checkpoint")
 
         for name in names:
             folder = Path(config.out) / name if len(names) > 1 else Path(config.out)
             folder.mkdir(parents=True, exist_ok=True)
+            if name == "theory":
+                theory.draw(folder / "theory.png")
+                continue
+
             lock(folder)
             claim(folder, name, STUDIES[name](config))
             study, logs = run_study(name, config, folder)

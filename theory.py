@@ -1,8 +1,9 @@
 """Theory: the formulas behind group size, old samples and truncated weights, as functions.
 
-docs/THEORY.md derives them in plain words. tests/test_theory.py holds each against the enumeration
-of a small problem, in which a policy is a vector of probabilities, one for each completion that
-can be drawn. Nothing of the training loop calls them; they answer what to expect of a setting:
+docs/THEORY.md derives them in plain words, and `python study.py theory --out DIR` draws them.
+tests/test_theory.py holds each against the enumeration of a small problem, in which a policy is a
+vector of probabilities, one for each completion that can be drawn. Nothing of the training loop
+calls them; they answer what to expect of a setting:
 
     import theory
     theory.zero_signal(0.3, 8)              # 0.058: share of groups that teach nothing
@@ -227,3 +228,43 @@ def root(increasing, low, high):
         else:
             high = middle
     return (low + high) / 2
+
+
+# ----------------------------------------------------------------------------------- what to draw
+
+def curves():
+    """The curves of the page: [(title, name of x, [(label, xs, ys)])], all of them exact."""
+    chances = np.linspace(0.01, 0.99, 99)
+    sizes = (2, 4, 8, 16, 64)
+    empty = [(f"G = {G}", chances, zero_signal(chances, G)) for G in sizes]
+    factor = [(f"G = {G}", chances, [std_factor(p, G) for p in chances]) for G in sizes]
+
+    groups = np.arange(2, 65)
+    error = []
+    for ratio in (4, 50, 1000):
+        least = gradient_mse(best_group_size(1, ratio), 1, 1, 0, ratio)
+        error.append((f"c3 / c1 = {ratio}", groups,
+                      [gradient_mse(G, 1, 1, 0, ratio) / least for G in groups]))
+
+    nats = np.linspace(0.001, 1.5, 100)
+    drop = [("Pinsker", nats, [min(pinsker(d), 0.5) for d in nats]),
+            ("J = 0.5", nats, [largest_drop(0.5, d) for d in nats]),
+            ("J = 0.05", nats, [largest_drop(0.05, d) for d in nats])]
+    worth = [("exp(-2 KL)", nats, np.exp(-2 * nats))]
+    return [("groups that teach nothing", "success p", empty),
+            ("weight of a prompt by the std", "success p", factor),
+            ("error of a step, best = 1 (c2 = 0)", "group size", error),
+            ("what KL(pi || mu) allows J to fall", "KL, nats", drop),
+            ("effective share of old samples", "KL of a completion, nats", worth)]
+
+
+def draw(file):
+    """Write the curves as a picture."""
+    from report import new_figure, save_figure
+    panels = curves()
+    figure, axes = new_figure(len(panels), width=4.5 * len(panels), height=3.6)
+    for axis, (title, x, lines) in zip(axes, panels):
+        for label, xs, ys in lines:
+            axis.plot(xs, ys, label=label)
+        axis.set(title=title, xlabel=x)
+    save_figure(figure, file)

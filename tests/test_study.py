@@ -12,6 +12,7 @@ import pytest
 import config
 import sft
 import study
+import theory
 from studies import STUDIES, Study
 from study import StudyConfig
 from test_train import HERE
@@ -55,6 +56,17 @@ def test_the_table_by_hand():
     assert math.isnan(study.last_value(logs["a", 0], "ess"))
 
 
+def test_the_theory_is_drawn_without_a_run(tmp_path):
+    study.main(["theory", "--out", str(tmp_path / "t")])
+    assert [file.name for file in (tmp_path / "t").iterdir()] == ["theory.png"]
+    by_title = {title: dict((label, dict(zip(map(float, xs), ys))) for label, xs, ys in lines)
+                for title, _, lines in theory.curves()}
+    assert by_title["groups that teach nothing"]["G = 8"][.5] == pytest.approx(2 / 2 ** 8)
+    assert min(by_title["error of a step, best = 1 (c2 = 0)"]["c3 / c1 = 50"].values()) == pytest.approx(1, abs=.01)
+    drops = by_title["what KL(pi || mu) allows J to fall"]
+    assert all(drops["J = 0.5"][kl] <= drops["Pinsker"][kl] + 1e-9 for kl in drops["Pinsker"])
+
+
 def test_a_folder_keeps_the_flags_of_its_runs(tmp_path):
     """Another start, other flags of a run, another study: refused. A new run of the same study is welcome."""
     made = Study({"s": ["--steps", 3]}, {"a": ["--lr", 1]})
@@ -92,7 +104,7 @@ def test_commands_behind_the_runs_are_made_once_and_shown(tmp_path, monkeypatch)
     assert lines[2] == "| end | 0.5 | 2 | 8 | 5 | 4 to 7 |" and lines[4] == "| start | 0.5 | 2 | 8 | 5 |  |"
 
 
-@pytest.mark.parametrize("argv, message", [([], "give a study, one of curricula"), (["all"], "give --out"), (["x", "--out", "y"], "one of curricula"),
+@pytest.mark.parametrize("argv, message", [([], "give a study, one of theory, curricula"), (["all"], "give --out"), (["x", "--out", "y"], "one of theory, curricula"),
                                            (["lora", "--out", "y"], "lora needs --base")])
 def test_wrong_commands_are_one_line(argv, message):
     with pytest.raises(SystemExit, match=message):
