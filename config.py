@@ -197,8 +197,8 @@ WITH_FLOOR = (lambda c: c.curriculum in ("gaussian", "adaptive"),
 @dataclass
 class Common:
     # what
-    algo: str = "grpo"                  # the objective: grpo, gtpo, offpolicy;
-                                        # --algo NAME --help shows its settings
+    algo: str = "grpo"                  # the objective: grpo, gtpo, offpolicy, dpo,
+                                        # distill; --algo NAME --help shows its settings
 
     model: str = ""                     # checkpoint folder or hub id;
                                         # empty: warm-start a small one on the built-in task

@@ -14,7 +14,7 @@ loss of a token is a divergence of the two distributions over the vocabulary, S 
 advantage in a policy gradient. In expectation it is the reverse KL's gradient, with more noise.
 
 Off-policy: `python sft.py --teacher TEACHER --data ...` uses the same divergence on the tokens of a
-corpus, such as the teacher's own right answers (sft.py --sample). Two terms on what goes on inside
+corpus, such as the teacher's own right answers (rejection.py). Two terms on what goes on inside
 may be added there, in one process:
 
     --relations w   KL of attention relations, softmax(Q Q^T / sqrt d) and the same of K and V, of

@@ -1,7 +1,7 @@
 """A page that shows one training step from inside: every token, and what each objective does to it.
 
     python explain.py runs/NAME --html step.html
-    python explain.py runs/NAME --step 40 --steps 0,20,40 --html step.html
+    python explain.py runs/NAME --step 40 --steps 0,40,50 --html step.html
 
 The page is one file. It needs no server and no network, and holds no script from elsewhere. It
 shows some groups of completions, right and wrong. Each token has the colour of what the reader

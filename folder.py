@@ -9,7 +9,7 @@
 
 With --resume the same problems must come in the same order, and a reference must be the model that
 the run began from. So changed data, and with --beta a changed model, are refused. Without --beta
-the starting weights are not needed any more, and may be gone.
+and --lora-rank the starting weights are not needed any more, and may be gone.
 """
 import fcntl
 import json

@@ -30,9 +30,9 @@ rewards/correct: where the judge's rises and the other does not, the policy hack
     python judge.py --judge DIR --principles FILE --model POLICY --data gsm8k --limit 100
 
 says how often judge and verifier agree, how many wrong completions the judge likes, and what it
-gives to texts that are no answers. With --revise FILE the policy is asked for a critique and a
-revision of each completion that breaks a principle; right revisions of wrong completions are
-written as a corpus for sft.py. Left out: judges behind an API; training a judge.
+gives to texts that are no answers. With --revise FILE the policy is asked for a critique of each
+wrong completion, by the first principle that is a sentence, and for a revision; right revisions
+are written as a corpus for sft.py. Left out: judges behind an API; training a judge.
 """
 import functools
 import json

@@ -22,9 +22,10 @@ pipeline stops and says so. At the end stand a table and a figure: accuracy afte
                             (--algo distill), GRPO of the student
     principles-curriculum   GRPO with a reward for principles that are programs (judge.py), adaptive
 
---without STAGE leaves one out; what comes behind takes what the stage before it made, and removed
-GRPO steps go to the other GRPO stage, so that the number of rollouts stays. With --model the base
-is a checkpoint of yours and --data what it learns. Needs the programs as they are.
+--without STAGE leaves one out; what comes behind takes what the stage before it made. In r1 removed
+GRPO steps go to the other GRPO stage, so that the number of rollouts stays; elsewhere there are
+fewer. With --model every base is that checkpoint, so nothing is wider, and the learning rates are
+still those of the small model. Needs the programs as they are.
 """
 import functools
 import json
@@ -52,7 +53,7 @@ class PipelineConfig:
     resume: bool = False                    # go on with it
     quick: bool = False                     # a few steps of everything: to see that it works
     without: str = ""                       # a stage that is left out
-    data: str = "family"                    # a task of levels 2 and up; see docs/tasks.md
+    data: str = "family"                    # family, truth or arithmetic; docs/tasks.md
     model: str = ""                         # the base; empty: a new small one
     gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
     seed: int = setting(0, least=0)

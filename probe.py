@@ -59,7 +59,8 @@ class ProbeConfig:
     group_size: int = setting(16, least=4)      # G of the probe; any G gives the same on average
     max_new_tokens: int = setting(256, least=1)
     temperature: float = setting(1.0, above=0)
-    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    template: str = setting("auto", choices=TEMPLATES)  # auto, chat, plain, reasoning
+    chat_template_kwargs: str = ""              # what the chat template shall read, as JSON
     sketch: int = setting(2 ** 18, least=2)     # numbers that a score is kept as
     json: str = ""                              # receives the numbers
     seed: int = setting(0, least=0)
@@ -67,8 +68,7 @@ class ProbeConfig:
     threads: int = setting(0, least=0)          # CPU threads; 0: measured
 
 
-    template: str = setting("auto", choices=TEMPLATES)  # auto, chat, plain, reasoning
-    chat_template_kwargs: str = ""              # what the chat template shall read, as JSON
+# ---------------------------------------------------------------------------------- pure functions
 
 def sketch(gradients, size, seed=0):
     """Returns one vector (size,) of a list of tensors, such that inner products stay.

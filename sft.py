@@ -3,9 +3,9 @@
     loss = - sum over completion tokens of log pi(token | what precedes it) / their number
 
 RL can only strengthen what the model already does now and then, so a random model has to be shown
-answers first. The built-in task shows it two habits, all answers correct: most solutions are cut
-down to their last line ("#### 12"), the rest is told step by step. Which habit earns rewards is
-left for train.py to discover.
+answers first. The default run shows it two habits (--terse-steps), all answers correct: most
+solutions are cut down to their last line ("#### 12"), the rest is told step by step. Which habit
+earns rewards is left for train.py to discover.
 
     python sft.py --data gsm8k_train.jsonl --out runs/warm      a new small model, its own tokenizer
     python sft.py --data FILE.jsonl --model DIR --out DIR       or an existing checkpoint

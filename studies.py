@@ -2,7 +2,7 @@
 
     curricula    the five schedules of --curriculum, on levels of which the start has seen two
     transfer     trained on each task alone and on the mix, evaluated on all
-    leaderboard  the objectives, and the first entries of results/leaderboard.md
+    leaderboard  GRPO, GTPO, off-policy, DPO; GRPO with an adaptive curriculum, and with refill
     group-size   G = 2 to 64 completions a prompt, with N G = 128 of them a step; and what probe.py
                  says of the model at the start, in the middle and at the end
     batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N)

@@ -8,7 +8,7 @@ calls them; they answer what to expect of a setting:
     import theory
     theory.zero_signal(0.3, 8)              # 0.058: share of groups that teach nothing
     theory.std_factor(0.01, 8)              # 2.61: how much more a hard prompt counts with std
-    theory.best_group_size(c1=0.02, c3=2)   # 11: for a fixed number of rollouts
+    theory.best_group_size(c1=0.02, c3=2)   # 11: for a fixed number of completions
     theory.largest_drop(0.5, 0.01)          # 0.07: how much worse a policy in the KL ball can be
 
 p is the chance that a completion of the prompt is right, G the group size, r a reward, s the
@@ -69,7 +69,8 @@ def loo_variance(c2, c3, G):
 
 
 def gradient_mse(G, budget, c1, c2, c3):
-    """Squared error of the gradient from `budget` rollouts, G >= 2 of each of budget / G prompts.
+    """Squared error of the gradient from `budget` completions, G >= 2 of each of budget / G
+    prompts.
 
     c1 is the total variance of the prompts' true gradients, c2 and c3 the means of
     prompt_constants over prompts."""
