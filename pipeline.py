@@ -53,7 +53,7 @@ class PipelineConfig:
     resume: bool = False                    # go on with it
     quick: bool = False                     # a few steps of everything: to see that it works
     without: str = ""                       # a stage that is left out
-    data: str = "family"                    # family, truth or arithmetic; docs/tasks.md
+    data: str = setting("family", choices=("family", "truth", "arithmetic"))    # docs/tasks.md
     model: str = ""                         # the base; empty: a new small one
     gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
     seed: int = setting(0, least=0)
@@ -196,10 +196,12 @@ def curriculum_grpo(plan):
 
 
 def multitask_dpo(plan):
-    mix = f"{plan.levels('2-3')},boolean:2-4,truth:2"
-    now = plan.sft("sft", plan.base(), mix)
-    plan.train("dpo", now, f"{plan.levels('2-5')},boolean:2-6,truth:2-3", plan.grpo_steps,
-               "--algo", "dpo", "--sft-weight", 1)
+    others = ["boolean", "arithmetic" if plan.task == "truth" else "truth"]
+    easy = [plan.levels("2-3"), f"{others[0]}:2-4", f"{others[1]}:2"]
+    hard = [plan.levels("2-5"), f"{others[0]}:2-6", f"{others[1]}:2-3"]
+
+    now = plan.sft("sft", plan.base(), ",".join(easy))
+    plan.train("dpo", now, ",".join(hard), plan.grpo_steps, "--algo", "dpo", "--sft-weight", 1)
 
 
 def distill_grpo(plan):

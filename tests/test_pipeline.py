@@ -22,9 +22,10 @@ def stages_of(name, out="X", **settings):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("task", ["family", "truth", "arithmetic"])
 @pytest.mark.parametrize("quick", [True, False])
-def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
-    stages = stages_of(name, tmp_path, quick=quick)
+def test_every_command_is_one_that_its_program_takes(name, quick, task, tmp_path):
+    stages = stages_of(name, tmp_path, quick=quick, data=task)
     assert len({stage.name for stage in stages}) == len(stages) >= 2
     for stage in stages:
         out = ["--out", str(tmp_path / "out")]
@@ -34,6 +35,10 @@ def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
             rejection.parse([*stage.args, *out])
         else:
             config.parse([*stage.args, *out])
+        mix = stage.args[stage.args.index("--data") + 1] if "--data" in stage.args else ""
+        if not mix.endswith(".jsonl"):
+            names = [part.partition(":")[0] for part in mix.split(",")]
+            assert len(set(names)) == len(names)            # no task twice
 
 
 @pytest.mark.parametrize("name", PIPELINES)
