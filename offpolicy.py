@@ -703,13 +703,15 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
         learner.score_mu(batch, rollout.version)
     batch.lag = learner.progress.step - versions.float()
 
-    wants_prox = c.correction == "decoupled" or c.trust_region == "second_moment"
-    if wants_prox and not on_policy and c.prox == "forward":
+    by_prox = c.correction == "decoupled" or c.trust_region == "second_moment"
+    needs_prox = by_prox and not on_policy
+    if needs_prox and c.prox == "loglinear":
+        batch.prox_share = prox_share(c, batch.lag * c.replay_ratio + made)
+
+    if needs_prox and c.prox == "forward":
         batch.prox_logp = learner.score(batch)[0]
     else:           # the updates leave here what they meet: no second forward
         batch.pi_logp = batch.sampler_logp.clone()
-        if wants_prox and not on_policy:
-            batch.prox_share = prox_share(c, batch.lag * c.replay_ratio + made)
 
     correct(batch, c, weights,
             reduce=lambda sums: dist.all_reduce(sums, learner.device),

@@ -367,7 +367,7 @@ def build(name, config):
 def table(results, config):
     """Returns a Markdown table: accuracy after each stage, for all levels together and each."""
     kinds = next((list(r["kinds"]) for _, r in results if r), [])
-    lines = [["stage", "program", "minutes", "pass@1", *kinds], ["---"] * (4 + len(kinds))]
+    rows = []
     for stage, result in results:
         done = json.loads((Path(config.out) / stage.name / "stage.json").read_text())
         cells = [stage.name, stage.program, f"{done['seconds'] / 60:.1f}"]
@@ -375,8 +375,8 @@ def table(results, config):
             whole = result["strict"]["avg@2"]
             cells.append(f"{whole['mean']:.3f} ± {whole['se'] or 0:.3f}")
             cells += [f"{result['kinds'][kind]['avg@2']['mean']:.2f}" for kind in kinds]
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append(cells)
+    return report.markdown(["stage", "program", "minutes", "pass@1", *kinds], rows)
 
 
 def draw(results, file):

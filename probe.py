@@ -157,6 +157,14 @@ def scores_of(model, rollout, rows, size, temperature):
     return torch.stack(vectors)
 
 
+def of_prompt(scores, rewards):
+    """The `pair_products` and the mean gradient (k,) of a prompt: scores (G, k), rewards (G,)."""
+    centred = torch.tensor(rewards - rewards.mean(), dtype=scores.dtype, device=scores.device)
+    gradient = centred @ scores / (len(rewards) - 1)
+    products = (scores @ scores.T).double().cpu().numpy()
+    return pair_products(products, rewards), gradient.cpu()
+
+
 def probe(config):
     """Draw, grade and differentiate. Returns the numbers that --json receives."""
     sampler, tokenizer, problems, _ = evaluate.start(evaluate.EvalConfig(
@@ -175,16 +183,15 @@ def probe(config):
             rollout, groups = draw_groups(sampler, tokenizer, batch, G, config.max_new_tokens,
                                           config.temperature, seeds)
             for i, r in enumerate(np.array(reward.correct(batch, groups), float)):
+                products, gradient = np.zeros(3), torch.zeros(config.sketch)
+                if r.min() != r.max():          # of equal rewards all of it is 0
+                    scores = scores_of(sampler.model, rollout, range(i * G, (i + 1) * G),
+                                       config.sketch, config.temperature)
+                    products, gradient = of_prompt(scores, r)
+
                 success.append(r.mean())
-                if r.min() == r.max():          # every pair of equal rewards is 0
-                    by_prompt.append(np.zeros(3))
-                    gradients.append(torch.zeros(config.sketch))
-                else:
-                    s = scores_of(sampler.model, rollout, range(i * G, (i + 1) * G),
-                                  config.sketch, config.temperature)
-                    by_prompt.append(pair_products((s @ s.T).double().cpu().numpy(), r))
-                    centred = torch.tensor(r - r.mean(), dtype=s.dtype, device=s.device)
-                    gradients.append((centred @ s / (G - 1)).cpu())
+                by_prompt.append(products)
+                gradients.append(gradient)
                 bar.update()
 
     by_prompt, gradients = np.array(by_prompt), torch.stack(gradients).double().numpy()

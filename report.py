@@ -371,9 +371,12 @@ def cell_text(cell):
 def text_table(rows):
     """Returns the rows of `compare` as a Markdown table."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        lines.append([cell_text(row[column]) for column in columns])
+    return markdown(columns, [[cell_text(row[column]) for column in columns] for row in rows])
+
+
+def markdown(head, rows):
+    """Returns a Markdown table of texts: a list of column names, and a list for each row."""
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

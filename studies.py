@@ -108,7 +108,7 @@ def batch_size(c):
             if N == 16 and name != "N16":       # the same
                 continue
             runs[name] = [*YARDSTICK, *length(c, steps),
-                          "--prompts-per-step", N, "--steps", steps, "--lr", f"{lr:.3g}",
+                          "--prompts-per-step", N, "--lr", f"{lr:.3g}",
                           "--warmup-steps", max(1, 80 // N)]
     return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
 
@@ -150,8 +150,9 @@ def lora(c):
              "--micro-batch-tokens", 2048]
     runs = {"full": [*flags, "--lr", "2e-5"]}
     runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
-    return Study(start, runs, columns=["eval_pass@1", "eval_greedy", "seconds"],
-                 panels=["eval_pass@1", "eval_greedy"])
+    of_levels = ["eval_pass@1/arithmetic:4", "eval_pass@1/arithmetic:5"]
+    return Study(start, runs, columns=["eval_pass@1", "eval_greedy", *of_levels, "seconds"],
+                 panels=["eval_pass@1", "eval_greedy", *of_levels])
 
 
 STUDIES = {"curricula": curricula, "transfer": transfer, "leaderboard": leaderboard,

@@ -183,32 +183,29 @@ def table(study, runs):
 
     first = next(iter(study.runs))
     key = study.columns[0]
-    lines = [["", "runs", *study.columns, f"{key} - {first}"]]
-    lines.append(["---"] * len(lines[0]))
     before = [run["first"][key] for run in runs]
-    lines.append(["start", "", f"{sum(before) / len(before):.3f}",
-                  *[""] * len(study.columns)])
+    rows = [["start", "", f"{sum(before) / len(before):.3f}", *[""] * len(study.columns)]]
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
         for column in study.columns:
             cells.append(report.cell_text(report.mean_se(values(name, column))))
         gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
         cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append(cells)
+    return report.markdown(["", "runs", *study.columns, f"{key} - {first}"], rows)
 
 
 def table_of_probes(files):
     """A Markdown table of what probe.py says of several models."""
-    lines = ["| model | c1 | c2 | c3 | best group size | one standard error |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for file in files:
         found = json.loads(file.read_text())
         numbers = [found[name] for name in ("c1", "c2", "c3", "best_group_size")]
         cells = ["" if x is None else f"{x:.3g}" for x in numbers]
         error = "{:.3g} to {:.3g}".format(*found["between"]) if found["between"] else ""
-        lines.append("| " + " | ".join([file.stem.removeprefix("probe-"), *cells, error]) + " |")
-    return "\n".join(lines)
+        rows.append([file.stem.removeprefix("probe-"), *cells, error])
+    head = ["model", "c1", "c2", "c3", "best group size", "one standard error"]
+    return report.markdown(head, rows)
 
 
 def show(name, study, logs, c, folder):
