@@ -214,7 +214,7 @@ def draw_curve(folder):
             keys = sorted({key for line in lines for key in line if key.startswith(what)})
             if keys:
                 panels.append((title, keys))
-        figure, axes = new_figure(len(panels), width=4 * len(panels), height=3.4)
+        figure, axes = new_figure(len(panels), width=4, height=3.4)
 
         for axis, (title, keys) in zip(axes, panels):
             for key in keys:
@@ -235,14 +235,16 @@ def draw_curve(folder):
 # ------------------------------------------------------------------------------- figures
 
 def new_figure(panels, width, height):
-    """Returns a figure in inches and its row of axes.
+    """Returns a figure and its panels, each of `width` x `height` inches, at most four in a row.
 
     The figure is not one of pyplot's, so it needs no display and is freed like any other object."""
     os.environ["MPLBACKEND"] = "agg"        # a notebook's choice, which need not be installed here
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(1, panels, squeeze=False)
-    return figure, axes[0]
+    across = min(panels, 4)
+    down = -(-panels // across)
+    figure = Figure(figsize=(width * across, height * down))
+    axes = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
+    return figure, axes
 
 
 def save_figure(figure, file):
@@ -408,7 +410,7 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
 
     A band around the mean is one standard error wide to each side. runs is {name: [lines of a run,
     ...]}, png the file, x_max the right end, logarithmic the keys with a logarithmic axis."""
-    figure, axes = new_figure(len(panels), width=6 * len(panels), height=4)
+    figure, axes = new_figure(len(panels), width=5, height=4)
     for axis, y in zip(axes, panels):
         # a name has the same colour in every panel, also where others are missing
         for number, (name, logs) in enumerate(runs.items()):

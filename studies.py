@@ -1,6 +1,7 @@
 """What each study runs: its starts, the flags of its runs, and what is looked at. study.py runs it.
 
-    curricula    the five schedules of --curriculum, on levels of which the start has seen two
+    curricula    the five schedules of --curriculum, on the five levels of the yardstick
+    unseen       GRPO on levels of which the start has seen no solution
     transfer     trained on each task alone and on the mix, evaluated on all
     leaderboard  GRPO, GTPO, off-policy, DPO; GRPO with an adaptive curriculum, and with refill
     group-size   G = 2 to 64 completions a prompt, with N G = 128 of them a step; and what probe.py
@@ -11,7 +12,7 @@
     lora         a pretrained model (--base) on arithmetic: LoRA of rank 1, 8 and 32, and full
 
 A study of your own is a function of the settings (study.StudyConfig) that returns a Study, and a
-line in STUDIES. The yardstick, on which most of them compare, is family puzzles (docs/tasks.md).
+line in STUDIES. The yardstick, on which most of them compare, is described in docs/tasks.md.
 """
 import math
 from dataclasses import dataclass, field
@@ -31,19 +32,18 @@ class Study:
                                                 # it}, in this order; STUDY stands for the folder
 
 
-LEVELS = "family:2-6"           # the yardstick: the start has seen solutions of levels 2 and 3
-YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--lr", "1e-3",
-             "--prompts-per-step", "16", "--model", "START/family"]
+LEVELS = "arithmetic:2-6"       # the yardstick: a start with two habits, which errs in its steps
+YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--prompts-per-step", "16",
+             "--model", "START/weak"]
 MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
 EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
 
 
-def family_start(c):
-    """A small model that has seen the worked solutions of two easy levels."""
-    steps = 60 if c.quick else 1500
-    return {"family": ["--data", "family:2-3", "--steps", steps, "--lr", 4e-3, "--muon-lr", 0.02,
-                       "--problems", 400 if c.quick else 8000,
-                       "--hidden-size", 64 if c.quick else 128]}
+def weak_start(c):
+    """A small model that tells the steps or guesses, and is often wrong at both."""
+    return {"weak": ["--data", LEVELS, "--steps", 60 if c.quick else 340,
+                     "--terse-steps", 10 if c.quick else 50, "--lr", 4e-3, "--muon-lr", 0.02,
+                     "--problems", 400 if c.quick else 20000]}
 
 
 def length(c, steps=100):
@@ -55,15 +55,27 @@ def length(c, steps=100):
             "--eval-problems", 300, "--eval-samples", 1]
 
 
-def by_level():
-    return [f"eval_pass@1/family:{level}" for level in range(2, 7)]
+def by_level(task, easiest, hardest, key="eval_pass@1"):
+    return [f"{key}/{task}:{level}" for level in range(easiest, hardest + 1)]
 
 
 def curricula(c):
-    runs = {name: [*YARDSTICK, *length(c), "--curriculum", name]
-            for name in CURRICULA}
-    return Study(family_start(c), runs, columns=["eval_pass@1", *by_level()],
-                 panels=["eval_pass@1", *by_level()])
+    runs = {name: [*YARDSTICK, *length(c), "--curriculum", name] for name in CURRICULA}
+    columns = ["eval_pass@1", *by_level("arithmetic", 2, 6)]
+    return Study(weak_start(c), runs, columns=columns,
+                 panels=[*columns, *by_level("arithmetic", 2, 6, "share")])
+
+
+def unseen(c):
+    start = {"family": ["--data", "family:2-3", "--steps", 60 if c.quick else 2500, "--lr", 4e-3,
+                        "--muon-lr", 0.02, "--problems", 400 if c.quick else 40000,
+                        "--hidden-size", 64 if c.quick else 128]}
+    runs = {f"lr{lr}": ["--model", "START/family", "--data", "family:2-6", "--lr", lr,
+                        "--max-new-tokens", 128, *length(c, 100)] for lr in ("5e-4", "2e-4")}
+    if not c.quick:
+        runs = {name: [*flags, "--eval-problems", 600] for name, flags in runs.items()}
+    columns = ["eval_pass@1", *by_level("family", 2, 6)]
+    return Study(start, runs, columns=columns, panels=columns)
 
 
 def transfer(c):
@@ -73,7 +85,7 @@ def transfer(c):
                      "--vocab-size", 768]}
     tasks = [part.partition(":")[0] for part in MIX.split(",")]
     trained = {**dict(zip(tasks, MIX.split(","))), "mix": MIX}
-    runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX, "--lr", "5e-4",
+    runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX,
                    "--max-new-tokens", "128", *length(c, 60)] for name, data in trained.items()}
     of_tasks = [f"eval_pass@1/{task}" for task in tasks]
     return Study(start, runs, columns=["eval_pass@1", *of_tasks], panels=of_tasks)
@@ -87,7 +99,7 @@ def group_size(c):
 
     # what the gradients say: of the start, and of models on the way of GRPO with G = 8
     after = {}
-    models = {"start": "START/family"}
+    models = {"start": "START/weak"}
     for name, steps in (("middle", 50), ("end", 100)):
         models[name] = f"STUDY/{name}/model"
         after[models[name]] = ["train.py", *YARDSTICK, *length(c, steps), "--out", f"STUDY/{name}"]
@@ -96,7 +108,7 @@ def group_size(c):
             "probe.py", "--model", model, "--data", LEVELS, "--max-new-tokens", 128,
             "--prompts", 8 if c.quick else 128, "--group-size", 4 if c.quick else 16,
             "--json", f"STUDY/probe-{name}.json"]
-    return Study(family_start(c), runs, x="num_samples",
+    return Study(weak_start(c), runs, x="num_samples",
                  columns=["eval_pass@1", "frac_reward_zero_std"], after=after)
 
 
@@ -104,13 +116,13 @@ def batch_size(c):
     runs = {}
     for N in (4, 16) if c.quick else (4, 16, 64, 128):
         steps = 3 if c.quick else 1536 // N
-        for name, lr in ((f"N{N}", 1e-3), (f"N{N}-scaled", 1e-3 * math.sqrt(N / 16))):
+        for name, lr in ((f"N{N}", 2e-4), (f"N{N}-scaled", 2e-4 * math.sqrt(N / 16))):
             if N == 16 and name != "N16":       # the same
                 continue
             runs[name] = [*YARDSTICK, *length(c, steps),
                           "--prompts-per-step", N, "--lr", f"{lr:.3g}",
                           "--warmup-steps", max(1, 80 // N)]
-    return Study(family_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
+    return Study(weak_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
 
 
 def reuse(c):
@@ -120,7 +132,7 @@ def reuse(c):
     runs |= {f"K{K}-ess-lr": [*off, K, "--ess-lr"],
              f"K{K}-loglinear": [*off, K, "--prox", "loglinear"],
              f"K{K}-weighted-baseline": [*off, K, "--weighted-baseline"]}
-    return Study(family_start(c), runs, x="num_samples",
+    return Study(weak_start(c), runs, x="num_samples",
                  columns=["eval_pass@1", "ess", "kl_pi_mu", "seconds"],
                  panels=["eval_pass@1", "ess"])
 
@@ -128,7 +140,7 @@ def reuse(c):
 def staleness(c):
     runs = {f"v{v}": [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio", 1,
                       "--sync-every", v] for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
-    return Study(family_start(c), runs, x="num_samples",
+    return Study(weak_start(c), runs, x="num_samples",
                  columns=["eval_pass@1", "ess", "kl_pi_mu"], panels=["eval_pass@1", "ess"])
 
 
@@ -137,7 +149,7 @@ def leaderboard(c):
             "dpo": ["--algo", "dpo", "--sft-weight", 1],
             "grpo-adaptive": ["--curriculum", "adaptive"], "grpo-refill": ["--refill", 2]}
     runs = {name: [*YARDSTICK, *length(c), *flags] for name, flags in more.items()}
-    return Study(family_start(c), runs, columns=["eval_pass@1", "num_samples", "seconds"])
+    return Study(weak_start(c), runs, columns=["eval_pass@1", "num_samples", "seconds"])
 
 
 def lora(c):
@@ -155,6 +167,6 @@ def lora(c):
                  panels=["eval_pass@1", "eval_greedy", *of_levels])
 
 
-STUDIES = {"curricula": curricula, "transfer": transfer, "leaderboard": leaderboard,
-           "group-size": group_size, "batch-size": batch_size, "reuse": reuse,
-           "staleness": staleness, "lora": lora}
+STUDIES = {"curricula": curricula, "unseen": unseen, "transfer": transfer,
+           "leaderboard": leaderboard, "group-size": group_size, "batch-size": batch_size,
+           "reuse": reuse, "staleness": staleness, "lora": lora}

@@ -263,7 +263,7 @@ def draw(file):
     """Write the curves as a picture."""
     from report import new_figure, save_figure
     panels = curves()
-    figure, axes = new_figure(len(panels), width=4.5 * len(panels), height=3.6)
+    figure, axes = new_figure(len(panels), width=4.5, height=3.6)
     for axis, (title, x, lines) in zip(axes, panels):
         for label, xs, ys in lines:
             axis.plot(xs, ys, label=label)

@@ -97,7 +97,7 @@ def test_commands_behind_the_runs_are_made_once_and_shown(tmp_path, monkeypatch)
     monkeypatch.setattr(study, "call", call)
     study.run_after(made, tmp_path, 1)
     assert [c[0] for c in called] == ["train.py"] * 2 + ["probe.py"] * 3
-    assert str(tmp_path / "start" / "family") in called[0] and str(tmp_path / "end" / "model") in called[4]
+    assert str(tmp_path / "start" / "weak") in called[0] and str(tmp_path / "end" / "model") in called[4]
     study.run_after(made, tmp_path, 1)
     assert len(called) == 5
     lines = study.table_of_probes(sorted(tmp_path.glob("probe-*.json"))).split("\n")
