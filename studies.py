@@ -41,7 +41,7 @@ EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
 
 def weak_start(c):
     """A small model that tells the steps or guesses, and is often wrong at both."""
-    return {"weak": ["--data", LEVELS, "--steps", 60 if c.quick else 340,
+    return {"weak": ["--data", LEVELS, "--steps", 60 if c.quick else 330,
                      "--terse-steps", 10 if c.quick else 50, "--lr", 4e-3, "--muon-lr", 0.02,
                      "--problems", 400 if c.quick else 20000]}
 
