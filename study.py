@@ -183,8 +183,11 @@ def table(study, runs):
 
     first = next(iter(study.runs))
     key = study.columns[0]
-    before = [run["first"][key] for run in runs]
-    rows = [["start", "", f"{sum(before) / len(before):.3f}", *[""] * len(study.columns)]]
+    before = []
+    for column in study.columns:
+        found = [run["first"][column] for run in runs if column.startswith("eval_")]
+        before.append(f"{sum(found) / len(found):.3f}" if found else "")
+    rows = [["start", "", *before, ""]]
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
         for column in study.columns:
