@@ -36,6 +36,7 @@ are written as a corpus for sft.py. Left out: judges behind an API; training a j
 """
 import functools
 import json
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,9 +339,12 @@ def parse(argv=None):
     parse_levels(config.levels)
     if not (config.judge and config.principles and config.model):
         raise ValueError("give --judge, --principles and --model")
+    read_principles(config.principles)      # now, not after hours of sampling
     for file in filter(None, (config.json, config.revise)):
         if Path(file).exists():
             raise ValueError(f"{file} already exists: choose another file")
+        if not os.access(Path(file).parent, os.W_OK):
+            raise ValueError(f"{file}: its folder does not exist or cannot be written to")
     return config
 
 

@@ -158,7 +158,15 @@ def test_the_program_measures_and_revises(folder, start, tmp_path, capsys):
     assert all(row["rejected"] != row["solution"] for row in rows)
 
 
-@pytest.mark.parametrize("options, message", [([], "give --judge"), (["--limit", "0"], "at least 1")])
-def test_wrong_settings_are_one_line(options, message):
+SAID = ["--judge", "a", "--model", "b", "--principles"]
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "give --judge"), (["--limit", "0"], "at least 1"), ([*SAID, "nowhere.txt"], "nowhere.txt"),
+    ([*SAID, "p.txt", "--json", "nowhere/j.json"], "nowhere/j.json: its folder does not exist")])
+def test_wrong_settings_are_one_line(options, message, tmp_path, monkeypatch):
+    """Before anything is loaded: a and b are no checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("It is right.\n")
     with pytest.raises(SystemExit, match=message):
         judge.main(options)
