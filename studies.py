@@ -70,16 +70,15 @@ def unseen(c):
     start = {"family": ["--data", "family:2-3", "--steps", 60 if c.quick else 2500, "--lr", 4e-3,
                         "--muon-lr", 0.02, "--problems", 400 if c.quick else 40000,
                         "--hidden-size", 64 if c.quick else 128]}
-    runs = {f"lr{lr}": ["--model", "START/family", "--data", "family:2-6", "--lr", lr,
-                        "--max-new-tokens", 128, *length(c, 100)] for lr in ("5e-4", "2e-4")}
-    if not c.quick:
-        runs = {name: [*flags, "--eval-problems", 600] for name, flags in runs.items()}
+    runs = {"grpo": ["--model", "START/family", "--data", "family:2-6", "--lr", "5e-4",
+                     "--max-new-tokens", 128, *length(c, 100),
+                     "--eval-problems", 20 if c.quick else 600]}
     columns = ["eval_pass@1", *by_level("family", 2, 6)]
     return Study(start, runs, columns=columns, panels=columns)
 
 
 def transfer(c):
-    start = {"mix": ["--data", EASY, "--steps", 60 if c.quick else 4000,
+    start = {"mix": ["--data", EASY, "--steps", 60 if c.quick else 2000,
                      "--problems", 400 if c.quick else 20000,
                      "--lr", 4e-3, "--muon-lr", 0.02, "--hidden-size", 64 if c.quick else 160,
                      "--vocab-size", 768]}

@@ -22,7 +22,7 @@ from test_train import HERE
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
     made = STUDIES[name](StudyConfig(quick=quick, base=str(tmp_path)))
-    assert len(made.runs) >= 2
+    assert made.runs and made.starts
     for flags in made.starts.values():
         sft.parse([*map(str, flags), "--out", str(tmp_path / "out")])
     for flags in made.runs.values():
