@@ -36,7 +36,6 @@ LEVELS = "arithmetic:2-6"       # the yardstick: a start with two habits, which 
 YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--prompts-per-step", "16",
              "--model", "START/weak"]
 MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
-EASY = "arithmetic:2,boolean:1-2,family:2,truth:2,seating:3"
 
 
 def weak_start(c):
@@ -78,14 +77,15 @@ def unseen(c):
 
 
 def transfer(c):
-    start = {"mix": ["--data", EASY, "--steps", 60 if c.quick else 2000,
-                     "--problems", 400 if c.quick else 20000,
+    start = {"mix": ["--data", MIX, "--steps", 60 if c.quick else 1200,
+                     "--terse-steps", 10 if c.quick else 120, "--problems", 400 if c.quick else 20000,
                      "--lr", 4e-3, "--muon-lr", 0.02, "--hidden-size", 64 if c.quick else 160,
                      "--vocab-size", 768]}
     tasks = [part.partition(":")[0] for part in MIX.split(",")]
     trained = {**dict(zip(tasks, MIX.split(","))), "mix": MIX}
     runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX,
-                   "--max-new-tokens", "128", *length(c, 60)] for name, data in trained.items()}
+                   "--max-new-tokens", "128", *length(c, 60),
+                   "--eval-problems", 20 if c.quick else 600] for name, data in trained.items()}
     of_tasks = [f"eval_pass@1/{task}" for task in tasks]
     return Study(start, runs, columns=["eval_pass@1", *of_tasks], panels=of_tasks)
 
