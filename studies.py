@@ -78,7 +78,8 @@ def unseen(c):
 
 def transfer(c):
     start = {"mix": ["--data", MIX, "--steps", 60 if c.quick else 1200,
-                     "--terse-steps", 10 if c.quick else 120, "--problems", 400 if c.quick else 20000,
+                     "--terse-steps", 10 if c.quick else 120,
+                     "--problems", 400 if c.quick else 20000,
                      "--lr", 4e-3, "--muon-lr", 0.02, "--hidden-size", 64 if c.quick else 160,
                      "--vocab-size", 768]}
     tasks = [part.partition(":")[0] for part in MIX.split(",")]
