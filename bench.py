@@ -39,7 +39,7 @@ from engine import machine      # first: it tells OpenMP's threads how to wait
 import torch
 
 import dist
-from config import Common, Parser
+from config import Common, Parser, check_new_file
 from measure.common import SHAPES
 
 # command: the module of measure/ that has a function of the command's name, of (args, device)
@@ -152,9 +152,7 @@ def arguments():
         raise ValueError(f"--vs {args.vs} has no meaning for {args.what}: {known_sides()}")
     check_model(args)
 
-    if args.json and Path(args.json).exists():
-        raise ValueError(f"--json {args.json} already exists: "
-                         "choose another file, results are never overwritten")
+    check_new_file("--json", args.json)
 
     for flag, commands in MEANT_FOR.items():
         if getattr(args, flag) and args.what not in commands:

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import lru_cache
@@ -76,6 +77,17 @@ def check_settings(config):
             raise ValueError(f"{given}: must be at most {bound['most']}")
         if bound["least"] is not None and not value >= bound["least"]:
             raise ValueError(f"{given}: must be at least {bound['least']}")
+
+
+def check_new_file(flag, file):
+    """Raise ValueError, one line, unless `file` can be written anew: now, not after hours of work.
+
+    An empty name means that nothing is to be written."""
+    if file and Path(file).exists():
+        raise ValueError(f"{flag} {file} already exists: choose another file, results are never "
+                         "overwritten")
+    if file and not os.access(Path(file).parent, os.W_OK):
+        raise ValueError(f"{flag} {file}: its folder does not exist or cannot be written to")
 
 
 def parse_levels(text):

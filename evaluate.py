@@ -28,7 +28,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -46,8 +45,8 @@ import dist
 import prompts
 import reward
 import tasks
-from config import (DEVICES, DTYPES, TEMPLATES, check_settings, command_line, parse_levels,
-                    parse_template_kwargs, setting)
+from config import (DEVICES, DTYPES, TEMPLATES, check_new_file, check_settings, command_line,
+                    parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
@@ -219,12 +218,7 @@ def check(config):
         raise ValueError(f"--also-at {config.also_at}: must be below --max-new-tokens "
                          f"{config.max_new_tokens}")
 
-    # now, not after hours of sampling
-    if config.json and Path(config.json).exists():
-        raise ValueError(f"--json {config.json} already exists: choose another file, "
-                         "results are never overwritten")
-    if config.json and not os.access(Path(config.json).parent, os.W_OK):
-        raise ValueError(f"--json {config.json}: its folder does not exist or cannot be written to")
+    check_new_file("--json", config.json)
     return config
 
 

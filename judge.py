@@ -36,7 +36,6 @@ are written as a corpus for sft.py. Left out: judges behind an API; training a j
 """
 import functools
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,8 @@ import dist
 import evaluate
 import prompts
 import reward
-from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels, setting)
+from config import (DEVICES, TEMPLATES, check_new_file, check_settings, command_line, parse_levels,
+                    setting)
 from engine.kernels import Sequences
 from model import Transformer
 from progress import bar
@@ -340,11 +340,8 @@ def parse(argv=None):
     if not (config.judge and config.principles and config.model):
         raise ValueError("give --judge, --principles and --model")
     read_principles(config.principles)      # now, not after hours of sampling
-    for file in filter(None, (config.json, config.revise)):
-        if Path(file).exists():
-            raise ValueError(f"{file} already exists: choose another file")
-        if not os.access(Path(file).parent, os.W_OK):
-            raise ValueError(f"{file}: its folder does not exist or cannot be written to")
+    check_new_file("--json", config.json)
+    check_new_file("--revise", config.revise)
     return config
 
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import evaluate
 import reward
 import theory
-from config import DEVICES, TEMPLATES, check_settings, command_line, setting
+from config import (DEVICES, TEMPLATES, check_new_file, check_settings, command_line, setting)
 from engine.checkpoint import write_whole
 from model import trainable
 from rollout import draw_groups
@@ -234,8 +234,7 @@ def parse(argv=None):
     check_settings(config)
     if not config.model:
         raise ValueError("give --model, a checkpoint folder or hub id")
-    if config.json and (Path(config.json).exists() or not Path(config.json).parent.is_dir()):
-        raise ValueError(f"--json {config.json}: exists already, or its folder does not")
+    check_new_file("--json", config.json)
     return config
 
 

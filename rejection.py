@@ -25,7 +25,7 @@ from tqdm import tqdm
 import dist
 import evaluate
 import reward
-from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
+from config import (DEVICES, TEMPLATES, check_new_file, check_settings, command_line, parse_levels,
                     parse_template_kwargs, setting)
 from engine.checkpoint import write_whole
 from folder import Parts
@@ -122,10 +122,7 @@ def parse(argv=None):
     parse_template_kwargs(config.chat_template_kwargs)
     if not config.model or not config.out:
         raise ValueError("give --model, a checkpoint folder, and --out, a file for the corpus")
-    if Path(config.out).exists():
-        raise ValueError(f"--out {config.out} already exists: choose another file")
-    if not Path(config.out).parent.is_dir():
-        raise ValueError(f"--out {config.out}: its folder does not exist")
+    check_new_file("--out", config.out)
     return config
 
 
