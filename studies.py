@@ -17,7 +17,7 @@ line in STUDIES. The yardstick, on which most of them compare, is described in d
 import math
 from dataclasses import dataclass, field
 
-from config import CURRICULA
+from config import CURRICULA, parse_levels
 
 
 @dataclass
@@ -45,34 +45,37 @@ def weak_start(c):
                      "--problems", 400 if c.quick else 20000]}
 
 
-def length(c, steps=100):
-    """Flags of a run's length and of its evaluations."""
+def length(c, steps=100, problems=300):
+    """Flags of a run's length and of its evaluations, on so many held-out problems."""
     if c.quick:
         return ["--steps", 3, "--eval-every", 3, "--eval-problems", 20, "--eval-samples", 1,
                 "--prompts-per-step", 8, "--problems", 200]
     return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 4),
-            "--eval-problems", 300, "--eval-samples", 1]
+            "--eval-problems", problems, "--eval-samples", 1]
 
 
-def by_level(task, easiest, hardest, key="eval_pass@1"):
+def by_level(data, key="eval_pass@1"):
+    """The keys of the log for each level of one task, such as arithmetic:2-6."""
+    task, _, levels = data.partition(":")
+    easiest, hardest = parse_levels(levels)
     return [f"{key}/{task}:{level}" for level in range(easiest, hardest + 1)]
 
 
 def curricula(c):
     runs = {name: [*YARDSTICK, *length(c), "--curriculum", name] for name in CURRICULA}
-    columns = ["eval_pass@1", *by_level("arithmetic", 2, 6)]
+    columns = ["eval_pass@1", *by_level(LEVELS)]
     return Study(weak_start(c), runs, columns=columns,
-                 panels=[*columns, *by_level("arithmetic", 2, 6, "share")])
+                 panels=[*columns, *by_level(LEVELS, "share")])
 
 
 def unseen(c):
     start = {"family": ["--data", "family:2-3", "--steps", 60 if c.quick else 2500, "--lr", 4e-3,
                         "--muon-lr", 0.02, "--problems", 400 if c.quick else 40000,
                         "--hidden-size", 64 if c.quick else 128]}
-    runs = {"grpo": ["--model", "START/family", "--data", "family:2-6", "--lr", "5e-4",
-                     "--max-new-tokens", 128, *length(c, 100),
-                     "--eval-problems", 20 if c.quick else 600]}
-    columns = ["eval_pass@1", *by_level("family", 2, 6)]
+    levels = "family:2-6"
+    runs = {"grpo": ["--model", "START/family", "--data", levels, "--lr", "5e-4",
+                     "--max-new-tokens", 128, *length(c, problems=600)]}
+    columns = ["eval_pass@1", *by_level(levels)]
     return Study(start, runs, columns=columns, panels=columns)
 
 
@@ -85,8 +88,8 @@ def transfer(c):
     tasks = [part.partition(":")[0] for part in MIX.split(",")]
     trained = {**dict(zip(tasks, MIX.split(","))), "mix": MIX}
     runs = {name: ["--model", "START/mix", "--data", data, "--eval-data", MIX,
-                   "--max-new-tokens", "128", *length(c, 60),
-                   "--eval-problems", 20 if c.quick else 600] for name, data in trained.items()}
+                   "--max-new-tokens", "128", *length(c, 60, problems=600)]
+            for name, data in trained.items()}
     of_tasks = [f"eval_pass@1/{task}" for task in tasks]
     return Study(start, runs, columns=["eval_pass@1", *of_tasks], panels=of_tasks)
 
@@ -157,12 +160,12 @@ def lora(c):
                       "--lr", "1e-4", "--steps", 3 if c.quick else 60, "--terse-steps", 12,
                       "--problems", 400 if c.quick else 4000]}
     flags = ["--model", "START/base", "--data", "arithmetic:4-5", "--template", "plain",
-             *length(c, 12), "--eval-every", 12, "--eval-problems", 20 if c.quick else 100,
+             *length(c, 12, problems=100), "--eval-every", 12,
              "--prompts-per-step", 8, "--warmup-steps", 2, "--max-new-tokens", 64,
              "--micro-batch-tokens", 2048]
     runs = {"full": [*flags, "--lr", "2e-5"]}
     runs |= {f"rank{rank}": [*flags, "--lora-rank", rank, "--lr", "3e-4"] for rank in (1, 8, 32)}
-    of_levels = ["eval_pass@1/arithmetic:4", "eval_pass@1/arithmetic:5"]
+    of_levels = by_level("arithmetic:4-5")
     return Study(start, runs, columns=["eval_pass@1", "eval_greedy", *of_levels, "seconds"],
                  panels=["eval_pass@1", "eval_greedy", *of_levels])
 
