@@ -13,6 +13,7 @@
 #     relations     the same, and its attention relations
 #     on-policy     its distribution on the student's own completions (reverse KL), 50 steps of 16 x 8
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../jobs.sh"
 out=$(realpath -m "${1:-runs/companions}"); python=$(command -v python || command -v python3)
 quick=${QUICK:+1}
 mkdir -p "$out"
@@ -89,12 +90,7 @@ of_seed() {     # of_seed SEED
 
 start
 for seed in ${SEEDS:-0 1 2}; do
-    of_seed "$seed" &
-    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do
-        wait -n
-    done
+    beside of_seed "$seed"
 done
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do
-    wait -n
-done
+wait_below 1
 "$python" results/companions/table.py "$out"

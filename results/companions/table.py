@@ -19,12 +19,12 @@ def main(folder):
             found.setdefault(re.sub(r"-s\d+$", "", file.stem), []).append(result)
 
     rows = []
-    for name in ORDER:
-        runs = found.get(name, [])
+    for name in filter(found.get, ORDER):
+        runs = found[name]
         cells = [report.cell_text(report.mean_se([run["strict"][key]["mean"] for run in runs]))
                  for key in ("avg@2", "greedy")]
-        levels = [sum(run["kinds"][kind]["avg@2"]["mean"] for run in runs) / len(runs)
-                  for kind in (runs[0]["kinds"] if runs else [])]
+        levels = [report.mean_se([run["kinds"][kind]["avg@2"]["mean"] for run in runs])[0]
+                  for kind in runs[0]["kinds"]]
         rows.append([name, str(len(runs)), *cells, " ".join(f"{level:.2f}" for level in levels)])
     text = report.markdown(["", "runs", "pass@1", "greedy", "levels 2 to 6"], rows)
     (Path(folder) / "table.md").write_text(text + "\n")

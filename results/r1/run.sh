@@ -3,6 +3,7 @@
 # From the repository's root:  SEEDS="0 1 2" JOBS=2 bash results/r1/run.sh [FOLDER] [FLAGS...]
 # What is finished is not run again; what was killed goes on.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../jobs.sh"
 out=${1:-runs/r1}; python=$(command -v python || command -v python3)
 mkdir -p "$out"
 shift || true
@@ -17,13 +18,8 @@ one() {     # one STAGE SEED FLAGS...: STAGE is left out, "nothing" none
 }
 for seed in ${SEEDS:-0 1 2}; do
     for stage in nothing cold-start grpo right-answers sft-of-base grpo-2; do
-        one "$stage" "$seed" "$@" &
-        while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do
-            wait -n
-        done
+        beside one "$stage" "$seed" "$@"
     done
 done
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do
-    wait -n
-done
+wait_below 1
 "$python" results/r1/table.py "$out"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Does GTPO keep a shared beginning that GRPO unlearns? docs/THEORY.md (56 to 58) says where to look.
 # From the repository's root: SEEDS="0 1 2 3 4" bash results/template/run.sh [FOLDER]
-# Not run yet: there are no results beside it. What is finished is not run again. sequence is GRPO averaged by completion (DeepSeekMath's),
-# token by token (DAPO's), both with A = r - mean as GTPO has it.
+# Not run yet: there are no results beside it. What is finished is not run again. sequence is GRPO
+# averaged by completion (DeepSeekMath's), token by token (DAPO's), both with A = r - mean as GTPO
+# has it.
 set -euo pipefail
 out=${1:-runs/template}; python=$(command -v python || command -v python3)
 mkdir -p "$out"
