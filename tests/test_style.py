@@ -108,6 +108,11 @@ def test_sizes():
     assert (HERE / "LOG.md").stat().st_size <= 20_000
 
 
+def test_readme_names_every_program_file():
+    page = (HERE / "README.md").read_text()
+    assert [file.name for file in sorted(HERE.glob("*.py")) if f"({file.name})" not in page] == []
+
+
 def test_the_naive_trainer_is_short_and_uses_nothing_of_the_project():
     naive = HERE / "tests" / "naive.py"
     assert filled(naive) <= 200 and not imported(naive, everywhere=True)
