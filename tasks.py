@@ -18,10 +18,11 @@ import reward
 from puzzles import arithmetic, boolean, family, seating, truth
 from puzzles.common import Task
 
-# To add a task, write one function that makes its problems, and add one line here. The function
-# takes (count, split, seed, levels) and returns dicts with "problem", "answer", "solution", "task",
-# "level" and "id". Where comparing answers is not enough, a second function checks a completion:
-# Task(stories, check). The other fields of a row are in puzzles/common.py.
+# To add a task, add a line here. The short way is Task(make, check): make(count, split, seed,
+# levels) returns dicts with "problem", "answer", "solution", "task", "level" and "id", and keeps
+# the splits apart itself; check(problem, completion) is for answers that cannot just be compared.
+# The other way, puzzles.common.puzzle, does all that follows from drawing a structure:
+# docs/tasks.md has an example.
 TASKS = {
     "arithmetic": arithmetic.TASK,
     "boolean": boolean.TASK,
@@ -36,7 +37,7 @@ def known(name):
     return name in TASKS or name.startswith("gym:")
 
 
-def row(name):
+def task_of(name):
     """Returns the Task of this name. Raises ValueError where there is none."""
     if name.startswith("gym:"):
         from puzzles import gym
@@ -52,7 +53,7 @@ def problems(name, count, split="train", seed=0, level=None):
     level is an integer, a pair (easiest, hardest), or None for the task's usual ones. Each problem
     is a dict with "problem", "answer", "solution", "task", "level" and "id". Raises ValueError for
     an unknown task or split, or a level that the task does not have."""
-    task = row(name)
+    task = task_of(name)
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
 
@@ -67,7 +68,7 @@ def problems(name, count, split="train", seed=0, level=None):
 
 def checked(problem):
     """Returns the problem with "check", a function of a completion, if its task has a checker."""
-    check = row(problem["task"]).check
+    check = task_of(problem["task"]).check
     if check is None:
         return problem
     return {**problem, "check": functools.partial(check, problem)}
@@ -86,7 +87,7 @@ def perturbed(problem, seed=0):
     """Returns the problem with one statement changed, so that its answer is another one.
 
     Returns None where none was found. Raises ValueError for a task that cannot be changed so."""
-    change = row(problem["task"]).perturb
+    change = task_of(problem["task"]).perturb
     if change is None:
         raise ValueError(f"problems of {problem['task']} cannot be perturbed")
     return change(problem, seed)

@@ -16,8 +16,9 @@ from thoughts import tail
 
 NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
-TRIES = 10_000      # one structure in ten is held out
+MAX_DRAWS = 10_000  # of structures, until one belongs to the split; one in ten is held out
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
+# "#### " and words, at the very end: no code, no markup, no TeX
 _LAST_LINE = re.compile(r"####[ \t]*([A-Za-z][^\n#<{}\\]*)\Z")
 _TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
 
@@ -35,19 +36,19 @@ class Task:
     perturb: Callable | None = None     # (problem, seed) -> a changed problem, or None
 
 
-def puzzle(name, draw, write, *, check, perturb, **row):
+def puzzle(name, draw, write, *, check, perturb=None, **row):
     """Returns the Task of a puzzle from its functions.
 
     draw(rng, level) returns a structure with exactly one answer, and write(rng, structure) a dict
     with "problem", "answer" and "solution". perturb(rng, structure) returns a structure of another
-    answer that differs in one statement, or None where it found none."""
+    answer that differs in one statement, or None where it found none; it may be None itself."""
     problems = functools.partial(collect, name, draw, write)
-    changed = functools.partial(perturbed, perturb, write)
+    changed = functools.partial(perturbed, perturb, write) if perturb else None
     return Task(problems=problems, check=check, perturb=changed, **row)
 
 
 def collect(name, draw, write, count, split, seed, levels):
-    """Returns `count` problems of a puzzle whose levels lie within `levels`, each level as often.
+    """Returns `count` problems of a puzzle of levels within `levels`, equally often on average.
 
     The same arguments give the same problems, and no structure is in both splits."""
     rng = random.Random(f"{name}/{split}/{seed}")
@@ -65,14 +66,14 @@ def collect(name, draw, write, count, split, seed, levels):
 
 
 def drawn(rng, name, draw, level, split):
-    """Draw a structure of this level that belongs to the split, so that all levels are as frequent.
+    """Draw a structure of this level until one belongs to the split, so that no level is rarer.
 
     Raises ValueError where a level has so few structures that none does."""
-    for _ in range(TRIES):
+    for _ in range(MAX_DRAWS):
         structure = draw(rng, level)
         if held_out(structure) == (split == "test"):
             return structure
-    raise ValueError(f"{name}: none of {TRIES} puzzles of level {level} belongs to {split!r}")
+    raise ValueError(f"{name}: none of {MAX_DRAWS} puzzles of level {level} belongs to {split!r}")
 
 
 def held_out(structure):
@@ -95,14 +96,15 @@ def perturbed(perturb, write, problem, seed):
 def final_answer(completion):
     r"""Returns the final answer of a completion, words included, or "" where there is none.
 
-    To extraction.py a line "#### Ben" is a heading, because its answers are mostly numbers. As the
-    last line it is an answer here. \text{} around words is taken away. Never raises."""
+    "So Ben lies.\n#### Ben" gives "Ben". To extraction.py that last line is a heading, because its
+    answers are mostly numbers. \text{} around words is taken away. Never raises."""
     if not isinstance(completion, str):
         return ""
 
     text = _LAST_LINE.sub(r"<answer>\1</answer>", tail(completion))
     answer = extract_answer(text) or ""
-    # in one piece, for of several marks in a row extract_answer drops what is said twice
+    # of \boxed{Ben} \boxed{Cid} \boxed{Ben} extract_answer makes "Cid, Ben", which would say that
+    # names were given in an order that nobody wrote: an answer has to stand in the text as it is
     if len(answer) > LONGEST or answer not in re.sub("[*`]", "", text):
         return ""
     return _TEXT.sub(r"\1", answer)

@@ -17,16 +17,17 @@ line follows from the line above it and one sentence:
 The answer is unique because TABLE has only compositions that mean one relation in every family that
 these assumptions allow: marriages join a man and a woman, nobody marries twice or has children
 with somebody else, so there are no half-siblings, and nobody marries a relative, by blood or
-marriage. An aunt may be a parent's sister or an uncle's wife, for speakers differ. So only those
-entries are there that hold for both readings: the mother of an aunt need not be a grandmother, and
-the wife of an uncle need not be an aunt. `families` looks at every family that a chain can mean. It
-proves the answers in the tests, and here it rejects the chains that no family has, such as three
-different parents of one person.
+marriage. Some call a parent's sister alone an aunt, others an uncle's wife too. Only entries that
+hold for both usages are there: in the wide one the mother of an aunt need not be a grandmother, and
+in the narrow one the wife of an uncle is no aunt. `families` looks at every family that a chain can
+mean. It proves the answers in the tests, and here it rejects the chains that no family has, such as
+three different parents of one person.
 
 The sex of the first person, and so the word of the answer, is told by the first link. Names agree
-with the sexes. Levels 2 to 4 have only 218, 1,574 and 10,152 chains, so one answer can be two to
-three times as frequent as another in their held-out tenth. Left out: sisters-in-law, because the
-word has two meanings, great-grandparents, and sentences that are not needed.
+with the sexes. Levels 2 to 4 have only 218, 1,574 and 10,152 chains that some family has, so one
+answer can be two to three times as frequent as another in their held-out tenth. Left out:
+sisters-in-law, because the word has two meanings, great-grandparents, and sentences that are not
+needed.
 Needs common.py.
 """
 import functools
@@ -101,6 +102,7 @@ def compose(relation, link):
 
     Returns None where it has no name or more than one."""
     kind = TABLE[KIND[relation]].get(kind_of(link))
+    # A is B's wife, so B is a man: the link must not call B a daughter
     of_spouse = KIND[relation] == "spouse" and link[1] == ">"
     if kind is None or of_spouse and sex_of(relation) == sex_of(link[0]):
         return None
@@ -120,7 +122,8 @@ def prefixes(chain):
 
 # ------------------------------------------------------------------------------------- families
 
-# the steps that lead from somebody to the people whose parent, child, ... he or she is
+# The steps that lead from somebody to the people whose parent, child, ... he or she is. So the step
+# "child" goes up, from a child to its parents.
 PATHS = {
     "parent": (("parent",),), "child": (("child",),), "sibling": (("sibling",),),
     "spouse": (("spouse",),), "grandparent": (("parent", "parent"),),
@@ -156,7 +159,7 @@ class Family:
             return self.with_person("m" if self.sexes[person] == "f" else "f", spouse=person)
         return self
 
-    def known(self, person, step):
+    def whose(self, person, step):
         """Returns the people of the family whose parent, child, sibling or spouse a person is."""
         parents = self.parents[person]
         if step == "child":
@@ -174,7 +177,7 @@ class Family:
 
         Those of the family come first, then a new child or sibling of each of `sexes`."""
         family = self.completed(person, step)
-        for other in family.known(person, step):
+        for other in family.whose(person, step):
             yield family, other
 
         if step in ("parent", "sibling"):
@@ -242,7 +245,7 @@ def named(family, person, other):
         for path in paths:
             reached = [person]
             for step in path:
-                reached = [end for start in reached for end in family.known(start, step)]
+                reached = [end for start in reached for end in family.whose(start, step)]
             if other in reached:
                 found.add(KINDS[kind][family.sexes[person] == "m"])
     return found

@@ -85,17 +85,17 @@ def holds(statement, liars):
 
 def solutions(structure):
     """Returns all sets of liars that fit, as tuples, by trying each of the 2^n."""
-    people = range(people_in(structure))
+    people = people_in(structure)
     found = []
-    for count in range(len(people) + 1):
-        for liars in itertools.combinations(people, count):
+    for count in range(people + 1):
+        for liars in itertools.combinations(range(people), count):
             if all(holds(said, liars) == (said[0] not in liars) for said in structure):
                 found.append(liars)
     return found
 
 
 # Below, a possibility is an integer: bit i says that person i lies. A set of possibilities is an
-# integer of 2^n bits: bit p says that possibility p is in it.
+# integer of 2^n bits: bit p says that possibility p is in it. `people` is their number, n.
 
 @functools.cache
 def possibilities(people):
@@ -129,6 +129,7 @@ def where_true(statement, people):
 def where_fits(statement, people):
     """Returns the possibilities in which a statement is as true as its speaker."""
     _, lying, _ = possibilities(people)
+    # a liar's words are false: where the speaker lies, it fits where it is not true
     return where_true(statement, people) ^ lying[statement[0]]
 
 
@@ -211,55 +212,55 @@ def steps(structure):
     return taken, left
 
 
-def search(structure, known, taken):
-    """Add the steps that follow where the kinds in `known` hold. Returns the answer as a set.
+def search(structure, remaining, taken):
+    """Add the steps that follow among the possibilities that remain. Returns the answer as a set.
 
-    known is the set of the possibilities in which the people who are known are of their kinds. The
-    empty set, 0, comes back if there is no answer among them."""
+    Those remain in which everybody whose kind is known is of that kind. The empty set, 0, comes
+    back if there is no answer among them."""
     people = people_in(structure)
     _, lying, _ = possibilities(people)
-    step = next_step(structure, known)
+    step = next_step(structure, remaining)
     while step:
         taken.append(step)
         what, person, _ = step
         if what.startswith("but"):
             return 0
-        known &= lying[person] if what in ("lies", "wrong") else ~lying[person]
-        step = next_step(structure, known)
+        remaining &= lying[person] if what in ("lies", "wrong") else ~lying[person]
+        step = next_step(structure, remaining)
 
-    if known.bit_count() <= 1:
-        return known
-    person = min(p for p in range(people) if kind_of(p, known, lying) is None)
+    if remaining.bit_count() <= 1:
+        return remaining
+    person = min(p for p in range(people) if kind_of(p, remaining, lying) is None)
     taken.append(("suppose", person, None))
-    found = search(structure, known & ~lying[person], taken)
+    found = search(structure, remaining & ~lying[person], taken)
     if not found:
         taken.append(("so", person, None))
-        found = search(structure, known & lying[person], taken)
+        found = search(structure, remaining & lying[person], taken)
     return found
 
 
-def next_step(structure, known):
+def next_step(structure, remaining):
     """Returns a contradiction, else the first conclusion from one statement, else None."""
     people = people_in(structure)
     _, lying, _ = possibilities(people)
-    kinds = [kind_of(person, known, lying) for person in range(people)]
+    kinds = [kind_of(person, remaining, lying) for person in range(people)]
 
     for statement in structure:
         speaker = statement[0]
-        if kinds[speaker] and not known & where_fits(statement, people):
+        if kinds[speaker] and not remaining & where_fits(statement, people):
             what = "but wrong" if kinds[speaker] == "honest" else "but right"
             return what, speaker, None
 
     for statement in structure:
         speaker = statement[0]
         if not kinds[speaker]:
-            right = known & where_true(statement, people)
-            if right in (0, known):
+            right = remaining & where_true(statement, people)
+            if right in (0, remaining):
                 return "right" if right else "wrong", speaker, None
             continue
 
         # what the words of a known speaker leave
-        left = known & where_fits(statement, people)
+        left = remaining & where_fits(statement, people)
         for person in range(people):
             kind = kind_of(person, left, lying)
             if kind and not kinds[person]:
@@ -267,11 +268,11 @@ def next_step(structure, known):
     return None
 
 
-def kind_of(person, known, lying):
+def kind_of(person, remaining, lying):
     """Returns "honest" or "lies" if the person is so in all the possibilities given, else None."""
-    if not known & lying[person]:
+    if not remaining & lying[person]:
         return "honest"
-    return None if known & ~lying[person] else "lies"
+    return None if remaining & ~lying[person] else "lies"
 
 
 # --------------------------------------------------------------------------------- text and answer

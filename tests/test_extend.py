@@ -101,6 +101,25 @@ def test_a_reward_function_that_fails_is_named(function, message):
     assert reward.parts([("own", 1.0, lambda p, g: [])], [], [], 3)["own"].shape == (0, 3)
 
 
+def test_the_puzzle_of_the_page_is_whole(monkeypatch):
+    """docs/tasks.md prints a puzzle: it draws, splits, checks and perturbs as it stands there."""
+    page = (HERE / "docs" / "tasks.md").read_text()
+    [code] = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    names = {}
+    exec(compile(code, "parity.py", "exec"), names)
+    monkeypatch.setitem(tasks.TASKS, "parity", names["TASK"])
+
+    seen = {split: tasks.problems("parity", 300, split=split, level=(6, 9)) for split in ("train", "test")}
+    structures = {split: {problem["structure"] for problem in made} for split, made in seen.items()}
+    assert not structures["train"] & structures["test"] and {p["level"] for p in seen["test"]} == {6, 7, 8, 9}
+    for problem in seen["test"]:
+        ones = sum(problem["structure"])
+        assert problem["answer"] == ("odd" if ones % 2 else "even")
+        assert tasks.correct(problem, problem["solution"]) and not tasks.correct(problem, "#### neither")
+        changed = tasks.perturbed(problem)
+        assert changed["answer"] != problem["answer"] and not tasks.correct(problem, changed["solution"])
+
+
 def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):
     """Say the first digit of a number, anywhere: not what reward.verify asks, so the task brings its own checker."""
     def first_digits(count, split, seed, levels):

@@ -290,6 +290,12 @@ def test_chains_that_no_family_has():
     assert list(families((*parents, ("father", ">"), ("sister", "<")))) != []
 
 
+def test_how_many_chains_some_family_has():
+    for level, count in ((2, 218), (3, 1574)):
+        chains = [chain for chain in itertools.product(LINKS, repeat=level) if chain[0][1] == ">" and family.prefixes(chain)]
+        assert sum(map(family.is_possible, chains)) == count
+
+
 def test_several_relations_are_all_found():
     assert solutions((("daughter", ">"), ("grandmother", ">"))) == ["aunt", "mother"]
     assert solutions((("mother", ">"), ("aunt", ">"))) == [None, "grandmother"]

@@ -239,6 +239,13 @@ def test_how_many_puzzles_of_two_there_are():
     answers = Counter(len(truth.solutions(pair)) for pair in pairs)
     assert len(first) == len(second) == 7
     assert answers[1] == 33                                 # as the docstring says
+
+    # with one or two statements each, those of one person of different meaning
+    said = [[(a,) for a in choices] + [(a, b) for a, b in itertools.combinations(choices, 2) if a[1] != b[1]]
+            for choices in (first, second)]
+    every = {tuple(sorted(statement for statement, _ in one + other)) for one, other in itertools.product(*said)}
+    assert sum(len(truth.solutions(structure)) == 1 for structure in every) == 138      # as docs/tasks.md says
+
     held = {truth.solutions(p["structure"])[0] for p in some(2, 100, "test")}
     assert len(held) == 4                                   # held-out puzzles of two: each answer
 
