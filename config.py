@@ -79,6 +79,14 @@ def check_settings(config):
             raise ValueError(f"{given}: must be at least {bound['least']}")
 
 
+def is_file(text):
+    """Whether a text is the path of a file; a long mix of sources is none."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):       # a name that is too long, or holds a zero byte
+        return False
+
+
 def check_new_file(flag, file):
     """Raise ValueError, one line, unless `file` can be written anew: now, not after hours of work.
 

@@ -30,7 +30,7 @@ from config import CURRICULA
 
 FADED = 0.95        # success above which a level fades out,
 BACK = 0.9          # and below which it comes back
-MEMORY = 16         # groups over which the mean of success forgets
+MEMORY = 16         # groups over which the mean of success forgets; only then can a level fade
 UNKNOWN = 0.5       # success where nothing was measured yet, not even at an easier level
 
 
@@ -50,6 +50,9 @@ def weights(schedule, progress, levels, success=None, *, beta=0.5, sigma=0.5, fl
         raise ValueError(f"no curriculum is called {schedule!r}: choose {', '.join(CURRICULA)}")
     if n < 1 or not 0 <= progress <= 1:
         raise ValueError(f"a curriculum needs levels >= 1 and progress 0 to 1, not {n}, {progress}")
+    if not (beta > 0 and sigma > 0 and 0 <= (floor or 0) <= 1):
+        raise ValueError("a curriculum needs beta and sigma above 0 and a floor of 0 to 1, not "
+                         f"{beta}, {sigma}, {floor}")
 
     if schedule == "uniform":
         raw = [1.0] * n
@@ -85,6 +88,8 @@ def adaptive(n, success, floor, faded):
         success = [None] * n
     if len(success) != n:
         raise ValueError(f"{n} levels need as many success rates, not {len(success)}")
+    if not all(p is None or 0 <= p <= 1 for p in success):
+        raise ValueError(f"success rates must be 0 to 1, not {success}")
 
     raw, known = [], UNKNOWN
     for i, p in enumerate(success):
@@ -138,6 +143,7 @@ class Mixed:
             self.levels.setdefault(task, []).append(kind)
 
         self.cursor = 0             # problems taken
+        self.groups = {}            # kind -> groups that its success was measured on
         self.success = {}           # kind -> mean of pass@1 over its last groups
         self.faded = []             # kinds
 
@@ -174,8 +180,11 @@ class Mixed:
                 if groups > 0:
                     old = self.success.get(kind)
                     self.success[kind] = followed(old, line[f"pass@1/{kind}"], groups)
+                    self.groups[kind] = self.groups.get(kind, 0) + groups
 
-            success = [self.success.get(kind) for kind in kinds]
+            # one lucky group does not say that a level is solved
+            known = [kind for kind in kinds if round(self.groups.get(kind, 0)) >= MEMORY]
+            success = [self.success[kind] if kind in known else None for kind in kinds]
             before = [i for i, kind in enumerate(kinds) if kind in self.faded]
             now = [kinds[i] for i in fade(success, before)]
             self.faded = [kind for kind in self.faded if kind not in kinds] + now
@@ -186,6 +195,7 @@ class Mixed:
         return {
             "cursor": self.cursor,
             "cursors": {kind: stream.cursor for kind, stream in self.streams.items()},
+            "groups": dict(self.groups),
             "success": dict(self.success),
             "faded": list(self.faded),
         }
@@ -195,5 +205,6 @@ class Mixed:
         self.cursor = state["cursor"]
         for kind, stream in self.streams.items():
             stream.cursor = state["cursors"][kind]
+        self.groups = dict(state["groups"])
         self.success = dict(state["success"])
         self.faded = list(state["faded"])

@@ -13,6 +13,7 @@ extraction.py to find the answer in a solution and reward.py to try it; prompts.
 problems into token ids.
 """
 import functools
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from config import parse_levels
+from config import is_file, parse_levels
 from extraction import extract_answer
 from reward import verifies_itself
 
@@ -57,11 +58,11 @@ def parts_of(data, levels=None):
     levels (easiest, hardest) are those of built-in tasks that name none. Raises ValueError, in one
     line, for a part that cannot be read, that has levels without being a task, or is named twice.
     """
-    if Path(data).is_file():
-        return [Part(data)]
-
     parts = []
-    for text in data.split(","):
+    for text in [data] if is_file(data) else data.split(","):
+        if is_file(text):
+            parts.append(Part(text))
+            continue
         match = re.fullmatch(r"(.+?)(?::(\d+)(?:-(\d+))?)?(?:@(\d*\.?\d+))?", text.strip())
         if not match:
             raise ValueError(f"--data {data}: {text!r} is no source; "
@@ -79,25 +80,44 @@ def parts_of(data, levels=None):
         usual = levels if source in tasks.TASKS else None
         parts.append(Part(source, own or usual, float(weight or 1)))
 
-    sources = [part.source for part in parts]
-    twice = next((source for source in sources if sources.count(source) > 1), None)
+    names = [name_of(part.source) for part in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ValueError(f"--data {data}: {twice} is named twice; name it once with all its levels")
+        raise ValueError(f"--data {data}: two parts are called {twice}, and the log could not tell "
+                         "them apart: name a task once with all its levels, rename a file")
     return parts
 
 
-def load_problems(data, split="train", seed=0, levels=None, count=20000, report=print, whole=True):
+def takes_levels(data):
+    """Whether a source or mix has a built-in task that names no levels."""
+    return any(part.source in tasks.TASKS and not part.levels for part in parts_of(data))
+
+
+def name_of(source):
+    """The name of a source's problems in the log: without the folder of a file."""
+    return Path(source).name
+
+
+def load_problems(data, split="train", seed=0, levels=None, count=20000, report=print, whole=True,
+                  fill=False):
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
-    weights. With whole=False, files too give no more than their share. report takes the line that
+    weights. With whole=False, files too give no more than their share, and with fill=True no less:
+    their problems are repeated. report takes the line that
     says how many problems were dropped: an empty answer cannot be given, and one that the verifier
     does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in one
     line, when there is nothing usable."""
     parts = parts_of(data, levels)
+    if levels and not takes_levels(data):
+        raise ValueError(f"--levels {levels[0]}-{levels[1]} does nothing for {data}: it is for "
+                         "built-in tasks that name no levels")
+
     problems = []
     for part, share in zip(parts, shares(parts, count)):
         loaded = load_part(part, split, seed, share, report)
+        if fill:
+            loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
         problems += loaded if whole else loaded[:share]
     return problems
 
@@ -115,6 +135,10 @@ def load_part(part, split, seed, count, report):
         problems = tasks.problems(source, count, split, seed, part.levels)
         return [tasks.checked(problem) for problem in problems]
 
+    name = name_of(source)
+    if tasks.known(name):
+        raise ValueError(f"--data {source}: a file must not be called like a built-in task: "
+                         "rename it")
     problems = from_hub(source, split, report) if source in HUB else from_jsonl(source)
     answered = [p for p in problems if p["answer"].strip()]
     kept = [p for p in answered if verifies_itself(p["answer"])]
@@ -128,7 +152,7 @@ def load_part(part, split, seed, count, report):
                f"of {source}: {', '.join(reasons)}")
     if not kept:
         raise ValueError(f"{source} holds no problems")
-    return [{**problem, "task": Path(source).name} for problem in kept]
+    return [{**problem, "task": name} for problem in kept]
 
 
 def kind_of(problem):
@@ -138,12 +162,20 @@ def kind_of(problem):
 
 
 def kinds_of(problems):
-    """Returns {kind: its task} of all kinds of problems, in the order of their names.
+    """Returns {kind: its task} of all kinds of problems, by task and then by level.
 
-    Levels that are numbers stand in the order of the numbers."""
+    Levels stand in the order of their numbers (`number_of`), behind them those that have none."""
     def place(item):
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])]
-    return dict(sorted({kind_of(p): p["task"] for p in problems}.items(), key=place))
+        (_, task), level = item[1], number_of(item[1][0].get("level"))
+        return task, level is None, level or 0.0, item[0]
+    found = {kind_of(p): (p, p["task"]) for p in problems}
+    return {kind: task for kind, (_, task) in sorted(found.items(), key=place)}
+
+
+def number_of(level):
+    """The number in a level, such as 3, 0.25, "-1" or "Level 5"; None if there is not just one."""
+    numbers = re.findall(r"(?:^-)?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?", str(level), re.ASCII)
+    return float(numbers[0]) if len(numbers) == 1 else None
 
 
 def from_jsonl(path):
@@ -151,7 +183,7 @@ def from_jsonl(path):
 
     Raises ValueError for a malformed line, with the file, the line's number and the reason."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         names = ", ".join([*tasks.TASKS, *HUB])
         raise FileNotFoundError(f"--data {path}: no such file; give {names} or a .jsonl file")
 
@@ -273,19 +305,23 @@ def load_split(c, report=print):
     kinds = kinds_of(train)
     if c.curriculum not in ("", "uniform") and len(kinds) == len(set(kinds.values())):
         raise ValueError(f"--curriculum {c.curriculum} needs problems of several levels")
+    if c.curriculum:
+        check_curriculum(c, kinds, train)
     if c.curriculum == "adaptive" and len(kinds) > MOST_KINDS:
         raise ValueError(f"--curriculum adaptive follows at most {MOST_KINDS} tasks and levels, "
                          f"and these problems have {len(kinds)}")
 
     parts = parts_of(c.data, levels)
     if c.eval_data:
-        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report)
+        alone = len(parts_of(c.eval_data)) == 1
+        levels = levels if takes_levels(c.eval_data) else None
+        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report, whole=alone)
         return without(train, held_out, report), held_out
 
     # what has a test split, and files, of which a part is held out
     kept, held_out = [], []
     for part, share in zip(parts, shares(parts, eval_count)):
-        mine = [p for p in train if p["task"] == Path(part.source).name]
+        mine = [p for p in train if p["task"] == name_of(part.source)]
         if tasks.known(part.source) or part.source in HUB:
             theirs = load_part(part, "test", 0, share, report)
             mine = without(mine, theirs, report)
@@ -294,6 +330,17 @@ def load_split(c, report=print):
         kept += mine
         held_out += theirs if len(parts) == 1 else theirs[:share]
     return kept, held_out
+
+
+def check_curriculum(c, kinds, problems):
+    """Raise ValueError, one line, where levels have no order, or not that many levels a floor."""
+    import curriculum
+    for task in dict.fromkeys(kinds.values()):
+        levels = {str(p.get("level")) for p in problems if p["task"] == task}
+        if len(levels) > 1 and not any(number_of(level) is not None for level in levels):
+            raise ValueError(f"--curriculum {c.curriculum} needs levels in an order, and those of "
+                             f"{task} are no numbers: {', '.join(sorted(levels)[:4])}")
+        curriculum.weights(c.curriculum, 0.0, len(levels), floor=c.curriculum_floor or None)
 
 
 def without(train, held_out, report):
@@ -342,7 +389,7 @@ def stream_of(c, problems):
     for kind in kinds:
         mine = [problem for problem in problems if kind_of(problem) == kind]
         streams[kind] = Stream(mine, f"{c.seed}/{kind}")
-    weights = {Path(part.source).name: part.weight for part in parts}
+    weights = {name_of(part.source): part.weight for part in parts}
     return curriculum.Mixed(streams, kinds, weights, c)
 
 

@@ -14,9 +14,10 @@ of format. A built-in task with a checker of its own has one verdict for both.
     python evaluate.py --model runs/NAME/model --data arithmetic --samples 8 --json eval.json
 
 --perturb asks whether puzzles were learned by heart (arXiv 2410.23123). Each problem is followed by
-one that differs in a single statement and has another answer. With CR the share of the problems
-solved greedily whose changed ones are solved too, LiMem = accuracy * (1 - CR): 0 where the changed
-ones are solved as well. --train-seed S takes the problems that a run with --seed S trained on.
+a held-out one that differs in a single statement and has another answer; its names and words are
+drawn anew. With CR the share of the problems solved greedily whose changed ones are solved too,
+LiMem = accuracy * (1 - CR): 0 where the changed ones are solved as well. With --train-seed S these
+are the first problems that a run with --seed S trains on.
 
 A problem's completions depend on --seed and its place in the file, not on what shares its batch
 (up to rounding, which can decide between two nearly equal logits). So problems are split over the
@@ -45,8 +46,8 @@ import dist
 import prompts
 import reward
 import tasks
-from config import (DEVICES, DTYPES, TEMPLATES, check_new_file, check_settings, command_line,
-                    parse_levels, parse_template_kwargs, setting)
+from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
+                    command_line, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
@@ -235,10 +236,12 @@ def start(config):
     levels = parse_levels(config.levels)
     count = config.limit or ENDLESS
     split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
-    problems = data.load_problems(config.data, split, of_run, levels, count, warn,
-                                  whole=not config.limit)
-    if config.perturb:
-        problems = with_perturbed(problems)
+    if config.perturb and config.train_seed >= 0:
+        problems = with_perturbed(trained_on(config, count))
+    else:
+        problems = data.load_problems(config.data, split, of_run, levels, count, warn,
+                                      whole=not config.limit)
+        problems = with_perturbed(problems) if config.perturb else problems
     # a problem's seed follows from its place in the file, also when others are dropped
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
 
@@ -256,11 +259,20 @@ def start(config):
     return sampler, tokenizer, kept, len(problems) - len(kept)
 
 
+def trained_on(config, count):
+    """Returns the problems that a run with --train-seed as its seed takes first.
+
+    Its other settings are taken to be the default ones."""
+    run = Config(data=config.data, levels=config.levels, seed=config.train_seed)
+    problems, _ = data.load_split(run, warn)
+    return data.stream_of(run, problems).next(min(count, len(problems)))
+
+
 def with_perturbed(problems):
     """Returns each problem, and behind it one that differs in a statement; without it, neither.
 
-    The changed one has "perturbs", the id of the other. Raises ValueError for a problem of a file.
-    """
+    The changed one has "perturbs", the id of the other, and is a held-out puzzle. Raises
+    ValueError for a problem of a file, and where no problem has such a neighbour."""
     pairs = []
     for problem in problems:
         if not tasks.known(problem["task"]):
@@ -269,6 +281,12 @@ def with_perturbed(problems):
         changed = tasks.perturbed(problem)
         if changed is not None:
             pairs += [problem, {**tasks.checked(changed), "perturbs": problem["id"]}]
+
+    if not pairs:
+        raise ValueError(f"--perturb: none of these {len(problems)} problems has a held-out puzzle "
+                         "as its neighbour: take more of them, or harder levels")
+    warn(f"perturb: {len(pairs) // 2} of {len(problems)} problems have a held-out neighbour, "
+         "the others are left out")
     return pairs
 
 

@@ -21,7 +21,7 @@ import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from config import free_on_resume
+from config import free_on_resume, is_file
 from dist import Agreed, barrier, gather_objects, rank, together
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
@@ -64,7 +64,7 @@ def open_run(c, restarted):
     restarted: torchrun started the processes again after one of them was lost. A run of these
     settings then goes on by itself; one of others is left alone. Raises ValueError when the folder
     is taken."""
-    data = Path(c.data).stem if Path(c.data).is_file() else re.sub(r"[^\w.-]+", "-", c.data)
+    data = Path(c.data).stem if is_file(c.data) else re.sub(r"[^\w.-]+", "-", c.data)[:100]
     out = c.out or f"runs/{c.algo}-{data}-seed{c.seed}"
     folder, config = Path(out), Path(out) / "config.json"
     resume, threads = c.resume, c.threads

@@ -67,7 +67,7 @@ class SFTConfig:
                                                     # terse answers in
 
     terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
-    problems: int = setting(20000, least=1)         # of built-in tasks
+    problems: int = setting(20000, least=1)         # of a built-in task, or of a mix
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
@@ -252,8 +252,9 @@ def warm_start(config, progress=True):
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
     place = dist.Sharding(device, torch.float32)
+    is_mix = len(data.parts_of(config.data)) > 1
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems)
+                                  config.problems, whole=not is_mix, fill=is_mix)
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
         tokenizer = prompts.load_tokenizer(config.model, options)

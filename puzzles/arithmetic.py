@@ -56,7 +56,7 @@ def arithmetic(count, split="train", seed=0, levels=(4, 6)):
     stories = []
     while len(stories) < count:
         start, steps = _chain(rng, rng.randint(fewest, most))
-        if held_out((start, steps)) == (split == "test"):
+        if _belongs((start, steps), split):
             stories.append(_story(rng, start, steps, f"arithmetic/{split}/{seed}/{len(stories)}"))
     return stories
 
@@ -80,6 +80,12 @@ def _chain(rng, length):
             steps.append((sign, number))
             value = result
     return start, steps
+
+
+def _belongs(structure, split):
+    """Tell whether the story of a start and operations belongs to the split "train" or "test"."""
+    start, steps = structure
+    return held_out((start, list(steps))) == (split == "test")
 
 
 def _apply(value, sign, number):
@@ -111,7 +117,7 @@ def _story(rng, start, steps, name):
 
 
 def perturb(rng, structure):
-    """Returns the story with another operation in one step, and another result; None if none."""
+    """Yield stories with another operation in one step, and another result."""
     start, steps = structure
     result = _values(start, steps)[-1]
     for _ in range(100):
@@ -119,8 +125,7 @@ def perturb(rng, structure):
         changed[rng.randrange(len(steps))] = (rng.choice("+-"), rng.randint(1, 9))
         values = _values(start, changed)
         if all(1 <= value <= LARGEST for value in values) and values[-1] != result:
-            return start, tuple(changed)
-    return None
+            yield start, tuple(changed)
 
 
 def write(rng, structure):
@@ -143,4 +148,4 @@ def guess(level):
 
 
 TASK = Task(problems=arithmetic, levels=(4, 6), level_is="steps", guess=guess,
-            perturb=functools.partial(perturbed, perturb, write))
+            perturb=functools.partial(perturbed, perturb, write, _belongs))

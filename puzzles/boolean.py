@@ -127,11 +127,11 @@ def check(problem, completion):
 
 
 def perturb(rng, formula):
-    """Returns the formula with one constant or operator changed so that its value is another one.
+    """Yield the formulas with one constant or operator changed whose value is another one.
 
-    Returns None for one formula in ten, such as "true or true"."""
+    One formula in ten, such as "true or true", has none."""
     changed = [other for other in neighbours(formula) if evaluate(other) != evaluate(formula)]
-    return rng.choice(changed) if changed else None
+    yield from rng.sample(changed, len(changed))
 
 
 def neighbours(formula):

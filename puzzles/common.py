@@ -2,7 +2,8 @@
 
 A puzzle begins as a structure: nested tuples of numbers and short words, without names or
 sentences. Whether it is held out is decided by the structure alone, so another name or wording of
-a training puzzle is never a test puzzle.
+a training puzzle is never a test puzzle. Where a structure numbers people, others may number the
+same people otherwise; there it is decided by the structure's shape (`anonymous`).
 """
 import functools
 import random
@@ -18,9 +19,13 @@ NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan"
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
 MAX_DRAWS = 10_000  # of structures, until one belongs to the split; one in ten is held out
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
-# "#### " and words, at the very end: no code, no markup, no TeX
-_LAST_LINE = re.compile(r"####[ \t]*([A-Za-z][^\n#<{}\\]*)\Z")
-_TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
+
+# behind "####" or a line "Final Answer", words at the very end: no code, no markup, no TeX
+_LAST_LINE = re.compile(r"(?:####[ \t]*|^[ \t#*_]*(?:final )?answer[ \t:*_]*\n\s*)"
+                        r"([A-Za-z\"][^\n#<{}\\]*)\Z", re.I | re.M)
+_MARK = re.compile(r"\\boxed\{([^{}]*)\}|<answer>([^<]*)</answer>")
+_TEXT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|up|normal)?\{([^{}]*)\}")
+_SPACE = re.compile(r"\\[ ,;:!]|\\[{}]")
 
 
 @dataclass
@@ -36,18 +41,20 @@ class Task:
     perturb: Callable | None = None     # (problem, seed) -> a changed problem, or None
 
 
-def puzzle(name, draw, write, *, check, perturb=None, **row):
+def puzzle(name, draw, write, *, check, perturb=None, shape=None, **row):
     """Returns the Task of a puzzle from its functions.
 
     draw(rng, level) returns a structure with exactly one answer, and write(rng, structure) a dict
-    with "problem", "answer" and "solution". perturb(rng, structure) returns a structure of another
-    answer that differs in one statement, or None where it found none; it may be None itself."""
-    problems = functools.partial(collect, name, draw, write)
-    changed = functools.partial(perturbed, perturb, write) if perturb else None
+    with "problem", "answer" and "solution". perturb(rng, structure) yields structures of another
+    answer that differ in one statement. shape(structure) returns the same for all structures that
+    are one puzzle, of which one side of the split has all; None: the structure itself."""
+    belongs = functools.partial(in_split, shape or (lambda structure: structure))
+    problems = functools.partial(collect, name, draw, write, belongs)
+    changed = functools.partial(perturbed, perturb, write, belongs) if perturb else None
     return Task(problems=problems, check=check, perturb=changed, **row)
 
 
-def collect(name, draw, write, count, split, seed, levels):
+def collect(name, draw, write, belongs, count, split, seed, levels):
     """Returns `count` problems of a puzzle of levels within `levels`, equally often on average.
 
     The same arguments give the same problems, and no structure is in both splits."""
@@ -55,7 +62,7 @@ def collect(name, draw, write, count, split, seed, levels):
     problems = []
     while len(problems) < count:
         level = rng.randint(*levels)
-        structure = drawn(rng, name, draw, level, split)
+        structure = drawn(rng, name, draw, belongs, level, split)
 
         problems.append({
             **write(rng, structure),
@@ -65,28 +72,67 @@ def collect(name, draw, write, count, split, seed, levels):
     return problems
 
 
-def drawn(rng, name, draw, level, split):
+def drawn(rng, name, draw, belongs, level, split):
     """Draw a structure of this level until one belongs to the split, so that no level is rarer.
 
     Raises ValueError where a level has so few structures that none does."""
     for _ in range(MAX_DRAWS):
         structure = draw(rng, level)
-        if held_out(structure) == (split == "test"):
+        if belongs(structure, split):
             return structure
     raise ValueError(f"{name}: none of {MAX_DRAWS} puzzles of level {level} belongs to {split!r}")
 
 
 def held_out(structure):
-    """Tell whether a structure belongs to the split "test", as one in ten does."""
-    return zlib.crc32(repr(structure).encode()) % 10 == 0
+    """Tell whether a structure, or a shape, belongs to the split "test", as one in ten does."""
+    return checksum(structure) % 10 == 0
 
 
-def perturbed(perturb, write, problem, seed):
+def checksum(value):
+    """Returns 32 bits that are the same in every process, of nested tuples of numbers and words."""
+    return zlib.crc32(repr(value).encode())
+
+
+def in_split(shape, structure, split):
+    """Tell whether a structure belongs to the split "train" or "test", by its shape."""
+    return held_out(shape(structure)) == (split == "test")
+
+
+def anonymous(people, facts):
+    """Returns facts about people 0, 1, ... without saying who is who.
+
+    A fact is (label, group, ...). A group is a tuple of people who may change places: Ben sits left
+    of Ana is ("left", (1,), (0,)), and Ana and Ben are neighbours ("next", (0, 1)). However people
+    are numbered and facts are ordered, the result is the same. Two rounds of colour refinement
+    (Weisfeiler and Leman, 1968): a person is told by the facts about him and the people in them.
+    Rarely two puzzles become one, and are then on the same side of the split."""
+    colours = [0] * people
+
+    def in_colours():
+        return [(label, *(tuple(sorted(colours[person] for person in group)) for group in groups))
+                for label, *groups in facts]
+
+    for _ in range(2):
+        seen = list(zip(facts, in_colours()))
+        roles = []
+        for person in range(people):
+            about = [([i for i, group in enumerate(groups) if person in group], fact)
+                     for (_, *groups), fact in seen]
+            roles.append(sorted(role for role in about if role[0]))
+        colours = [checksum((colour, role)) for colour, role in zip(colours, roles)]
+
+    # with this word the easiest levels hold out a tenth, and puzzles of nearly every answer
+    return "facts", tuple(sorted(in_colours()))
+
+
+def perturbed(perturb, write, belongs, problem, seed):
     """Returns the problem with one statement changed and so with another answer, or None.
 
-    Names and wordings are drawn anew from the seed."""
+    The changed one is a held-out puzzle, so that it was never trained on. Names and wordings are
+    drawn anew from the seed."""
     rng = random.Random(f"perturbed/{problem['id']}/{seed}")
-    structure = perturb(rng, problem["structure"])
+    others = perturb(rng, problem["structure"])
+    structure = next((other for other in others if belongs(other, "test")), None)
     if structure is None:
         return None
     return {**problem, **write(rng, structure), "id": problem["id"] + "/perturbed",
@@ -97,14 +143,26 @@ def final_answer(completion):
     r"""Returns the final answer of a completion, words included, or "" where there is none.
 
     "So Ben lies.\n#### Ben" gives "Ben". To extraction.py that last line is a heading, because its
-    answers are mostly numbers. \text{} around words is taken away. Never raises."""
+    answers are mostly numbers; so is one that stands below "Final Answer". \text{} and the like
+    around words are taken away. Never raises."""
     if not isinstance(completion, str):
         return ""
 
     text = _LAST_LINE.sub(r"<answer>\1</answer>", tail(completion))
     answer = extract_answer(text) or ""
-    # of \boxed{Ben} \boxed{Cid} \boxed{Ben} extract_answer makes "Cid, Ben", which would say that
-    # names were given in an order that nobody wrote: an answer has to stand in the text as it is
-    if len(answer) > LONGEST or answer not in re.sub("[*`]", "", text):
+    if len(answer) > LONGEST or not _stands_in(text, answer):
         return ""
-    return _TEXT.sub(r"\1", answer)
+    return _SPACE.sub(" ", _TEXT.sub(r"\1", answer)).strip()
+
+
+def _stands_in(text, answer):
+    r"""Tell whether an answer stands in the text as it is, or as a list of marks.
+
+    Of \boxed{Ben} and \boxed{Cid} extract_answer makes "Ben, Cid". But of \boxed{Ben} \boxed{Cid}
+    \boxed{Ben} it makes "Cid, Ben", which nobody said."""
+    if answer in re.sub("[*`]", "", text):
+        return True
+    marked = [box or tag for box, tag in _MARK.findall(text)]
+    names = answer.split(", ")
+    before = marked[-len(names) - 1:-len(names)]
+    return marked[-len(names):] == names and not set(before) & set(names)

@@ -349,15 +349,14 @@ def check(problem, completion):
 
 
 def perturb(rng, chain):
-    """Returns the chain with one link replaced so that the answer is another one, or None."""
+    """Yield the chains with one link replaced whose answer is another one."""
     answer = prefixes(chain)[-1]
     places = [(place, word) for place in range(len(chain)) for word in KIND]
     for place, word in rng.sample(places, len(places)):
         other = (*chain[:place], (word, chain[place][1]), *chain[place + 1:])
         relations = prefixes(other)
         if relations and relations[-1] != answer and is_possible(other):
-            return other
-    return None
+            yield other
 
 
 def guess(level):

@@ -34,7 +34,7 @@ from math import factorial
 
 import numpy as np
 
-from puzzles.common import NAMES, final_answer, puzzle
+from puzzles.common import NAMES, anonymous, final_answer, puzzle
 
 ROUND = 0.25        # share of round tables, from 4 people on: 3 around a table have only 2 orders
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven")
@@ -265,9 +265,9 @@ def words_of(text):
 
 
 def perturb(rng, structure):
-    """Returns the structure with one clue replaced so that another order fits, or None.
+    """Yield the structures with one clue replaced so that another order fits.
 
-    Clues about the same people, such as the opposite, are tried before all others."""
+    Clues about the same people, such as the opposite, come before all others."""
     n, start, clues = structure
     [answer] = solutions(structure)
     kinds = ROUND_KINDS if start else ROW_KINDS
@@ -280,8 +280,17 @@ def perturb(rng, structure):
         left = others[old] & fits(n, bool(start), new)
         if left.sum() == 1 and not left[begun(n, answer)].any():
             kept = [clue for clue in clues if clue != old]
-            return n, start, tuple(sorted([*kept, new]))
-    return None
+            yield n, start, tuple(sorted([*kept, new]))
+
+
+def shape(structure):
+    """Returns the structure without saying who is who, for names are drawn."""
+    n, start, clues = structure
+    facts = [("start", start)]
+    for kind, number, *people in clues:
+        groups = [tuple(people)] if kind in MUTUAL else [(person,) for person in people]
+        facts.append((f"{kind} {number}", *groups))
+    return anonymous(n, facts)
 
 
 def guess(level):
@@ -290,5 +299,5 @@ def guess(level):
     return (1 - share) / factorial(level) + share / factorial(level - 1)
 
 
-TASK = puzzle("seating", draw, write, check=check, perturb=perturb, guess=guess,
+TASK = puzzle("seating", draw, write, check=check, perturb=perturb, shape=shape, guess=guess,
               least=3, most=7, levels=(3, 4), level_is="number of people")

@@ -29,7 +29,7 @@ import functools
 import itertools
 import re
 
-from puzzles.common import NAMES, final_answer, puzzle
+from puzzles.common import NAMES, anonymous, final_answer, puzzle
 
 OPENINGS = (
     "{people} each always tell the truth or always lie.",
@@ -181,7 +181,7 @@ def agreeing(people, speaker, liars):
 
 
 def perturb(rng, structure):
-    """Returns the puzzle with one statement changed and so with another answer, or None."""
+    """Yield the puzzles with one statement changed and so with another answer."""
     people = people_in(structure)
     [answer] = solutions(structure)
     before = sum(1 << person for person in answer)
@@ -199,7 +199,18 @@ def perturb(rng, structure):
             is_unique = (left & fits).bit_count() == 1
             if is_unique and left & fits != 1 << before and (speaker, fits) not in said:
                 changed.append(tuple(sorted((*rest, new))))
-    return rng.choice(changed) if changed else None
+    yield from rng.sample(changed, len(changed))
+
+
+def shape(structure):
+    """Returns the structure without saying who is who, for names are drawn."""
+    facts = []
+    for speaker, kind, *about in structure:
+        if kind in ("least", "exactly"):
+            facts.append((f"{kind} {about[0]}", (speaker,)))
+        else:
+            facts.append((kind, (speaker,), tuple(about)))
+    return anonymous(people_in(structure), facts)
 
 
 # --------------------------------------------------------------------------------- worked solution
@@ -319,8 +330,9 @@ def check(problem, completion):
 
 def parse(answer):
     """Returns the names of an answer such as "Ana, Ben and Cid." in lower case."""
-    text = " ".join(answer.lower().split())
-    return re.split(r" ?, ?(?:and )?| and ", text.removesuffix(".").rstrip())
+    text = answer.lower().strip(" \n\"").removesuffix(".").rstrip()
+    names = re.split(r"\s*,\s*(?:and\s)?|\s+and\s+|\n", text)
+    return [" ".join(name.split()) for name in names]
 
 
 def guess(level):
@@ -329,5 +341,5 @@ def guess(level):
 
 
 TASK = puzzle(
-    "truth", draw, write, check=check, perturb=perturb,
+    "truth", draw, write, check=check, perturb=perturb, shape=shape,
     least=2, most=8, levels=(2, 4), level_is="people", guess=guess)

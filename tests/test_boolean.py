@@ -117,15 +117,17 @@ def test_perturbed_problems_have_the_other_answer():
     for problem in TASK.problems(300, "train", 0, (1, 12)):
         changed = TASK.perturb(problem, 0)
         if changed is None:
-            assert all(evaluate(other) == problem["answer"] for other in neighbours(problem["structure"]))
+            assert not any(evaluate(other) != problem["answer"] and held_out(other)
+                           for other in neighbours(problem["structure"]))
             continue
         found += 1
+        assert held_out(changed["structure"])
         assert changed["answer"] != problem["answer"] and changed["level"] == problem["level"]
         before, after = (re.findall(r"\w+", in_words(p["structure"])) for p in (problem, changed))
         assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
         assert value_of(formula_of(changed["problem"])) == changed["answer"]
         assert changed == TASK.perturb(problem, 0)
-    assert found > 250 and perturb(random.Random(0), ("or", "true", "true")) is None
+    assert found > 50 and not list(perturb(random.Random(0), ("or", "true", "true")))
 
 
 @pytest.mark.parametrize("said", [

@@ -198,12 +198,95 @@ def test_a_file_is_itself_whatever_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text, message", [
     ("gsm8k:2-4,math", "gsm8k has no levels"), ("arithmetic:4-2", "easiest-hardest"),
-    ("arithmetic@0,gsm8k", "has no weight"), ("arithmetic:1-2,arithmetic:3", "named twice"),
+    ("arithmetic@0,gsm8k", "has no weight"), ("arithmetic:1-2,arithmetic:3", "two parts are called arithmetic"),
+    ("a/x.jsonl,b/x.jsonl@9", "two parts are called x.jsonl"), ("x.jsonl,./x.jsonl", "two parts are called x.jsonl"),
     ("arithmetic,,math", "is no source"), ("gym:x:2", "has no levels")])
 def test_a_wrong_mix_is_one_line(text, message):
     with pytest.raises(ValueError, match=message) as error:
         data.parts_of(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["arithmetic:2-3", "gym:double", "FILE"])
+def test_levels_that_nothing_takes_are_refused(source, start):
+    source = source.replace("FILE", str(start.parent / "problems.jsonl"))
+    with pytest.raises(ValueError, match="--levels 2-3 does nothing for .*: it is for built-in tasks"):
+        data.load_problems(source, levels=(2, 3), count=5)
+
+
+def test_a_long_mix_is_no_file():
+    mix = ",".join(f"gym:{'x' * 30}{i}" for i in range(20))
+    assert len(data.parts_of(mix)) == 20
+    with pytest.raises(FileNotFoundError, match="no such file; give arithmetic"):
+        data.load_problems("y" * 300)
+
+
+def test_a_file_called_like_a_task_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truth").write_text('{"problem": "1?", "answer": "1"}')
+    with pytest.raises(ValueError, match="must not be called like a built-in task"):
+        data.load_problems("./truth")
+
+
+def test_a_mix_of_held_out_problems_is_shared_by_weight(start):
+    """A file of 200 is one of two parts with 20 problems in all: it gives ten of them."""
+    file = start.parent / "problems.jsonl"
+    _, held_out = data.load_split(Config(data="arithmetic:2-3", eval_data=f"{file},arithmetic:2-3",
+                                         eval_problems=20, problems=50))
+    assert [p["task"] for p in held_out].count("problems.jsonl") == 10 == len(held_out) // 2
+
+
+def test_supervised_problems_of_a_mix_are_as_many_as_their_weights_say(start):
+    """sft.py reads a mix so: a file of 200 problems is repeated three times beside three times as many others."""
+    file = start.parent / "problems.jsonl"
+    mixed = data.load_problems(f"arithmetic:2-3@1,{file}@3", count=800, whole=False, fill=True)
+    tasks_of = [p["task"] for p in mixed]
+    assert tasks_of.count("arithmetic") == 200 and tasks_of.count("problems.jsonl") == 600
+    assert len({p["id"] for p in mixed if p["task"] == "problems.jsonl"}) == 200
+
+
+def test_levels_stand_in_the_order_of_their_numbers():
+    def order(*levels):
+        return [kind[2:] for kind in data.kinds_of([{"task": "f", "level": level} for level in levels])]
+    assert order(10, 9, 2) == ["2", "9", "10"] and order(-1, 1, 0, -2) == ["-2", "-1", "0", "1"]
+    assert order(.5, .125, 1.0, .25) == ["0.125", "0.25", "0.5", "1.0"] and order(.1, 1e-5) == ["1e-05", "0.1"]
+    assert order("Level 5", "Level ?", "Level 12") == ["Level 5", "Level 12", "Level ?"]
+    assert order("grade-2", "grade-10") == ["grade-2", "grade-10"] and order("5²", "4") == ["4", "5²"]
+
+
+def test_levels_without_an_order_are_one_line(tmp_path):
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i}?", "answer": "1", "level": ["easy", "medium", "hard"][i % 3]}) + "\n"
+                            for i in range(60)))
+    assert data.load_split(Config(data=str(file), eval_problems=5))
+    with pytest.raises(ValueError, match="of words.jsonl are no numbers: easy, hard, medium"):
+        data.load_split(Config(data=str(file), eval_problems=5, curriculum="steps"))
+
+
+def test_a_floor_that_is_too_high_is_refused_before_anything_is_drawn():
+    with pytest.raises(ValueError, match="the floor of 5 levels must be 0 to 0.2, not 0.5"):
+        data.load_split(Config(data="arithmetic:2-6", problems=50, curriculum="gaussian", curriculum_floor=0.5))
+
+
+@pytest.mark.parametrize("more", [{"success": [1.2, .5, .5]}, {"success": [math.nan, .2, .5]}, {"floor": -.1},
+                                  {"floor": math.inf}, {"sigma": 0}, {"sigma": math.nan}, {"beta": -1}])
+def test_weights_out_of_range_are_one_line(more):
+    for schedule in ("adaptive", "gaussian"):
+        if schedule == "gaussian" and "success" in more:
+            continue
+        with pytest.raises(ValueError, match="not "):
+            curriculum.weights(schedule, 0.0, 3, **more)
+
+
+def test_a_lucky_group_does_not_fade_a_level():
+    """All right in one group, and then in fifteen more: only sixteen groups say that a level is solved."""
+    stream = curriculum.Mixed({}, {"a:1": "a", "a:2": "a"}, {"a": 1.0}, Config(data="arithmetic", prompts_per_step=16))
+    stream.feedback({"share/a:1": 1 / 16, "pass@1/a:1": 1.0})
+    assert stream.success == {"a:1": 1.0} and stream.faded == []
+    stream.feedback({"share/a:1": 14 / 16, "pass@1/a:1": 1.0})
+    assert stream.faded == []
+    stream.feedback({"share/a:1": 1 / 16, "pass@1/a:1": 1.0})
+    assert stream.faded == ["a:1"]
 
 
 def test_levels_that_a_task_does_not_have_are_one_line():

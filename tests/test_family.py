@@ -360,12 +360,12 @@ def test_perturbed_problems_have_another_answer(level):
         if changed is None:
             continue
         found += 1
-        assert changed["answer"] != problem["answer"]
+        assert held_out(changed["structure"]) and changed["answer"] != problem["answer"]
         assert sum(a != b for a, b in zip(changed["structure"], problem["structure"], strict=True)) == 1
         proved(changed)
         assert changed == TASK.perturb(problem, 0)
-    assert found >= 20
-    assert perturb(random.Random(0), (("mother", ">"), ("son", ">")))
+    assert found >= 8
+    assert list(perturb(random.Random(0), (("mother", ">"), ("son", ">"))))
 
 
 # --------------------------------------------------------------------------------------- checker

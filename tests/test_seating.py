@@ -322,13 +322,38 @@ def test_held_out_structures_are_never_trained_on():
     train = {problem["structure"] for problem in TASK.problems(200, "train", 0, (3, 4))}
     test = {problem["structure"] for problem in TASK.problems(40, "test", 0, (3, 4))}
     assert not train & test
-    assert all(map(held_out, test)) and not any(map(held_out, train))
+    assert all(held_out(seating.shape(s)) for s in test) and not any(held_out(seating.shape(s)) for s in train)
 
     # neither a shuffle of the clues nor swapped neighbours make another structure
     for _, _, clues in train | test:
         assert list(clues) == sorted(clues)
         for kind, _, *people in clues:
             assert kind not in seating.MUTUAL or people == sorted(people)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(3, 6), st.integers(0, 10 ** 6))
+def test_other_names_never_carry_a_puzzle_to_the_other_side(level, seed):
+    rng = random.Random(seed)
+    n, start, clues = draw(rng, level)
+    order = rng.sample(range(n), n)
+    moved = []
+    for kind, number, *people in clues:
+        people = [order[person] for person in people]
+        moved.append((kind, number, *(sorted(people) if kind in seating.MUTUAL else people)))
+    other = (n, tuple(order[person] for person in start), tuple(sorted(moved)))
+    assert seating.shape(other) == seating.shape((n, start, clues))
+    assert [[order[person] for person in seats] for seats in solutions((n, start, clues))] == solutions(other)
+
+
+def test_shapes_worked_by_hand():
+    """"left" has a direction, "next" has none; another seat is another puzzle."""
+    def shape(*clues):
+        return seating.shape((3, (), clues))
+    assert shape(("left", 0, 0, 1), ("end", 0, 0)) == shape(("left", 0, 2, 1), ("end", 0, 2))
+    assert shape(("left", 0, 0, 1), ("end", 0, 0)) != shape(("left", 0, 1, 0), ("end", 0, 0))
+    assert shape(("next", 0, 0, 1), ("end", 0, 0)) == shape(("next", 0, 0, 1), ("end", 0, 1))
+    assert shape(("seat", 1, 0)) != shape(("seat", 2, 0))
 
 
 def test_the_same_seed_gives_the_same_problems():
@@ -338,8 +363,13 @@ def test_the_same_seed_gives_the_same_problems():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_perturb_changes_one_clue_and_the_answer(level):
+    found = 0
     for problem in training(level)[:60 if level < 6 else 6]:
         changed = TASK.perturb(problem, 0)
+        if changed is None:
+            continue
+        found += 1
+        assert held_out(seating.shape(changed["structure"]))
         assert changed == TASK.perturb(problem, 0)
         examine(changed, minimal=False)
         examine_lines(changed) if level < 6 else None
@@ -348,6 +378,7 @@ def test_perturb_changes_one_clue_and_the_answer(level):
         assert before[:2] == after[:2] and len(before[2]) == len(after[2])
         assert len(set(before[2]) - set(after[2])) == len(set(after[2]) - set(before[2])) == 1
         assert solutions(before) != solutions(after)
+    assert found >= (30 if level < 6 else 3)
 
 
 def test_guess():
@@ -460,7 +491,7 @@ def test_ten_thousand_puzzles_of_a_level(level):
         # 24 cells at most, so that each has enough
         counts[tuple(names.index(name) for name in problem["answer"].split(", ")[:2])] += 1
         if level < 6 or i < 500:
-            changed = perturb(rng, structure)
+            changed = next(perturb(rng, structure))
             assert changed and len(solutions(changed)) == 1
             assert solutions(changed) != solutions(structure)
     assert len(counts) == level * (level - 1)

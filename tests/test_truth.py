@@ -273,7 +273,36 @@ def test_held_out_structures_are_never_in_train():
         train |= {p["structure"] for p in truth.TASK.problems(300, "train", seed, (2, 4))}
     test |= {p["structure"] for p in truth.TASK.problems(100, "test", 0, (2, 4))}
     assert not train & test
-    assert all(held_out(s) for s in test) and not any(held_out(s) for s in train)
+    assert all(held_out(truth.shape(s)) for s in test) and not any(held_out(truth.shape(s)) for s in train)
+
+
+def renumbered(structure, order):
+    """The same puzzle with person i called order[i]; the two of "same" and "different" are sorted."""
+    statements = []
+    for speaker, kind, *about in structure:
+        if kind not in ("least", "exactly"):
+            about = sorted(order[person] for person in about)
+        statements.append((order[speaker], kind, *about))
+    return tuple(sorted(statements))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 10 ** 6))
+def test_other_names_never_carry_a_puzzle_to_the_other_side(level, seed):
+    rng = random.Random(seed)
+    structure = truth.draw(rng, level)
+    other = renumbered(structure, rng.sample(range(level), level))
+    assert truth.shape(other) == truth.shape(structure)
+    [answer], [there] = truth.solutions(structure), truth.solutions(other)
+    assert len(answer) == len(there)
+
+
+def test_shapes_worked_by_hand():
+    """Who lies about whom is told apart: in a circle of three, and where two accuse one."""
+    circle, renamed = ((0, "lies", 1), (1, "lies", 2), (2, "lies", 0)), ((0, "lies", 2), (1, "lies", 0), (2, "lies", 1))
+    accused = ((0, "lies", 1), (1, "lies", 0), (2, "lies", 0))
+    assert truth.shape(circle) == truth.shape(renamed) != truth.shape(accused)
+    assert truth.shape(((0, "least", 1), (1, "true", 0))) != truth.shape(((0, "least", 2), (1, "true", 0)))
 
 
 def test_the_same_seed_gives_the_same_puzzles_in_another_process():
@@ -299,13 +328,14 @@ def test_perturb_changes_one_statement_and_the_answer(level):
         if changed is None:
             continue
         found += 1
+        assert held_out(truth.shape(changed["structure"]))
         prove(changed)
         old, new = Counter(problem["structure"]), Counter(changed["structure"])
         assert (old - new).total() == (new - old).total() == 1
         assert [s[0] for s in problem["structure"]] == [s[0] for s in changed["structure"]]
         assert truth.solutions(problem["structure"]) != truth.solutions(changed["structure"])
         assert changed["id"] == problem["id"] + "/perturbed"
-    assert found >= count * (0.4 if level == 2 else 0.8)
+    assert found >= count * (0.2 if level == 2 else 0.4)
 
 
 # ---------------------------------------------------------------------------------- worked by hand
@@ -384,7 +414,9 @@ NOBODY = {"answer": "nobody"}
     "\\boxed{\\text{Ben, Eva}}", "\\boxed{\\text{Ben} \\text{ and } \\text{Eva}}",
     "<answer>Eva and Ben</answer>", "The answer is Ben and Eva.", "#### Ana\n#### Ben, Eva",
     "\\boxed{Ana} No.\n#### Ben, Eva", "<think>#### Ana</think>#### Ben, Eva",
-    "#### Ben, Eva</s> Ana",
+    "#### Ben, Eva</s> Ana", "The liars are \\boxed{Ben} and \\boxed{Eva}.", "\\boxed{Eva}, \\boxed{Ben}",
+    "\\boxed{\\text{Ben},\\ \\textbf{Eva}}", "\\boxed{\\{Ben, Eva\\}}", "<answer>\nBen\nEva\n</answer>",
+    "#### \"Ben, Eva\"", "### Final Answer\nBen, Eva", "**Final Answer:**\n\nBen and Eva.",
 ])
 def test_accepted(said):
     assert truth.check(BEN_EVA, said)
@@ -398,7 +430,8 @@ def test_accepted(said):
     "#### Ben,, Eva", "#### Ben, Eva,", "#### Ben; Eva", "#### Ben & Eva", "#### and Ben, Eva",
     "#### Benn, Eva", "\\boxed{Ben}\n#### Eva", "#### Ben\n#### Eva", "#### Ben. Eva", "####",
     "#### ", "#### Ben, Eva..", "It is not #### Ben, Eva", "<think>\n#### Ben, Eva",
-    "</s>#### Ben, Eva",
+    "</s>#### Ben, Eva", "\\boxed{Ben} \\boxed{Eva} \\boxed{Ben}", "### Final Answer\nBen",
+    "### Final Answer\nBen, Eva\nOr not.", "#### Ben\nEva",
     None, 7, "#### " + "Ben, " * 5000 + "Eva", "#### Ben" + " " * 100_000 + "Eva",
 ])
 def test_refused(said):
