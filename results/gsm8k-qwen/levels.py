@@ -1,0 +1,21 @@
+"""Give each problem of a GSM8K file a level, its number of written calculations, 1 to 6.
+
+    python results/gsm8k-qwen/levels.py gsm8k_train.jsonl levels.jsonl
+"""
+import json
+import sys
+
+HARDEST = 6         # and above: few problems have more
+
+
+def main(source, target):
+    with open(source, encoding="utf-8") as rows, open(target, "w", encoding="utf-8") as file:
+        for line in rows:
+            row = json.loads(line)
+            steps = (row.get("solution") or row["answer"]).count("<<")
+            row["level"] = min(max(steps, 1), HARDEST)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
