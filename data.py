@@ -99,12 +99,13 @@ def name_of(source):
 
 
 def load_problems(data, split="train", seed=0, levels=None, count=20000, report=print, whole=True,
-                  fill=False):
+                  fill=False, spare=0):
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
     weights. With whole=False, files too give no more than their share, and with fill=True no less:
-    their problems are repeated. report takes the line that
+    their problems are repeated. spare: leave out what a run with so many --eval-problems holds out
+    of a file. report takes the line that
     says how many problems were dropped: an empty answer cannot be given, and one that the verifier
     does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in one
     line, when there is nothing usable."""
@@ -116,6 +117,8 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     problems = []
     for part, share in zip(parts, shares(parts, count)):
         loaded = load_part(part, split, seed, share, report)
+        if spare and is_file(part.source) and len({p["problem"] for p in loaded}) >= 10:
+            loaded, _ = hold_out(loaded, spare)
         if fill:
             loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
         problems += loaded if whole else loaded[:share]

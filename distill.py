@@ -10,6 +10,9 @@ loss of a token is a divergence of the two distributions over the vocabulary, S 
     beta = 0        KL(T || S), forward: the student covers all that the teacher says
     between         beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S
 
+beta is --divergence-beta. Near 0 and 1 the form between is small, about beta and 1 - beta times the
+two ends: as TRL defines it, it does not go over into them.
+
 `--divergence token` is the cheap form: only the drawn token is looked at, and log T - log S is its
 advantage in a policy gradient. In expectation it is the reverse KL's gradient, with more noise.
 
@@ -18,7 +21,8 @@ corpus, such as the teacher's own right answers (rejection.py). Two terms on wha
 may be added there, in one process:
 
     --relations w   KL of attention relations, softmax(Q Q^T / sqrt d) and the same of K and V, of
-                    the last layer (MiniLMv2, arXiv 2012.15828): heads are split anew, so widths and
+                    the last layer's projections, before norms and rotation (MiniLMv2, arXiv
+                    2012.15828): heads are split anew, so widths and
                     numbers of heads may differ
     --features w    mean squared error of hidden states behind a learned projection, layer m of the
                     student to layer m L_T / L_S of the teacher (TinyBERT, arXiv 1909.10351)
@@ -174,7 +178,7 @@ def chunk_logits(chunk, temperature, hidden, weight, teacher_hidden, teacher_wei
     return student, teacher
 
 
-def both(model, teacher, micro, groups, temperature, beta):
+def divergence_and_entropy(model, teacher, micro, groups, temperature, beta):
     """Divergence and entropy of a micro-batch's tokens: two (B, T); log pi goes into the batch."""
     caught = []
 
@@ -289,7 +293,8 @@ def forward(model, micro, rows, config):
     groups = [row // config.group_size for row in rows]
     if config.divergence == "token":
         return model.token_logps(micro.tokens, micro.mask, config.temperature, groups)
-    return both(model, micro.teacher, micro, groups, config.temperature, config.divergence_beta)
+    return divergence_and_entropy(model, micro.teacher, micro, groups, config.temperature,
+                                  config.divergence_beta)
 
 
 def loss(values, entropy, batch, config, normalizer):
@@ -340,7 +345,8 @@ class OffPolicy:
         micro.inner = 0.0
         if self.inside and rows:
             micro.inner = self.inner(model, micro)
-        return both(model, self.teacher, micro, list(rows), 1.0, config.divergence_beta)
+        return divergence_and_entropy(model, self.teacher, micro, list(rows), 1.0,
+                                      config.divergence_beta)
 
     def inner(self, model, micro):
         """The terms on hidden states and attention relations of these rows: a scalar.

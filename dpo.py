@@ -10,6 +10,8 @@ and y_l the wrong (rejected) one, and log-probs summed over the tokens of a comp
            + sft_weight * -log pi(y_w) / |y_w|          arXiv 2404.19733, whose weight is 1
 
 Without the last term log pi(y_w) often falls, only slower than log pi(y_l): both are logged.
+Right is a completion whose reward lies above the middle of its group's best and worst. So with a
+second reward beside correctness even a group of wrong answers gives a pair.
 
 The gradient of a pair is a weighted sum of two gradients,
 
@@ -111,16 +113,16 @@ def overlap(first, second):
 @dataclass
 class Settings:
     # objective: pairs of a right and a wrong completion (dpo.py)
-    beta: float = setting(0.1, above=0)         # how fast the loss saturates as pi leaves the
+    beta: float = setting(0.1, above=0)         # the larger, the nearer pi stays to the
                                                 # reference, the starting model
 
     preference: str = setting("sigmoid", choices=KINDS)     # sigmoid (DPO), ipo, hinge
-    sft_weight: float = setting(0.0, least=0)   # of -log pi of the right completion, a token;
-                                                # 1 keeps its probability from falling
+    sft_weight: float = setting(0.0, least=0)   # of the right completion's cross-entropy a
+                                                # token, which keeps its probability from falling
 
     pairs_per_prompt: int = setting(1, least=1)
-    most_overlap: float = setting(0.7, least=0, most=1)     # of the tokens of a pair; pairs that
-                                                            # share more are left out
+    most_overlap: float = setting(0.7, least=0, most=1)     # pairs whose sets of tokens overlap
+                                                            # more (Jaccard) are left out
 
     # no flags: what the learner reads of every objective
     aggregation = "sequence"        # the normaliser is the number of rows, two a pair

@@ -57,6 +57,7 @@ from rollout import Sampler, draw_groups
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
 ENDLESS = 1000      # problems of a built-in task without --limit
+HELD_OUT = Config().eval_problems       # of a file, which no corpus of its answers may hold
 KINDS = ("strict", "lenient")
 
 
@@ -240,7 +241,8 @@ def start(config):
         problems = with_perturbed(trained_on(config, count))
     else:
         problems = data.load_problems(config.data, split, of_run, levels, count, warn,
-                                      whole=not config.limit)
+                                      whole=not config.limit,
+                                      spare=HELD_OUT if split == "train" else 0)
         problems = with_perturbed(problems) if config.perturb else problems
     # a problem's seed follows from its place in the file, also when others are dropped
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]

@@ -53,7 +53,8 @@ class PipelineConfig:
     resume: bool = False                    # go on with it
     quick: bool = False                     # a few steps of everything: to see that it works
     without: str = ""                       # a stage that is left out
-    data: str = setting("family", choices=("family", "truth", "arithmetic"))    # docs/tasks.md
+    data: str = setting("", choices=("", "family", "truth", "arithmetic"))      # docs/tasks.md;
+                                            # empty: family, of principles-curriculum arithmetic
     model: str = ""                         # the base; empty: a new small one
     gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
     seed: int = setting(0, least=0)
@@ -84,7 +85,7 @@ class Plan:
         self.c = config
         self.without = without
         self.out = Path(config.out)
-        self.task = config.data
+        self.task = config.data or "family"
         self.stages = []
         quick = config.quick
         self.sft_steps = 100 if quick else 1000
@@ -103,7 +104,9 @@ class Plan:
         """Add a stage, unless it is left out. Returns the name of the stage to go on from."""
         if name == self.without:
             return after
-        common = ["--seed", self.c.seed, "--threads", self.c.threads]
+        # others draw other problems at each stage; models of the same solutions share a tokenizer
+        seed = self.c.seed + (0 if program == "sft.py" else 1000 * (len(self.stages) + 1))
+        common = ["--seed", seed, "--threads", self.c.threads]
         if self.c.device:
             common += ["--device", self.c.device]
         args = [str(arg) for arg in (*args, *common)]
@@ -121,11 +124,13 @@ class Plan:
             *args, "--steps", self.sft_steps // 2, "--problems", self.problems, "--lr", 4e-3,
             "--max-length", 400])
 
-    def sft(self, name, after, data, steps=None):
-        """Cross-entropy on solutions, from the model of another stage."""
+    def sft(self, name, after, data, now=""):
+        """Cross-entropy on solutions, from the model of another stage, `after`.
+
+        now: the stage to go on from if this one is left out; empty: the same."""
         return self.add(name, "sft.py", [
-            "--model", self.path(after), "--data", data, "--steps", steps or self.sft_steps,
-            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400], after)
+            "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
+            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400], now or after)
 
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""
@@ -161,7 +166,7 @@ def r1(plan):
     now = plan.train("grpo", now, plan.levels("2-5"), steps)
     corpus = plan.right_answers("right-answers", now, plan.levels("2-5"))
     if corpus == "right-answers":
-        now = plan.sft("sft-of-base", start, plan.corpus(corpus))
+        now = plan.sft("sft-of-base", start, plan.corpus(corpus), now)
     plan.train("grpo-2", now, plan.levels("2-6"), steps)
 
 
@@ -173,7 +178,8 @@ def dpo_self_training(plan):
                          "--algo", "dpo", "--sft-weight", 1)
         corpus = plan.right_answers(f"right-answers-{number}", now, plan.levels("2-5"))
         if corpus == f"right-answers-{number}":
-            now = plan.sft(f"sft-{number}", start, f"{plan.levels('2-3')},{plan.corpus(corpus)}")
+            now = plan.sft(f"sft-{number}", start,
+                           f"{plan.levels('2-3')},{plan.corpus(corpus)}", now)
 
 
 def progressive(plan):
@@ -220,7 +226,10 @@ REWARD = 'from judge import judged\n\nprincipled = judged("", {file!r})\n'
 
 
 def principles_curriculum(plan):
-    plan.task = "arithmetic"            # whose steps are equations, which programs can check
+    if plan.c.data not in ("", "arithmetic"):
+        raise ValueError(f"--data {plan.c.data}: principles-curriculum is for arithmetic, whose "
+                         "steps are equations that programs can check")
+    plan.task = "arithmetic"
     now = plan.sft("sft", plan.base(), plan.levels("2-3"))
     folder = plan.out / "grpo-principled"
     files = {"principles.txt": PRINCIPLES,
@@ -424,13 +433,14 @@ def claim(name, config):
     folder = Path(config.out)
     file = folder / "pipeline.json"
     mine = {"name": name, **asdict(config), "resume": False}
+    free = ("gate", "threads", "device")        # these change no weights
 
     if file.exists():
         theirs = json.loads(file.read_text())
         if not config.resume:
             raise ValueError(f"--out {folder} holds a pipeline: go on with --resume, or choose "
                              "another folder")
-        differ = [key for key in mine if mine[key] != theirs.get(key)]
+        differ = [key for key in mine if mine[key] != theirs.get(key) and key not in free]
         if differ:
             raise ValueError(f"--resume goes on as it was: {differ[0]} was "
                              f"{theirs.get(differ[0])!r}, not {mine[differ[0]]!r}")

@@ -114,16 +114,17 @@ def prompt_text(question, tokenizer, template="auto"):
     return prompt_texts([question], tokenizer, template)[0]
 
 
-def conversation(question, template):
-    """Returns a question as the messages that a chat template is given."""
-    system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
+def conversation(question, template, system=None):
+    """Returns a question as the messages that a chat template is given; system: another message."""
+    if system is None:
+        system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def prompt_texts(questions, tokenizer, template):
+def prompt_texts(questions, tokenizer, template, system=None):
     """Returns the text that a completion continues, for each question."""
     if uses_chat(tokenizer, template):
-        conversations = [conversation(question, template) for question in questions]
+        conversations = [conversation(question, template, system) for question in questions]
         return render(tokenizer, conversations, add_generation_prompt=True)
     if template == "reasoning":
         return [f"{REASONING_PROMPT}\n\n{question}\n" for question in questions]
@@ -153,11 +154,12 @@ def chat_options(tokenizer):
     return getattr(tokenizer, "chat_options", {})
 
 
-def encode_prompts(problems, tokenizer, template):
+def encode_prompts(problems, tokenizer, template, system=None):
     """Returns the token ids of each problem's prompt.
 
-    A chat template writes its own bos; other text gets the tokenizer's, if it has one."""
-    texts = prompt_texts([p["problem"] for p in problems], tokenizer, template)
+    A chat template writes its own bos; other text gets the tokenizer's, if it has one. system: what
+    a chat is told in place of the template's own message."""
+    texts = prompt_texts([p["problem"] for p in problems], tokenizer, template, system)
     return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
 
 

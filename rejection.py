@@ -9,9 +9,10 @@ success p, ceil(per_problem (1 - p)) and at least one. So the corpus leans to th
 With --check-steps every equation that a completion writes down must be true: a right answer by a
 wrong way is thrown away.
 
-The corpus is a jsonl file with problem, answer, solution, task, level and success. Every batch is
-written as it comes, and the same command goes on after a crash. Runs under torchrun too. Needs
-data.py, rollout.py, reward.py. Left out: scoring the ways by anything but their equations.
+The corpus is a jsonl file with problem, answer, solution, from (the task), level and success. Of a
+file the problems that train.py would hold out are left out. Every batch is written as it comes, and
+the same command goes on after a crash. Runs under torchrun too. Needs data.py, rollout.py,
+reward.py. Left out: scoring the ways by anything but their equations.
 """
 import json
 import math
@@ -63,51 +64,104 @@ LONGEST_SIDE = 100          # characters of a side
 _BEFORE = re.compile(r"[-+*/().0-9 ×÷·,$%]*$")
 _BEHIND = re.compile(r"[-+*/().0-9 ×÷·,$%]*")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", " ": None, ",": None, "$": None})
+_NUMBER = re.compile(r"-?[.0-9]+%?")
+_BULLET = re.compile(r"[-+*] +")
+_REMAINS = re.compile(r"^(?:[+*/)]|\.(?![0-9]))+")       # of what stands before a side; but .5
+_MIXED = re.compile(r"[0-9] +[0-9]")                    # 1 1/2
+
+# what makes more of a side than was read of it: "half of 10", "3 x 4", "x + 3"; "3 remainder 2"
+_WORDS = frozenset("of mod times plus minus by over per root squared cdot div pm power".split())
+_GOES_ON = re.compile(
+    r"[\^!_]|\\(?:times|cdot|div|[dt]?frac|sqrt|pi|pm)|(?:x|r|rem|remainder|mod|times|plus|minus"
+    r"|divided|hundred|[a-z]*thousand|[mb]illion|dozen|percent|per cent)\b", re.I)
 
 
 def equations(text):
     """Returns the equations between numbers that a text writes down, as pairs of sides.
 
-    "48/2=24 and 24 + 48 = 72" has two; "x = 5" has none. Of a chain a = b = c both are given."""
+    "48/2=24 and 24 + 48 = 72" has two; "x = 5", "x + 3 = 7" and "Day 2 = 14" have none. Of a chain
+    a = b = c both are given."""
     found = []
     pieces = text.split("=")[:MOST_EQUATIONS + 1]
-    for before, behind in zip(pieces, pieces[1:]):
-        left = _BEFORE.search(before[-LONGEST_SIDE:])[0]
-        right = _BEHIND.match(behind[:LONGEST_SIDE])[0]
-        # a full stop or a comma before a blank ends a sentence or a part of it
-        left = re.split("[.,] ", left)[-1].translate(_SIGNS).lstrip("+*/.)")
-        right = re.split("[.,] ", right)[0].translate(_SIGNS).rstrip("+-*/.(")
-        if left[-1:].isdigit() or left[-1:] in (")", "%"):
-            if right:
-                found.append((left, right))
+    for number, (before, behind) in enumerate(zip(pieces, pieces[1:])):
+        left, right = left_side(before, number > 0), right_side(behind)
+        if right and (left[-1:].isdigit() or left[-1:] in (")", "%")):
+            found.append((left, right))
     return found
+
+
+def left_side(before, in_chain):
+    """Returns the numbers and operators at the end of a text, or "" if they go on before that."""
+    raw = _BEFORE.search(before[-LONGEST_SIDE:])[0]
+    rest = before[:len(before) - len(raw)]
+    sides = re.split("[.,] ", raw)          # a full stop or a comma before a blank ends a sentence
+    left = sides[-1]
+    if rest[-1:] == "\n" or not rest and not in_chain:
+        left = _BULLET.sub("", left, count=1) if _BULLET.match(left) else left
+
+    elif rest and len(sides) == 1:
+        # behind a word a side may begin, "so 3 + 4", but not "x + 3", "x1", "half of 10", "2^3"
+        word = re.split(r"[^A-Za-z]", rest[-20:])[-1].lower()
+        behind_word = rest[-1].isalpha() or rest[-1] in "^_}]!²³√"
+        has_operator = re.match(r" *(?:[+*/×÷·]|-(?![0-9]))", left)
+        if behind_word and (has_operator or left[:1] != " " or len(word) < 2 or word in _WORDS):
+            return ""
+    elif len(raw) == LONGEST_SIDE:
+        return ""
+
+    left = "" if _MIXED.search(left) else _REMAINS.sub("", left.translate(_SIGNS))
+    while left.startswith("(") and left.count("(") > left.count(")"):       # "(3 + 4 = 7)"
+        left = left[1:]
+    is_all = in_chain and not rest          # the middle of a chain may be a number: 2*3 = 6 = 12/2
+    return "" if _NUMBER.fullmatch(left) and not is_all else left
+
+
+def right_side(behind):
+    """Returns the numbers and operators at the beginning of a text, or "" if they go on."""
+    raw = _BEHIND.match(behind[:LONGEST_SIDE])[0]
+    after = behind[len(raw):len(raw) + 20]
+    sides = re.split("[.,] ", raw)
+    attached = after[:1].isascii() and after[:1].isalpha() and raw[-1:].isdigit()       # 6x
+    if len(sides) == 1 and (attached or _GOES_ON.match(after)) or _MIXED.search(sides[0]):
+        return ""
+    right = sides[0].translate(_SIGNS).rstrip("+-*/.(")
+    while right.endswith(")") and right.count(")") > right.count("("):
+        right = right[:-1]
+    return right
 
 
 def steps_hold(text):
     """Tell whether every equation of a text is true: exact arithmetic, and rounding to the digits
     that its right side shows. What is no number on a side is not judged."""
-    for left, right in equations(text):
-        if "%" in left + right:
-            continue
-        a, b = value(left), value(right)
-        if a is None or b is None or same_value(a, b):
-            continue
-        digits = len(right.partition(".")[2])
-        if abs(a.floats[0] - b.floats[0]) > 0.5 * 10 ** -digits * (digits > 0):
-            return False
-    return True
+    return all(equation_holds(left, right) for left, right in equations(text))
 
 
-def kept(texts, right, per_problem):
+def equation_holds(left, right):
+    """Tell whether two sides are equal, or cannot be compared. A share may be said in percent."""
+    if "%" in left or "%" in right[:-1]:
+        return True
+    in_percent = right.endswith("%")
+    a, b = value(left), value(right.rstrip("%"))
+    if a is None or b is None or same_value(a, b):
+        return True
+    digits = len(right.rstrip("%").partition(".")[2])
+    allowed = 0.5 * 10 ** -digits * (digits > 0)
+    x, y = a.floats[0], b.floats[0]
+    return abs(x - y) <= allowed or in_percent and abs(100 * x - y) <= max(allowed, 1e-9)
+
+
+def kept(texts, right, per_problem, success=None):
     """Choose among the completions of a problem: those that are right and differ, the first first.
 
-    texts: G completions; right: G verdicts. Returns at most ceil(per_problem (1 - p)) of them and
-    at least one, where p is the share of right ones; none where none is right."""
+    texts: G completions; right: G verdicts; success: p, the share of right answers (None: that of
+    right). Returns at most ceil(per_problem (1 - p)) of them and at least one; none where none is
+    right."""
     different = {}
     for text, good in zip(texts, right):
         if good:
             different.setdefault(" ".join(text.split()), text)
-    success = sum(map(bool, right)) / max(len(texts), 1)
+    if success is None:
+        success = sum(map(bool, right)) / max(len(texts), 1)
     count = max(1, math.ceil(per_problem * (1 - success) - 1e-9))
     return list(different.values())[:count]
 
@@ -134,7 +188,7 @@ def rows_of(config, problem, texts):
         right = [good and steps_hold(text) for text, good in zip(texts, right)]
 
     rows = []
-    for text in kept(texts, right, config.per_problem):
+    for text in kept(texts, right, config.per_problem, success):
         rows.append({
             "problem": problem["problem"], "answer": problem["answer"], "solution": text,
             "from": problem["task"], "level": problem.get("level"), "success": success,

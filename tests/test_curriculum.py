@@ -245,6 +245,15 @@ def test_supervised_problems_of_a_mix_are_as_many_as_their_weights_say(start):
     assert len({p["id"] for p in mixed if p["task"] == "problems.jsonl"}) == 200
 
 
+def test_what_a_run_holds_out_of_a_file_is_in_no_corpus(start):
+    """rejection.py and judge.py --revise draw solutions of a file's problems: not of those a run is tested on."""
+    file = str(start.parent / "problems.jsonl")
+    _, held_out = data.load_split(Config(data=file, eval_problems=15))
+    drawn = data.load_problems(file, "train", whole=False, count=1000, spare=200)
+    assert len(drawn) == 180 and not {p["problem"] for p in held_out} & {p["problem"] for p in drawn}
+    assert len(data.load_problems(file, "test", count=1000)) == 200
+
+
 def test_levels_stand_in_the_order_of_their_numbers():
     def order(*levels):
         return [kind[2:] for kind in data.kinds_of([{"task": "f", "level": level} for level in levels])]

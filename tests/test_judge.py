@@ -152,7 +152,7 @@ def test_the_program_measures_and_revises(folder, start, tmp_path, capsys):
                 str(start.parent / "problems.jsonl"), "--limit", "6", "--samples", "2", "--max-new-tokens", "8", "--threads", "1",
                 "--device", "cpu", "--revise", str(tmp_path / "r.jsonl"), "--json", str(tmp_path / "j.json")])
     result = json.loads((tmp_path / "j.json").read_text())
-    assert result["completions"] == 12 and set(result["hostile"]) == set(HOSTILE)
+    assert result["completions"] == 12 and set(result["hostile"]) == set(HOSTILE) and 0 < result["heed"] < 1
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert len(rows) == result["revised"]["now_right"] <= result["revised"]["wrong"]
     assert all(row["rejected"] != row["solution"] for row in rows)
@@ -162,7 +162,8 @@ SAID = ["--judge", "a", "--model", "b", "--principles"]
 
 
 @pytest.mark.parametrize("options, message", [
-    ([], "give --judge"), (["--limit", "0"], "at least 1"), ([*SAID, "nowhere.txt"], "nowhere.txt"),
+    ([], "give --principles and --model"), (["--model", "b", "--principles", "p.txt"], "give --judge: p.txt has sentences"),
+     (["--limit", "0"], "at least 1"), ([*SAID, "nowhere.txt"], "nowhere.txt"),
     ([*SAID, "p.txt", "--json", "nowhere/j.json"], "nowhere/j.json: its folder does not exist")])
 def test_wrong_settings_are_one_line(options, message, tmp_path, monkeypatch):
     """Before anything is loaded: a and b are no checkpoints."""
@@ -170,3 +171,22 @@ def test_wrong_settings_are_one_line(options, message, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("It is right.\n")
     with pytest.raises(SystemExit, match=message):
         judge.main(options)
+
+
+def test_a_comment_stands_between_blanks(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("# a file\nThe answer stands behind ####.  # it is ours\ncheck: consistent # of steps\n#\nIssue#7 is no comment.\n")
+    programs, sentences = judge.read_principles(file)
+    assert programs == [judge.consistent]
+    assert sentences == ["The answer stands behind ####.", "Issue#7 is no comment."]
+
+
+def test_a_chat_judge_is_not_asked_to_reason(monkeypatch):
+    """The next token is read as yes or no: the system message asks for one word, not for steps and a box."""
+    seen = []
+    monkeypatch.setattr(judge.prompts, "uses_chat", lambda tokenizer, template: True)
+    monkeypatch.setattr(judge.prompts, "render", lambda tokenizer, chats, **more: seen.extend(chats) or ["x"] * len(chats))
+    judge.prompts.prompt_texts(["Is it right?"], None, "auto", judge.SYSTEM)
+    judge.prompts.prompt_texts(["2 + 2?"], None, "auto")
+    assert seen[0][0]["content"] == judge.SYSTEM and "yes or no" in judge.SYSTEM
+    assert "boxed" in seen[1][0]["content"]

@@ -25,6 +25,8 @@ def stages_of(name, out="X", **settings):
 @pytest.mark.parametrize("task", ["family", "truth", "arithmetic"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_command_is_one_that_its_program_takes(name, quick, task, tmp_path):
+    if name == "principles-curriculum":
+        task = "arithmetic"
     stages = stages_of(name, tmp_path, quick=quick, data=task)
     assert len({stage.name for stage in stages}) == len(stages) >= 2
     for stage in stages:
@@ -62,6 +64,10 @@ def test_r1_without_each_stage():
         assert steps == 60                          # as many rollouts
     by_name = {stage.name: stage for stage in stages_of("r1", without="right-answers")}
     assert by_name["grpo-2"].args[1] == "X/grpo/run/model" and "sft-of-base" not in by_name
+    by_name = {stage.name: stage for stage in stages_of("r1", without="sft-of-base")}
+    assert by_name["grpo-2"].args[1] == "X/grpo/run/model"
+    by_name = {stage.name: stage for stage in stages_of("dpo-self-training", without="sft-1")}
+    assert by_name["dpo-2"].args[1] == "X/dpo-1/run/model"
     by_name = {stage.name: stage for stage in stages_of("r1", without="cold-start")}
     assert by_name["grpo"].args[1] == "X/base/model"
 
@@ -83,7 +89,24 @@ def test_a_folder_is_taken_once_and_goes_on_as_it_was(tmp_path):
     for other, message in ((first, "go on with --resume"), (PipelineConfig(out=first.out, seed=2, resume=True), "seed was 1, not 2")):
         with pytest.raises(ValueError, match=message):
             pipeline.claim("r1", other)
-    pipeline.claim("r1", PipelineConfig(out=first.out, seed=1, resume=True))
+    pipeline.claim("r1", PipelineConfig(out=first.out, seed=1, resume=True, gate=0.0, threads=1))
+
+
+def test_stages_draw_other_problems_and_solutions_share_a_tokenizer():
+    def seeds(name, program):
+        return [s.args[s.args.index("--seed") + 1] for s in stages_of(name, seed=3) if s.program == program]
+    for program in ("train.py", "rejection.py"):
+        assert len(set(seeds("dpo-self-training", program))) == 3
+    assert set(seeds("distill-grpo", "sft.py")) == {"3"}
+
+
+def test_principles_are_for_arithmetic():
+    assert "arithmetic:2-3" in stages_of("principles-curriculum")[1].args
+    with pytest.raises(ValueError, match="--data family: principles-curriculum is for arithmetic"):
+        stages_of("principles-curriculum", data="family")
+
+
+def test_a_folder_that_holds_something_is_not_taken(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ValueError, match="not empty"):
