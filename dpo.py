@@ -229,15 +229,15 @@ def learn(learner, rollout, rewards):
     numbers = torch.tensor(dist.split(c.prompts_per_step))      # of this rank's groups
     of_row = numbers.repeat_interleave(c.group_size).to(batch.active.device)
 
-    updates, met = [], []
+    updates, logged = [], []
     for _ in range(c.epochs):
         for minibatch in range(c.minibatches):
             part = replace(batch, active=batch.active & (of_row % c.minibatches == minibatch))
             sums = refresh(part, learner.score(part)[0], c)
-            met.append(dist.all_reduce(sums, learner.device))
+            logged.append(dist.all_reduce(sums, learner.device))
             updates += learner.passes(part, c.prompts_per_step, one_update)
 
-    count = sum(sums["pairs"] for sums in met)
-    line = {name: sum(sums[name] for sums in met) / max(count, 1)
-            for name in met[0] if name != "pairs"}
+    count = sum(sums["pairs"] for sums in logged)
+    line = {name: sum(sums[name] for sums in logged) / max(count, 1)
+            for name in logged[0] if name != "pairs"}
     return updates, {"pairs": count / c.epochs, **line}

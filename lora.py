@@ -4,13 +4,14 @@
 
 W and b are frozen: no gradient, no Adam state, no float32 master. A and B are float32 masters. At
 first B = 0, so the model computes what it did. All linear layers of the blocks have adapters.
-In RL small ranks are enough, because a rollout carries few bits; the learning rate is about 10 x
-that of full fine-tuning ("LoRA Without Regret", Thinking Machines 2025). `View` is the same model
-with another adapter: none is the reference, an older one is the policy that draws. So neither needs
-a second model in memory.
+In RL small ranks are enough: a rollout tells little more than which completions are right, a bit
+each. The learning rate is about 10 x that of full fine-tuning ("LoRA Without Regret", Thinking
+Machines 2025). `View` is the same model with another adapter: with none it is the reference, with
+an older one the policy that draws under --sync-every. So neither needs a second model in memory.
 
-The sampler takes W + (alpha / r) B A in float32. In bfloat16 the sum would round small updates
-away, so there it computes both products, as the trainer does (engine/decode.py, Linear).
+In a float32 run the sampler reads W + (alpha / r) B A, added once a rollout. In a bfloat16 run that
+sum would round small updates away, so there it computes both products, as the trainer does
+(engine/decode.py, Linear).
 
 Files are PEFT's (adapter_config.json, adapter_model.safetensors), both ways. Left out: dropout,
 adapters of the embedding, rank-stabilised scaling, DoRA, other ranks for other layers.
@@ -129,7 +130,8 @@ def fill(parameter, value):
 def merge(model):
     """Add the changes to the weights, in float32, and take the adapters away. Returns the model.
 
-    In bfloat16 the sum is rounded, so that a small change may be lost: `merged` is exact."""
+    In bfloat16 the sum is rounded, so that a small change may be lost: `merged_tensors`
+    is exact."""
     for name, layer in adapters(model).items():
         weight = dist.local(layer.weight)
         weight.copy_(weight.float() + layer.change())
@@ -142,7 +144,7 @@ def merge(model):
     return model
 
 
-class Merged:
+class MergedWeight:
     """A weight with its change, in float32, which is computed when it is asked for."""
 
     def __init__(self, layer):
@@ -158,12 +160,13 @@ class Merged:
         return whole(layer.weight).float() + change
 
 
-def merged(model):
+def merged_tensors(model):
     """Returns what save_pretrained shall write, {name: tensor}: the weights with their changes.
 
     Every rank has to read them in the same order."""
     tensors = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    return tensors | {f"{name}.weight": Merged(layer) for name, layer in adapters(model).items()}
+    changed = {f"{name}.weight": MergedWeight(layer) for name, layer in adapters(model).items()}
+    return tensors | changed
 
 
 # -------------------------------------------------------------- the model with another adapter
@@ -189,17 +192,18 @@ class View:
     @contextmanager
     def shown(self):
         """While open, the model itself computes what the view is."""
-        self.exchange(False)
+        self.swap()
         try:
             yield
         finally:
-            self.exchange(True)
+            self.swap()
 
     @torch.no_grad()
-    def exchange(self, on):
+    def swap(self):
+        """Give the model the view's adapter, and the view the model's; twice is nothing."""
         if not self.copies:
             for layer in adapters(self.model).values():
-                layer.on = on
+                layer.on = not layer.on
         named = dict(self.model.named_parameters())
         for name, copy in self.copies.items():
             mine, other = dist.local(named[name]), dist.local(copy)

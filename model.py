@@ -319,7 +319,7 @@ class Transformer(nn.Module):
         split. dtype is that of the written weights, by default what the model computes in. Of a
         model that is sharded over ranks every rank must call this, all but one with write=False:
         tensors are gathered one by one. tensors: what to write instead of the parameters, by name
-        (lora.merged)."""
+        (lora.merged_tensors)."""
         tensors = tensors or dict(self.named_parameters())
         if not write:
             for tensor in tensors.values():

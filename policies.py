@@ -85,7 +85,7 @@ def save_model(c, model, folder, source):
     if c.lora_rank:
         import lora
         lora.save_adapter(model, folder / "adapter", source, write)
-        model.save_pretrained(part, torch.float32, write, lora.merged(model))
+        model.save_pretrained(part, torch.float32, write, lora.merged_tensors(model))
     else:
         model.save_pretrained(part, write=write)
 
