@@ -155,5 +155,5 @@ def test_columns_of_the_data_file_reach_the_function(tmp_path):
     file = tmp_path / "d.jsonl"
     rows = [{"problem": "a?", "answer": 1, "kind": "number", "weights": [1, 2], "prompt": "theirs"}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    [problem] = data.load_problems(str(file), "train", 0, (1, 2))
+    [problem] = data.load_problems(str(file), "train")
     assert problem["kind"] == "number" and problem["weights"] == [1, 2] and "prompt" not in problem
