@@ -183,8 +183,8 @@ class Mixed:
                     self.groups[kind] = self.groups.get(kind, 0) + groups
 
             # one lucky group does not say that a level is solved
-            known = [kind for kind in kinds if round(self.groups.get(kind, 0)) >= MEMORY]
-            success = [self.success[kind] if kind in known else None for kind in kinds]
+            success = [self.success[kind] if round(self.groups.get(kind, 0)) >= MEMORY else None
+                       for kind in kinds]
             before = [i for i, kind in enumerate(kinds) if kind in self.faded]
             now = [kinds[i] for i in fade(success, before)]
             self.faded = [kind for kind in self.faded if kind not in kinds] + now
@@ -205,6 +205,6 @@ class Mixed:
         self.cursor = state["cursor"]
         for kind, stream in self.streams.items():
             stream.cursor = state["cursors"][kind]
-        self.groups = dict(state["groups"])
+        self.groups = dict(state.get("groups", {}))     # checkpoints before 2026-11-29 lack it
         self.success = dict(state["success"])
         self.faded = list(state["faded"])

@@ -168,11 +168,12 @@ def kinds_of(problems):
     """Returns {kind: its task} of all kinds of problems, by task and then by level.
 
     Levels stand in the order of their numbers (`number_of`), behind them those that have none."""
-    def place(item):
-        (_, task), level = item[1], number_of(item[1][0].get("level"))
-        return task, level is None, level or 0.0, item[0]
-    found = {kind_of(p): (p, p["task"]) for p in problems}
-    return {kind: task for kind, (_, task) in sorted(found.items(), key=place)}
+    one = {kind_of(p): p for p in problems}
+
+    def place(kind):
+        number = number_of(one[kind].get("level"))
+        return one[kind]["task"], number is None, number or 0.0, kind
+    return {kind: one[kind]["task"] for kind in sorted(one, key=place)}
 
 
 def number_of(level):
@@ -340,7 +341,8 @@ def check_curriculum(c, kinds, problems):
     import curriculum
     for task in dict.fromkeys(kinds.values()):
         levels = {str(p.get("level")) for p in problems if p["task"] == task}
-        if len(levels) > 1 and not any(number_of(level) is not None for level in levels):
+        needs_order = len(levels) > 1 and c.curriculum != "uniform"
+        if needs_order and not any(number_of(level) is not None for level in levels):
             raise ValueError(f"--curriculum {c.curriculum} needs levels in an order, and those of "
                              f"{task} are no numbers: {', '.join(sorted(levels)[:4])}")
         curriculum.weights(c.curriculum, 0.0, len(levels), floor=c.curriculum_floor or None)

@@ -89,8 +89,8 @@ class EvalConfig:
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
 
-    train_seed: int = setting(-1, least=-1)         # problems of built-in tasks that a run of this
-                                                    # seed trained on; -1: held-out ones
+    train_seed: int = setting(-1, least=-1)         # problems of the training split of a run of
+                                                    # this seed; -1: held-out ones
 
     perturb: bool = False                           # also changed problems (built-in tasks)
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
@@ -264,8 +264,11 @@ def start(config):
 def trained_on(config, count):
     """Returns the problems that a run with --train-seed as its seed takes first.
 
-    Its other settings are taken to be the default ones."""
-    run = Config(data=config.data, levels=config.levels, seed=config.train_seed)
+    How many it made and held out stands in config.json beside a run's model, else the default."""
+    file = Path(config.model).parent / "config.json"
+    settings = read_json(file) if file.exists() else {}
+    sizes = {key: settings[key] for key in ("problems", "eval_problems") if key in settings}
+    run = Config(data=config.data, levels=config.levels, seed=config.train_seed, **sizes)
     problems, _ = data.load_split(run, warn)
     return data.stream_of(run, problems).next(min(count, len(problems)))
 

@@ -86,12 +86,13 @@ CHECKS = {"equations": steps_hold, "consistent": consistent, "last-result": last
 
 
 def read_principles(file):
-    """Returns (programs, sentences) of a file of principles. A "#" between blanks begins a comment.
+    """Returns (programs, sentences) of a file of principles. A "#" at the beginning
+    of a line or between blanks begins a comment.
 
     Raises ValueError, in one line, for a check that is none, or a file without any principle."""
     programs, sentences = [], []
     for number, line in enumerate(data.read_text(Path(file)).split("\n"), 1):
-        line = re.split(r"(?:^|\s)#(?:\s|$)", line)[0].strip()
+        line = re.split(r"^#|\s#(?:\s|$)", line.strip())[0].strip()
         head, colon, name = line.partition(":")
         if colon and head.strip().lower() == "check":
             if name.strip() not in CHECKS:

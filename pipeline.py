@@ -35,6 +35,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -105,7 +106,8 @@ class Plan:
         if name == self.without:
             return after
         # others draw other problems at each stage; models of the same solutions share a tokenizer
-        seed = self.c.seed + (0 if program == "sft.py" else 1000 * (len(self.stages) + 1))
+        other = 1000 * (1 + zlib.crc32(name.encode()) % 1000)
+        seed = self.c.seed + (0 if program == "sft.py" else other)
         common = ["--seed", seed, "--threads", self.c.threads]
         if self.c.device:
             common += ["--device", self.c.device]
@@ -433,7 +435,7 @@ def claim(name, config):
     folder = Path(config.out)
     file = folder / "pipeline.json"
     mine = {"name": name, **asdict(config), "resume": False}
-    free = ("gate", "threads", "device")        # these change no weights
+    free = ("gate",)            # changes no weights
 
     if file.exists():
         theirs = json.loads(file.read_text())

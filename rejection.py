@@ -10,9 +10,9 @@ With --check-steps every equation that a completion writes down must be true: a 
 wrong way is thrown away.
 
 The corpus is a jsonl file with problem, answer, solution, from (the task), level and success. Of a
-file the problems that train.py would hold out are left out. Every batch is written as it comes, and
-the same command goes on after a crash. Runs under torchrun too. Needs data.py, rollout.py,
-reward.py. Left out: scoring the ways by anything but their equations.
+file the problems that train.py holds out by default are left out. Every batch is written as it
+comes, and the same command goes on after a crash. Runs under torchrun too. Needs data.py,
+rollout.py, reward.py. Left out: scoring the ways by anything but their equations.
 """
 import json
 import math
@@ -61,19 +61,22 @@ class RejectionConfig:
 
 MOST_EQUATIONS = 200        # of a completion that are looked at: it is untrusted text
 LONGEST_SIDE = 100          # characters of a side
-_BEFORE = re.compile(r"[-+*/().0-9 ×÷·,$%]*$")
-_BEHIND = re.compile(r"[-+*/().0-9 ×÷·,$%]*")
-_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", " ": None, ",": None, "$": None})
+_BEFORE = re.compile(r"[-−+*/().0-9 ×÷·⋅,$%]*$")
+_BEHIND = re.compile(r"[-−+*/().0-9 ×÷·⋅,$%]*")
+_SIGNS = str.maketrans("×·⋅÷−", "***/-", " ,$")
 _NUMBER = re.compile(r"-?[.0-9]+%?")
-_BULLET = re.compile(r"[-+*] +")
-_REMAINS = re.compile(r"^(?:[+*/)]|\.(?![0-9]))+")       # of what stands before a side; but .5
+_BULLET = re.compile(r" *(?:[-+*]|[0-9]+[.)]) +")       # of a list
+_REMAINS = re.compile(r"^(?:[+*/)]|\.(?![0-9]))+")      # of what stands before a side; but .5
 _MIXED = re.compile(r"[0-9] +[0-9]")                    # 1 1/2
 
-# what makes more of a side than was read of it: "half of 10", "3 x 4", "x + 3"; "3 remainder 2"
-_WORDS = frozenset("of mod times plus minus by over per root squared cdot div pm power".split())
+# words behind which numbers are no whole side, "half of 10", and before which, "3 remainder 2"
+_WORDS = frozenset("""
+    of mod times plus minus by over per root squared cdot div pm power twice double triple half step
+    day week month year""".split())
 _GOES_ON = re.compile(
-    r"[\^!_]|\\(?:times|cdot|div|[dt]?frac|sqrt|pi|pm)|(?:x|r|rem|remainder|mod|times|plus|minus"
-    r"|divided|hundred|[a-z]*thousand|[mb]illion|dozen|percent|per cent)\b", re.I)
+    r"(?:[a-z]|rem|remainder|mod|times|plus|minus|divided|hundred|[a-z]*thousand|[mb]illion|dozen"
+    r"|percent|per cent)\b", re.I)
+_OPERATORS = "+-*/×÷·⋅−"
 
 
 def equations(text):
@@ -94,40 +97,55 @@ def left_side(before, in_chain):
     """Returns the numbers and operators at the end of a text, or "" if they go on before that."""
     raw = _BEFORE.search(before[-LONGEST_SIDE:])[0]
     rest = before[:len(before) - len(raw)]
-    sides = re.split("[.,] ", raw)          # a full stop or a comma before a blank ends a sentence
-    left = sides[-1]
-    if rest[-1:] == "\n" or not rest and not in_chain:
-        left = _BULLET.sub("", left, count=1) if _BULLET.match(left) else left
-
-    elif rest and len(sides) == 1:
-        # behind a word a side may begin, "so 3 + 4", but not "x + 3", "x1", "half of 10", "2^3"
-        word = re.split(r"[^A-Za-z]", rest[-20:])[-1].lower()
-        behind_word = rest[-1].isalpha() or rest[-1] in "^_}]!²³√"
-        has_operator = re.match(r" *(?:[+*/×÷·]|-(?![0-9]))", left)
-        if behind_word and (has_operator or left[:1] != " " or len(word) < 2 or word in _WORDS):
-            return ""
-    elif len(raw) == LONGEST_SIDE:
+    if len(raw) == LONGEST_SIDE:
         return ""
 
-    left = "" if _MIXED.search(left) else _REMAINS.sub("", left.translate(_SIGNS))
+    # a full stop or a comma before a blank ends a sentence
+    *sentences, left = re.split("[.,] ", raw)
+    if rest[-1:] == "\n" or not rest and not in_chain:
+        left = _BULLET.sub("", left, count=1) if _BULLET.match(left) else left
+    elif rest and not sentences and not begins(left, rest):
+        return ""
+    if _MIXED.search(left):
+        return ""
+
+    left = _REMAINS.sub("", left.translate(_SIGNS))
     while left.startswith("(") and left.count("(") > left.count(")"):       # "(3 + 4 = 7)"
         left = left[1:]
-    is_all = in_chain and not rest          # the middle of a chain may be a number: 2*3 = 6 = 12/2
-    return "" if _NUMBER.fullmatch(left) and not is_all else left
+    middle = in_chain and not rest          # of a chain: it may be a number, 2*3 = 6 = 12/2
+    return "" if _NUMBER.fullmatch(left) and not middle else left
+
+
+def begins(left, rest):
+    """Tell whether numbers and operators begin a side behind the text `rest`.
+
+    They do behind an opening sign, and behind a word, "so 3 + 4": not "x + 3", "x1", "2^3"."""
+    if rest[-1] in "\n,;:([{<>=\"'`“‘*" or rest[-1] == "\\" and left[:1] == "(":
+        return True
+    word = re.split(r"[^A-Za-z]", rest[-20:])[-1].lower()
+    return len(word) > 1 and word not in _WORDS and bool(re.match(r" +[-−]?[.(]*[0-9]", left))
 
 
 def right_side(behind):
     """Returns the numbers and operators at the beginning of a text, or "" if they go on."""
     raw = _BEHIND.match(behind[:LONGEST_SIDE])[0]
     after = behind[len(raw):len(raw) + 20]
-    sides = re.split("[.,] ", raw)
-    attached = after[:1].isascii() and after[:1].isalpha() and raw[-1:].isdigit()       # 6x
-    if len(sides) == 1 and (attached or _GOES_ON.match(after)) or _MIXED.search(sides[0]):
+    right, *sentences = re.split("[.,] ", raw)
+    if not sentences and not ends(raw, after) or _MIXED.search(right):
         return ""
-    right = sides[0].translate(_SIGNS).rstrip("+-*/.(")
+
+    right = right.translate(_SIGNS).rstrip("+-*/.(")
     while right.endswith(")") and right.count(")") > right.count("("):
         right = right[:-1]
     return right
+
+
+def ends(raw, after):
+    """Tell whether numbers and operators end a side before the text `after`: not "2 + y", "3²"."""
+    if not after or after[0] in "\n;:?)]}<>=\"'`”’*" or after[:2] in ("\\)", "\\]", "\\\\"):
+        return True
+    has_operator = raw.rstrip()[-1:] and raw.rstrip()[-1] in _OPERATORS
+    return raw[-1:] == " " and after[0].isalpha() and not has_operator and not _GOES_ON.match(after)
 
 
 def steps_hold(text):
@@ -144,7 +162,7 @@ def equation_holds(left, right):
     a, b = value(left), value(right.rstrip("%"))
     if a is None or b is None or same_value(a, b):
         return True
-    digits = len(right.rstrip("%").partition(".")[2])
+    digits = max(map(len, re.findall(r"\.([0-9]+)", right)), default=0)
     allowed = 0.5 * 10 ** -digits * (digits > 0)
     x, y = a.floats[0], b.floats[0]
     return abs(x - y) <= allowed or in_percent and abs(100 * x - y) <= max(allowed, 1e-9)

@@ -254,7 +254,7 @@ def warm_start(config, progress=True):
     place = dist.Sharding(device, torch.float32)
     is_mix = len(data.parts_of(config.data)) > 1
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems, whole=not is_mix, fill=is_mix)
+                                  config.problems, fill=is_mix)
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
         tokenizer = prompts.load_tokenizer(config.model, options)

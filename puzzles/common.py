@@ -18,12 +18,14 @@ from thoughts import tail
 NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
 MAX_DRAWS = 10_000  # of structures, until one belongs to the split; one in ten is held out
+SALT = "facts"      # with this word the easiest levels hold out puzzles of nearly every answer
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
 
 # behind "####" or a line "Final Answer", words at the very end: no code, no markup, no TeX
 _LAST_LINE = re.compile(r"(?:####[ \t]*|^[ \t#*_]*(?:final )?answer[ \t:*_]*\n\s*)"
                         r"([A-Za-z\"][^\n#<{}\\]*)\Z", re.I | re.M)
-_MARK = re.compile(r"\\boxed\{([^{}]*)\}|<answer>([^<]*)</answer>")
+_MARK = re.compile(r"(?:\\f?box(?:ed)?\{|<answer>)([^{}<]*)(?:\}|</answer>)")
+_JOINED = re.compile(r"[\s$,;.*]*(?:(?:and|or)\b[\s$,;.*]*)?")
 _TEXT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|up|normal)?\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[ ,;:!]|\\[{}]")
 
@@ -121,8 +123,7 @@ def anonymous(people, facts):
             roles.append(sorted(role for role in about if role[0]))
         colours = [checksum((colour, role)) for colour, role in zip(colours, roles)]
 
-    # with this word the easiest levels hold out a tenth, and puzzles of nearly every answer
-    return "facts", tuple(sorted(in_colours()))
+    return SALT, tuple(sorted(in_colours()))
 
 
 def perturbed(perturb, write, belongs, problem, seed):
@@ -148,11 +149,10 @@ def final_answer(completion):
     if not isinstance(completion, str):
         return ""
 
-    text = _LAST_LINE.sub(r"<answer>\1</answer>", tail(completion))
+    text = _SPACE.sub(" ", _TEXT.sub(r"\1", tail(completion)))
+    text = _LAST_LINE.sub(r"<answer>\1</answer>", text)
     answer = extract_answer(text) or ""
-    if len(answer) > LONGEST or not _stands_in(text, answer):
-        return ""
-    return _SPACE.sub(" ", _TEXT.sub(r"\1", answer)).strip()
+    return answer if len(answer) <= LONGEST and _stands_in(text, answer) else ""
 
 
 def _stands_in(text, answer):
@@ -162,7 +162,13 @@ def _stands_in(text, answer):
     \boxed{Ben} it makes "Cid, Ben", which nobody said."""
     if answer in re.sub("[*`]", "", text):
         return True
-    marked = [box or tag for box, tag in _MARK.findall(text)]
+    marks = list(_MARK.finditer(text))
+    said = [mark[1].strip() for mark in marks]
     names = answer.split(", ")
-    before = marked[-len(names) - 1:-len(names)]
-    return marked[-len(names):] == names and not set(before) & set(names)
+    count = len(names)
+    if said[-count:] != names:
+        return False
+    if len(said) == count or said[-count - 1] not in names:
+        return True
+    between = text[marks[-count - 1].end():marks[-count].start()]       # said before, and apart
+    return not _JOINED.fullmatch(between)

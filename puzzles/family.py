@@ -359,10 +359,20 @@ def perturb(rng, chain):
             yield other
 
 
+# links that say the same: Ana is Ben's wife, Ben is Ana's husband
+SAME = {("wife", "<"): ("husband", ">"), ("husband", "<"): ("wife", ">"),
+        ("cousin", "<"): ("cousin", ">")}
+
+
+def shape(chain):
+    """Returns the chain with one way to say each link, for which one is chosen is but wording."""
+    return tuple(SAME.get(link, link) for link in chain)
+
+
 def guess(level):
     """Returns the accuracy of guessing among the relations that occur at a level."""
     return 1 / len(origins(level))
 
 
-TASK = puzzle("family", draw, write, check=check, perturb=perturb, guess=guess,
+TASK = puzzle("family", draw, write, check=check, perturb=perturb, shape=shape, guess=guess,
               least=2, most=8, levels=(2, 4), level_is="links")

@@ -284,12 +284,15 @@ def perturb(rng, structure):
 
 
 def shape(structure):
-    """Returns the structure without saying who is who, for names are drawn."""
+    """Returns the structure without saying who is who, for names are drawn.
+
+    With whom the order of a round table begins is left out too: it turns the answer, no more."""
     n, start, clues = structure
-    facts = [("start", start)]
+    table = "round" if start else "row"
+    facts = []
     for kind, number, *people in clues:
         groups = [tuple(people)] if kind in MUTUAL else [(person,) for person in people]
-        facts.append((f"{kind} {number}", *groups))
+        facts.append((f"{table} {kind} {number}", *groups))
     return anonymous(n, facts)
 
 

@@ -239,10 +239,12 @@ def test_a_mix_of_held_out_problems_is_shared_by_weight(start):
 def test_supervised_problems_of_a_mix_are_as_many_as_their_weights_say(start):
     """sft.py reads a mix so: a file of 200 problems is repeated three times beside three times as many others."""
     file = start.parent / "problems.jsonl"
-    mixed = data.load_problems(f"arithmetic:2-3@1,{file}@3", count=800, whole=False, fill=True)
+    mixed = data.load_problems(f"arithmetic:2-3@1,{file}@3", count=800, fill=True)
     tasks_of = [p["task"] for p in mixed]
     assert tasks_of.count("arithmetic") == 200 and tasks_of.count("problems.jsonl") == 600
     assert len({p["id"] for p in mixed if p["task"] == "problems.jsonl"}) == 200
+    few = data.load_problems(f"arithmetic:2-3@3,{file}@1", count=40, fill=True)        # none of the file's is lost
+    assert [p["task"] for p in few].count("problems.jsonl") == 200
 
 
 def test_what_a_run_holds_out_of_a_file_is_in_no_corpus(start):

@@ -113,6 +113,7 @@ def test_the_puzzle_of_the_page_is_whole(monkeypatch):
     seen = {split: tasks.problems("parity", 300, split=split, level=(6, 9)) for split in ("train", "test")}
     structures = {split: {problem["structure"] for problem in made} for split, made in seen.items()}
     assert not structures["train"] & structures["test"] and {p["level"] for p in seen["test"]} == {6, 7, 8, 9}
+    found = 0
     for problem in seen["test"]:
         ones = sum(problem["structure"])
         assert problem["answer"] == ("odd" if ones % 2 else "even")
@@ -120,7 +121,9 @@ def test_the_puzzle_of_the_page_is_whole(monkeypatch):
         changed = tasks.perturbed(problem)
         if changed is None:                     # none of its neighbours is held out
             continue
+        found += 1
         assert held_out(changed["structure"]) and changed["answer"] != problem["answer"] and not tasks.correct(problem, changed["solution"])
+    assert found > 50
 
 
 def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_wrong_settings_are_one_line(options, message, tmp_path, monkeypatch):
 
 def test_a_comment_stands_between_blanks(tmp_path):
     file = tmp_path / "p.txt"
-    file.write_text("# a file\nThe answer stands behind ####.  # it is ours\ncheck: consistent # of steps\n#\nIssue#7 is no comment.\n")
+    file.write_text("# a file\nThe answer stands behind ####.  # it is ours\ncheck: consistent # of steps\n#\nIssue#7 is no comment.\n#check: equations\n## end\n")
     programs, sentences = judge.read_principles(file)
     assert programs == [judge.consistent]
     assert sentences == ["The answer stands behind ####.", "Issue#7 is no comment."]
@@ -186,7 +186,9 @@ def test_a_chat_judge_is_not_asked_to_reason(monkeypatch):
     seen = []
     monkeypatch.setattr(judge.prompts, "uses_chat", lambda tokenizer, template: True)
     monkeypatch.setattr(judge.prompts, "render", lambda tokenizer, chats, **more: seen.extend(chats) or ["x"] * len(chats))
-    judge.prompts.prompt_texts(["Is it right?"], None, "auto", judge.SYSTEM)
-    judge.prompts.prompt_texts(["2 + 2?"], None, "auto")
+    asked = Judge.__new__(Judge)
+    asked.tokenizer = lambda texts, **more: {"input_ids": [[1]] * len(texts)}
+    asked.yes, asked.no, asked.said, asked.asked = [0], [1], 0.0, 0
+    asked.next_token = lambda ids: torch.tensor([[.6, .2, .2]] * len(ids))
+    assert asked.yes_scores(["Is it right?"]) == [pytest.approx(.75)] and asked.heed == pytest.approx(.8)
     assert seen[0][0]["content"] == judge.SYSTEM and "yes or no" in judge.SYSTEM
-    assert "boxed" in seen[1][0]["content"]

@@ -89,7 +89,7 @@ def test_a_folder_is_taken_once_and_goes_on_as_it_was(tmp_path):
     for other, message in ((first, "go on with --resume"), (PipelineConfig(out=first.out, seed=2, resume=True), "seed was 1, not 2")):
         with pytest.raises(ValueError, match=message):
             pipeline.claim("r1", other)
-    pipeline.claim("r1", PipelineConfig(out=first.out, seed=1, resume=True, gate=0.0, threads=1))
+    pipeline.claim("r1", PipelineConfig(out=first.out, seed=1, resume=True, gate=0.0))
 
 
 def test_stages_draw_other_problems_and_solutions_share_a_tokenizer():

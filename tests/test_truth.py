@@ -415,6 +415,9 @@ NOBODY = {"answer": "nobody"}
     "<answer>Eva and Ben</answer>", "The answer is Ben and Eva.", "#### Ana\n#### Ben, Eva",
     "\\boxed{Ana} No.\n#### Ben, Eva", "<think>#### Ana</think>#### Ben, Eva",
     "#### Ben, Eva</s> Ana", "The liars are \\boxed{Ben} and \\boxed{Eva}.", "\\boxed{Eva}, \\boxed{Ben}",
+    "\\boxed{\\text{Ben}} and \\boxed{\\text{Eva}}", "\\boxed{ Ben } and \\fbox{Eva}",
+    "<answer> Ben </answer> <answer> Eva </answer>",
+    "So \\boxed{Ben} lies. Hence Eva does. The liars are \\boxed{Ben} and \\boxed{Eva}.",
     "\\boxed{\\text{Ben},\\ \\textbf{Eva}}", "\\boxed{\\{Ben, Eva\\}}", "<answer>\nBen\nEva\n</answer>",
     "#### \"Ben, Eva\"", "### Final Answer\nBen, Eva", "**Final Answer:**\n\nBen and Eva.",
 ])
