@@ -103,12 +103,13 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
-    weights. With whole=False, files too give no more than their share, and with fill=True no less:
-    their problems are repeated. spare: leave out what a run with so many --eval-problems holds out
-    of a file. report takes the line that
-    says how many problems were dropped: an empty answer cannot be given, and one that the verifier
-    does not find equal to itself is never paid. Raises FileNotFoundError or ValueError, in one
-    line, when there is nothing usable."""
+    weights. With whole=False, files too give no more than their share, and with fill=True, in a
+    mix, no less: their problems are repeated. spare: leave out what a run with so many
+    --eval-problems holds out of a file.
+
+    report takes the line that says how many problems were dropped: an empty answer cannot be given,
+    and one that the verifier does not find equal to itself is never paid. Raises FileNotFoundError
+    or ValueError, in one line, when there is nothing usable."""
     parts = parts_of(data, levels)
     if levels and not takes_levels(data):
         raise ValueError(f"--levels {levels[0]}-{levels[1]} does nothing for {data}: it is for "
@@ -119,7 +120,7 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
         loaded = load_part(part, split, seed, share, report)
         if spare and is_file(part.source) and len({p["problem"] for p in loaded}) >= 10:
             loaded, _ = hold_out(loaded, spare)
-        if fill:
+        if fill and len(parts) > 1:
             loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
         problems += loaded if whole else loaded[:share]
     return problems

@@ -237,13 +237,15 @@ def start(config):
     levels = parse_levels(config.levels)
     count = config.limit or ENDLESS
     split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
-    if config.perturb and config.train_seed >= 0:
-        problems = with_perturbed(trained_on(config, count))
+    if config.perturb and split == "train":
+        problems = trained_on(config, count)
     else:
         problems = data.load_problems(config.data, split, of_run, levels, count, warn,
                                       whole=not config.limit,
                                       spare=HELD_OUT if split == "train" else 0)
-        problems = with_perturbed(problems) if config.perturb else problems
+    if config.perturb:
+        problems = with_perturbed(problems)
+
     # a problem's seed follows from its place in the file, also when others are dropped
     problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
 
@@ -265,8 +267,7 @@ def trained_on(config, count):
     """Returns the problems that a run with --train-seed as its seed takes first.
 
     How many it made and held out stands in config.json beside a run's model, else the default."""
-    file = Path(config.model).parent / "config.json"
-    settings = read_json(file) if file.exists() else {}
+    settings = prompts.settings_of_run(config.model)
     sizes = {key: settings[key] for key in ("problems", "eval_problems") if key in settings}
     run = Config(data=config.data, levels=config.levels, seed=config.train_seed, **sizes)
     problems, _ = data.load_split(run, warn)

@@ -435,14 +435,14 @@ def claim(name, config):
     folder = Path(config.out)
     file = folder / "pipeline.json"
     mine = {"name": name, **asdict(config), "resume": False}
-    free = ("gate",)            # changes no weights
 
     if file.exists():
         theirs = json.loads(file.read_text())
         if not config.resume:
             raise ValueError(f"--out {folder} holds a pipeline: go on with --resume, or choose "
                              "another folder")
-        differ = [key for key in mine if mine[key] != theirs.get(key) and key not in free]
+        # the gate alone changes no weights
+        differ = [key for key in mine if key != "gate" and mine[key] != theirs.get(key)]
         if differ:
             raise ValueError(f"--resume goes on as it was: {differ[0]} was "
                              f"{theirs.get(differ[0])!r}, not {mine[differ[0]]!r}")

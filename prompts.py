@@ -94,14 +94,21 @@ def report_template(tokenizer, template, report):
     report(f"template: {line}{' with ' + json.dumps(options) if options else ''}")
 
 
+def settings_of_run(model):
+    """Returns the settings of the run that wrote a model, {} if no run did.
+
+    A run's model lies in its folder, beside the run's config.json."""
+    file = Path(model).parent / "config.json"
+    settings = read_json(file) if file.exists() else {}
+    return settings if "algo" in settings else {}       # else of a model, or of something else
+
+
 def follow_run(config):
     """Take over template and chat_template_kwargs of the run that wrote a model, if a run did.
 
-    config: the settings of evaluate.py, of which those that were given stay. A run's model lies in
-    its folder, beside the run's config.json."""
-    file = Path(config.model).parent / "config.json"
-    settings = read_json(file) if file.exists() else {}
-    if "algo" not in settings:      # of a model, or of something else
+    config: the settings of evaluate.py, of which those that were given stay."""
+    settings = settings_of_run(config.model)
+    if not settings:
         return
     if config.template == "auto":
         config.template = settings.get("template", "auto")

@@ -76,7 +76,7 @@ _WORDS = frozenset("""
 _GOES_ON = re.compile(
     r"(?:[a-z]|rem|remainder|mod|times|plus|minus|divided|hundred|[a-z]*thousand|[mb]illion|dozen"
     r"|percent|per cent)\b", re.I)
-_OPERATORS = "+-*/×÷·⋅−"
+_OPERATORS = tuple("+-*/×÷·⋅−")
 
 
 def equations(text):
@@ -144,8 +144,8 @@ def ends(raw, after):
     """Tell whether numbers and operators end a side before the text `after`: not "2 + y", "3²"."""
     if not after or after[0] in "\n;:?)]}<>=\"'`”’*" or after[:2] in ("\\)", "\\]", "\\\\"):
         return True
-    has_operator = raw.rstrip()[-1:] and raw.rstrip()[-1] in _OPERATORS
-    return raw[-1:] == " " and after[0].isalpha() and not has_operator and not _GOES_ON.match(after)
+    goes_on = raw.rstrip().endswith(_OPERATORS) or _GOES_ON.match(after)
+    return raw[-1:] == " " and after[0].isalpha() and not goes_on
 
 
 def steps_hold(text):

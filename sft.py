@@ -252,9 +252,8 @@ def warm_start(config, progress=True):
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
     place = dist.Sharding(device, torch.float32)
-    is_mix = len(data.parts_of(config.data)) > 1
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems, fill=is_mix)
+                                  config.problems, fill=True)
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
         tokenizer = prompts.load_tokenizer(config.model, options)
