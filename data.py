@@ -119,7 +119,10 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     for part, share in zip(parts, shares(parts, count)):
         loaded = load_part(part, split, seed, share, report)
         if spare and is_file(part.source) and len({p["problem"] for p in loaded}) >= 10:
-            loaded, _ = hold_out(loaded, spare)
+            used, held_out = hold_out(loaded, spare)
+            report(f"data: left {len(held_out)} of {len(loaded)} problems of {part.source} out, "
+                   "which a run on this file is tested on")
+            loaded = used
         if fill and len(parts) > 1:
             loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
         problems += loaded if whole else loaded[:share]

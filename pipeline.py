@@ -130,9 +130,11 @@ class Plan:
         """Cross-entropy on solutions, from the model of another stage, `after`.
 
         now: the stage to go on from if this one is left out; empty: the same."""
+        # a corpus of ours has no problem that is tested
+        whole = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
         return self.add(name, "sft.py", [
             "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
-            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400], now or after)
+            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400, *whole], now or after)
 
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""

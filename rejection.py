@@ -1,7 +1,7 @@
 """Rejection sampling: a corpus of a model's own right answers (RFT, arXiv 2308.01825).
 
     python rejection.py --model runs/r/model --data truth:2-5 --samples 8 --out corpus.jsonl
-    python sft.py --data corpus.jsonl --model BASE --out runs/next
+    python sft.py --data corpus.jsonl --hold-out 0 --model BASE --out runs/next
 
 Completions of the *training* problems are drawn and verified. Of each problem the right ones that
 differ are kept, at most --per-problem of them, and fewer of what is easy: of a problem solved with

@@ -32,7 +32,7 @@ import data
 import dist
 import prompts
 import tasks
-from config import (DEVICES, TEMPLATES, check_settings, command_line, parse_levels,
+from config import (DEVICES, TEMPLATES, Config, check_settings, command_line, parse_levels,
                     parse_template_kwargs, refuse_idle, setting)
 from dist import together
 from engine.checkpoint import Progress
@@ -43,6 +43,9 @@ from rollout import Rollout
 
 
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
+OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
+                           for part in data.parts_of(c.data)),
+             "a file in --data: of other sources nothing that is tested can be seen")
 
 
 @dataclass
@@ -68,6 +71,10 @@ class SFTConfig:
 
     terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
     problems: int = setting(20000, least=1)         # of a built-in task, or of a mix
+    hold_out: int = setting(Config().eval_problems, least=0, needs=[OF_A_FILE])  # problems that
+                                                    # train.py with as many --eval-problems is
+                                                    # tested on, and that are left out
+
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
@@ -252,12 +259,12 @@ def warm_start(config, progress=True):
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
     place = dist.Sharding(device, torch.float32)
+    say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems, fill=True)
+                                  config.problems, say, fill=True, spare=config.hold_out)
     if config.model:
         model = Transformer.from_pretrained(config.model, place.home, shard=place)
         tokenizer = prompts.load_tokenizer(config.model, options)
-        say = tqdm.write if dist.rank() == 0 else (lambda line: None)
         prompts.report_template(tokenizer, config.template, say)
     else:
         model, tokenizer = build(problems, config)

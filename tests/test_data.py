@@ -607,3 +607,23 @@ def test_a_token_weighs_the_same_in_a_batch_of_terse_solutions():
         total.backward()
         torch.testing.assert_close(logp.grad, batch.mask / -5)
         assert total.item() == pytest.approx(.5 * length / 5) and sums["tokens"] == length
+
+
+def test_a_warm_start_on_a_file_never_sees_what_a_run_on_it_is_tested_on(tmp_path, monkeypatch, capsys):
+    """sft.py leaves out what train.py holds out of the same file, also of fewer --eval-problems; --hold-out 0 leaves nothing."""
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"What is {i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(300)))
+    seen = []
+    monkeypatch.setattr(sft, "build", lambda problems, config: seen.append({p["problem"] for p in problems}) or 1 / 0)
+
+    def texts(*more):
+        with pytest.raises(ZeroDivisionError):
+            sft.warm_start(sft.parse(["--data", str(file), "--out", str(tmp_path / "out"), *more]))
+        return seen.pop()
+
+    for count in (20, 10):
+        training, held_out = data.load_split(Config(data=str(file), eval_problems=count), lambda line: None)
+        assert len(held_out) == count and not texts("--hold-out", "20") & {p["problem"] for p in held_out}
+    assert len(texts("--hold-out", "20")) == 280 and len(texts()) == 270 and len(texts("--hold-out", "0")) == 300
+    with pytest.raises(ValueError, match="--hold-out needs a file"):
+        sft.parse(["--data", "arithmetic", "--hold-out", "7", "--out", str(tmp_path / "out")])

@@ -63,7 +63,7 @@ rounds() {      # rounds NAME SEED PROBLEMS STEPS_OF_DPO
         corpus "$here.jsonl" "$now" "$3" 8 "$((10 * $2 + round))"
         corpora=${corpora:+$corpora,}$here.jsonl
         once "$here" sft.py --model "$out/weak" --data "$corpora" --steps "$(few 300 5)" \
-            --lr 1e-3 --seed "$2" "${tuning[@]}"
+            --lr 1e-3 --seed "$2" --hold-out 0 "${tuning[@]}"
         now=$here
         measure "$1-$round-s$2" "$now"
     done
@@ -71,7 +71,7 @@ rounds() {      # rounds NAME SEED PROBLEMS STEPS_OF_DPO
 
 of_seed() {     # of_seed SEED
     local s=$1 sft=(--model "$out/weak" --data "$out/teacher.jsonl" --steps "$(few 400 5)"
-                    --lr 1e-3 --seed "$1" "${tuning[@]}")
+                    --lr 1e-3 --seed "$1" --hold-out 0 "${tuning[@]}")
     once "$out/grpo-s$s" train.py --model "$out/weak" "${training[@]}" --steps "$(few 96 2)" --seed "$s"
     measure "grpo-s$s" "$out/grpo-s$s/model"
     rounds rejection "$s" "$(few 512 60)" 0
