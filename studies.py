@@ -6,7 +6,8 @@
     leaderboard  GRPO, GTPO, off-policy, DPO; GRPO with an adaptive curriculum, and with refill
     group-size   G = 2 to 64 completions a prompt, with N G = 128 of them a step; and what probe.py
                  says of the model at the start, in the middle and at the end
-    batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N)
+    batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N);
+                 the gradient's noise; also with GTPO and off-policy
     reuse        off-policy, K = 1 to 8 passes over as many fresh samples; its refinements at K = 4
     staleness    off-policy, weights that draw renewed every 1 to 64 steps
     lora         a pretrained model (--base) on arithmetic: LoRA of rank 1, 8 and 32, and full
@@ -16,7 +17,9 @@ line in STUDIES. The yardstick, on which most of them compare, is described in d
 """
 import math
 from dataclasses import dataclass, field
+from statistics import mean, pstdev
 
+import report
 from config import CURRICULA, parse_levels
 
 
@@ -26,7 +29,8 @@ class Study:
     starts: dict                    # {name: flags of sft.py}
     runs: dict                      # {name: flags of train.py}; START stands for a start's folder
     x: str = "step"                 # axis of the figure
-    columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end
+    columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end, or
+                                                                        # names of MEASURES
     panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
     after: dict = field(default_factory=dict)   # {folder or file that appears: command that makes
                                                 # it}, in this order; STUDY stands for the folder
@@ -38,6 +42,70 @@ YARDSTICK = ["--data", LEVELS, "--max-new-tokens", "128", "--prompts-per-step", 
 MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
 
 
+# ----------------------------------------------------------------------- what is computed of a log
+
+def values_of(lines, key):
+    """The finite values of a key in the lines of a log."""
+    found = [line[key] for line in lines if line.get(key) is not None]
+    return [x for x in found if math.isfinite(x)]
+
+
+def noise_scale(lines):
+    """Prompts a step at which the gradient's noise is as large as the gradient itself.
+
+    N tr Cov(g) / |G|^2 of the N prompts of a step, with |G|^2 = E|g|^2 - tr Cov(g) (McCandlish et
+    al., arXiv 1812.06162, B_simple); needs --variance-every. nan where the noise hides G."""
+    known = [line for line in lines if math.isfinite(line.get("grad_variance", math.nan))]
+    if not known:
+        return math.nan
+    noise = mean(line["grad_variance"] for line in known)
+    signal = mean(line["grad_norm"] ** 2 for line in known) - noise
+    prompts = known[0]["num_samples"] / known[0]["step"] / GROUP
+    return prompts * noise / signal if signal > 0 else math.nan
+
+
+def reward_swing(lines):
+    """Standard deviation of the batch's mean reward over the last fifth of the steps."""
+    rewards = values_of(lines, "reward")
+    return pstdev(rewards[-max(2, len(rewards) // 5):])
+
+
+def fall(lines):
+    """How far the accuracy ends below the best of the run's evaluations."""
+    accuracy = values_of(lines, "eval_pass@1")
+    return max(accuracy) - accuracy[-1]
+
+
+def samples_to(level):
+    """A measure: the completions after which the held-out accuracy first reaches a level."""
+    def measure(lines):
+        reached = report.first_reach(report.curve(lines, "num_samples", "eval_pass@1"), level)
+        return math.nan if reached is None else reached
+    return measure
+
+
+def ess_of_kl(lines):
+    """exp(-2 KL), what theory says of `ess` for small drift (docs/THEORY.md, 24).
+
+    ess is of whole completions, kl_pi_mu a mean over tokens: hence the length."""
+    return mean(math.exp(-2 * line["kl_pi_mu"] * line["completion_length"])
+                for line in lines if "kl_pi_mu" in line)
+
+
+def cost_ratio(lines):
+    """Seconds of drawing for one of training, over all updates of the step."""
+    return sum(values_of(lines, "rollout_time")) / sum(values_of(lines, "train_time"))
+
+
+GROUP = 8           # completions a prompt, where a study does not say
+MEASURES = {"noise scale": noise_scale, "reward swing": reward_swing, "fall": fall,
+            "samples to 0.6": samples_to(0.6), "samples to 0.7": samples_to(0.7),
+            "mean ess": lambda lines: mean(values_of(lines, "ess") or [math.nan]),
+            "exp(-2 KL)": ess_of_kl, "draw / train": cost_ratio}
+
+
+# ------------------------------------------------------------------------------------- the studies
+
 def weak_start(c):
     """A small model that tells the steps or guesses, and is often wrong at both."""
     return {"weak": ["--data", LEVELS, "--steps", 60 if c.quick else 330,
@@ -45,12 +113,13 @@ def weak_start(c):
                      "--problems", 400 if c.quick else 20000]}
 
 
-def length(c, steps=100, problems=300):
+def length(c, steps=100, problems=300, evaluations=4):
     """Flags of a run's length and of its evaluations, on so many held-out problems."""
     if c.quick:
         return ["--steps", 3, "--eval-every", 3, "--eval-problems", 20, "--eval-samples", 1,
                 "--prompts-per-step", 8, "--problems", 200]
-    return ["--problems", 8000, "--steps", steps, "--eval-every", max(1, steps // 4),
+    return ["--problems", 8000, "--steps", steps, "--eval-every",
+            max(1, steps // evaluations),
             "--eval-problems", problems, "--eval-samples", 1]
 
 
@@ -117,34 +186,41 @@ def group_size(c):
 
 def batch_size(c):
     runs = {}
-    for N in (4, 16) if c.quick else (4, 16, 64, 128):
+    for N in (16, 4) if c.quick else (16, 4, 64, 128):
         steps = 3 if c.quick else 1536 // N
-        for name, lr in ((f"N{N}", 2e-4), (f"N{N}-scaled", 2e-4 * math.sqrt(N / 16))):
-            if N == 16 and name != "N16":       # the same
-                continue
-            runs[name] = [*YARDSTICK, *length(c, steps),
-                          "--prompts-per-step", N, "--lr", f"{lr:.3g}",
-                          "--warmup-steps", max(1, 80 // N)]
-    return Study(weak_start(c), runs, x="num_samples", columns=["eval_pass@1", "reward"])
+        settings = {"": []}
+        if N != 16:
+            settings["-scaled"] = ["--lr", f"{2e-4 * math.sqrt(N / 16):.3g}"]
+        if N != 64:                     # the others at the ends and in the middle
+            settings |= {f"-{algo}": ["--algo", algo] for algo in ("gtpo", "offpolicy")}
+        for kind, flags in settings.items():
+            runs[f"N{N}{kind}"] = [*YARDSTICK, *length(c, steps), "--prompts-per-step", N,
+                                   "--warmup-steps", max(1, 80 // N),
+                                   "--variance-every", max(1, steps // 50), *flags]
+    return Study(weak_start(c), runs, x="num_samples",
+                 columns=["eval_pass@1", "fall", "reward swing", "noise scale", "seconds"])
 
 
 def reuse(c):
-    off = [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio"]
+    off = [*YARDSTICK, *length(c, evaluations=10), "--algo", "offpolicy", "--replay-ratio"]
     runs = {f"K{K}": [*off, K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
     K = 2 if c.quick else 4
     runs |= {f"K{K}-ess-lr": [*off, K, "--ess-lr"],
              f"K{K}-loglinear": [*off, K, "--prox", "loglinear"],
              f"K{K}-weighted-baseline": [*off, K, "--weighted-baseline"]}
     return Study(weak_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "ess", "kl_pi_mu", "seconds"],
+                 columns=["eval_pass@1", "samples to 0.6", "samples to 0.7", "mean ess",
+                          "exp(-2 KL)", "draw / train", "seconds"],
                  panels=["eval_pass@1", "ess"])
 
 
 def staleness(c):
-    runs = {f"v{v}": [*YARDSTICK, *length(c), "--algo", "offpolicy", "--replay-ratio", 1,
+    runs = {f"v{v}": [*YARDSTICK, *length(c, evaluations=10), "--algo", "offpolicy",
+                      "--replay-ratio", 1,
                       "--sync-every", v] for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
     return Study(weak_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "ess", "kl_pi_mu"], panels=["eval_pass@1", "ess"])
+                 columns=["eval_pass@1", "samples to 0.6", "samples to 0.7", "mean ess",
+                          "exp(-2 KL)", "fall"], panels=["eval_pass@1", "ess"])
 
 
 def leaderboard(c):

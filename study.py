@@ -33,7 +33,7 @@ from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
 from pipeline import call, going_on, named_command
-from studies import STUDIES
+from studies import MEASURES, STUDIES
 
 
 @dataclass
@@ -159,6 +159,11 @@ def first_value(lines, key):
     return next((line[key] for line in lines if line.get(key) is not None), math.nan)
 
 
+def end_of(lines, key):
+    """What a column of the table says of a run."""
+    return MEASURES[key](lines) if key in MEASURES else last_value(lines, key)
+
+
 def summary(study, logs):
     """Every run with what it ended at, and its curve: the content of study.json."""
     runs = []
@@ -168,7 +173,7 @@ def summary(study, logs):
         runs.append({
             "name": name, "seed": seed, "flags": shlex.join(map(str, study.runs[name])),
             "first": {key: first_value(lines, key) for key in study.columns},
-            "last": {key: last_value(lines, key) for key in study.columns},
+            "last": {key: end_of(lines, key) for key in study.columns},
             "num_samples": last_value(lines, "num_samples"),
             "seconds": last_value(lines, "seconds"), "curve": curve})
     return runs
@@ -191,11 +196,20 @@ def table(study, runs):
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
         for column in study.columns:
-            cells.append(report.cell_text(report.mean_se(values(name, column))))
+            cells.append(text_of(values(name, column)))
         gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
         cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
         rows.append(cells)
     return report.markdown(["", "runs", *study.columns, f"{key} - {first}"], rows)
+
+
+def text_of(values):
+    """Mean ± standard error of the runs that have a value, and how many have one if not all."""
+    known = [x for x in values if math.isfinite(x)]
+    if not known:
+        return "none"
+    text = report.cell_text(report.mean_se(known))
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
 def table_of_probes(files):
