@@ -40,7 +40,7 @@ import grpo
 import prompts
 from config import setting
 from engine.kernels import Sequences
-from engine.logps import adds_in_place, logit_chunk
+from engine.logps import HeadGradient, chunks
 from model import Transformer
 
 
@@ -137,12 +137,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def backward(ctx, d_divergence, *_):
         hidden, weight, teacher_hidden, teacher_weight = ctx.saved_tensors
         temperature, beta = ctx.settings
-        trains_weight = ctx.needs_input_grad[1]
-        in_place = trains_weight and adds_in_place(weight)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = None
-        if trains_weight:
-            d_weight = weight.grad if in_place else torch.zeros_like(weight, dtype=torch.float32)
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1])
 
         for chunk in chunks(hidden, weight):
             student, teacher = chunk_logits(chunk, temperature, hidden, weight, teacher_hidden,
@@ -151,21 +146,8 @@ class _ChunkedDivergence(torch.autograd.Function):
                 student.requires_grad_()
                 value = divergence(student, teacher, beta)
             d_logits, = torch.autograd.grad(value, student, d_divergence[chunk])
-            d_logits = (d_logits / temperature).to(weight.dtype)
-            V = d_logits.shape[1]
-            d_hidden[chunk] = d_logits @ weight[:V]
-            if trains_weight:
-                d_weight[:V] += d_logits.T @ hidden[chunk]
-
-        if in_place or not trains_weight:
-            return d_hidden, None, None, None, None, None, None
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
-
-
-def chunks(hidden, weight):
-    """Slices of tokens whose logits fit into a chunk."""
-    size = max(1, logit_chunk(hidden.device.type) // len(weight))
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+            gradient.add(chunk, d_logits / temperature)
+        return *gradient.result(), None, None, None, None, None
 
 
 def chunk_logits(chunk, temperature, hidden, weight, teacher_hidden, teacher_weight):

@@ -65,6 +65,47 @@ def adds_in_place(weight):
     return getattr(weight, "add_in_place", False)
 
 
+# ------------------------------------------------------------------------ a chunk of tokens a time
+
+def chunks(hidden, weight):
+    """Slices of the tokens of hidden (W, D) whose logits over weight (V, D) fit into a chunk."""
+    size = max(1, logit_chunk(hidden.device.type) // len(weight))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+class HeadGradient:
+    """Gradients of hidden (W, D) and of lm_head's weight (V, D), from those of a chunk's logits."""
+
+    def __init__(self, hidden, weight, trains_weight):
+        self.hidden, self.weight = hidden, weight
+        self.d_hidden = torch.empty_like(hidden)
+
+        # a frozen weight gets no buffer: it would be V x D numbers of float32
+        self.in_place = trains_weight and adds_in_place(weight)
+        self.d_weight = weight.grad if self.in_place else None
+        if trains_weight and not self.in_place:
+            self.d_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+    def add(self, chunk, d_logits):
+        """Take the gradient of the chunk's logits, (chunk, V) or of fewer ids, the first ones."""
+        d_logits = d_logits.to(self.weight.dtype)
+        V = d_logits.shape[1]
+        self.d_hidden[chunk] = d_logits @ self.weight[:V]
+
+        if self.d_weight is None:
+            return
+        if d_logits.dtype == torch.float32:
+            self.d_weight[:V].addmm_(d_logits.T, self.hidden[chunk])
+        else:       # the sum over chunks is float32: a rounding in each chunk would add up
+            self.d_weight[:V] += d_logits.T @ self.hidden[chunk]
+
+    def result(self):
+        """What autograd shall get: of a weight that is frozen, or added in place, None."""
+        if self.in_place or self.d_weight is None:
+            return self.d_hidden, None
+        return self.d_hidden, self.d_weight.to(self.weight.dtype)
+
+
 # ----------------------------------------------------------------------------- autograd functions
 
 def _logits(hidden, weight, temperature):
@@ -82,12 +123,10 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
-        ctx.tokens_per_chunk = max(1, logit_chunk(hidden.device.type) // len(weight))
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logps)
 
-        for start in range(0, len(hidden), ctx.tokens_per_chunk):
-            chunk = slice(start, start + ctx.tokens_per_chunk)
+        for chunk in chunks(hidden, weight):
             all_logps = _logits(hidden[chunk], weight, temperature).log_softmax(-1)    # (chunk, V)
             logps[chunk] = all_logps.gather(-1, targets[chunk, None])[:, 0]
             entropy[chunk] = -torch.einsum("tv,tv->t", all_logps.exp(), all_logps)
@@ -98,35 +137,14 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logps, _):
         hidden, weight, targets = ctx.saved_tensors
-        _, trains_weight, _, _ = ctx.needs_input_grad
-        in_place = trains_weight and adds_in_place(weight)
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1])
 
-        # a frozen weight gets no buffer: it would be V x D numbers of float32
-        d_hidden = torch.empty_like(hidden)
-        d_weight = None
-        if in_place:
-            d_weight = weight.grad
-        elif trains_weight:
-            d_weight = torch.zeros_like(weight, dtype=torch.float32)
-
-        for start in range(0, len(hidden), ctx.tokens_per_chunk):
-            chunk = slice(start, start + ctx.tokens_per_chunk)
+        for chunk in chunks(hidden, weight):
             scale = d_logps[chunk, None] / ctx.temperature                             # (chunk, 1)
             d_logits = _logits(hidden[chunk], weight, ctx.temperature).softmax(-1)     # (chunk, V)
             d_logits = d_logits.mul_(-scale).scatter_add_(-1, targets[chunk, None], scale)
-            d_logits = d_logits.to(weight.dtype)
-            d_hidden[chunk] = d_logits @ weight
-
-            if not trains_weight:
-                continue
-            if d_logits.dtype == torch.float32:
-                d_weight.addmm_(d_logits.T, hidden[chunk])
-            else:       # the sum over chunks is float32: a rounding in each chunk would add up
-                d_weight += d_logits.T @ hidden[chunk]
-
-        if in_place or not trains_weight:
-            return d_hidden, None, None, None
-        return d_hidden, d_weight.to(weight.dtype), None, None
+            gradient.add(chunk, d_logits)
+        return *gradient.result(), None, None
 
 
 class _Embedding(torch.autograd.Function):
