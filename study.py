@@ -204,12 +204,11 @@ def table(study, runs):
 
 
 def text_of(values):
-    """Mean ± standard error of the runs that have a value, and how many have one if not all."""
+    """Mean ± standard error over runs; where some have no value, only how many have one."""
     known = [x for x in values if math.isfinite(x)]
-    if not known:
-        return "none"
-    text = report.cell_text(report.mean_se(known))
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    if len(known) < len(values):        # a mean of those that got there would flatter
+        return f"{len(known)} of {len(values)} runs"
+    return report.cell_text(report.mean_se(values))
 
 
 def table_of_probes(files):
