@@ -4,7 +4,7 @@ A chat template turns a conversation into text. It is a small program in Jinja, 
 checkpoint's author, and so untrusted. Jinja's sandbox keeps it away from files, but bounds neither
 time nor memory: two nested loops over range(99999) take hours, "a" * 10**10 takes ten gigabytes.
 Counting steps would not do, because one step may be as long as the program likes. So templates run
-in a process of their own, to which the system gives a few seconds and a gigabyte:
+in a process of their own, to which the system gives a few seconds and, but for macOS, a gigabyte:
 
     render(template, conversations, variables)   ->   python chat.py  (a JSON object in, one out)
 
@@ -59,9 +59,7 @@ def render(template, conversations, variables):
 def main():
     """Read a job from stdin and write its texts, or what went wrong, to stdout."""
     job = json.load(sys.stdin)
-    room = MEMORY_BYTES + 20 * len(json.dumps(job["conversations"]))
-    lower(resource.RLIMIT_AS, room)
-    lower(resource.RLIMIT_CPU, job["seconds"])
+    limit(job)
 
     try:
         texts = answer_of(job)
@@ -73,6 +71,14 @@ def main():
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         sys.stdout.write(json.dumps({"error": reason}))
+
+
+def limit(job):
+    """Bound the memory and the seconds of this process. macOS refuses a bound of memory."""
+    if sys.platform != "darwin":
+        room = MEMORY_BYTES + 20 * len(json.dumps(job["conversations"]))
+        lower(resource.RLIMIT_AS, room)
+    lower(resource.RLIMIT_CPU, job["seconds"])
 
 
 def lower(kind, value):

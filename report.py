@@ -184,22 +184,47 @@ def append(file, lines):
             os.truncate(file, size)
 
 
-def warnings_of(line, config):
-    """Returns what a beginner should see at once about a step, as lines of text.
+def new_warnings(line, config, dtype, said):
+    """Returns the warnings about a step whose kind is not yet in the set `said`, and adds it."""
+    found = warnings_of(line, config, exact=str(dtype) == "torch.float32")
+    new = [text for kind, text in found.items() if kind not in said]
+    said.update(found)
+    return new
 
-    line holds the step's metrics. The config gives group_size and max_new_tokens."""
-    said = []
-    if line["step"] == 1:
-        said.append(f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "
-                    f"among {config.group_size} samples")
+
+def warnings_of(line, config, exact=True):
+    """Returns what a beginner should see at once about a step: {kind: one line of text}.
+
+    line holds the step's metrics. exact: the model computes in float32.
+    docs/troubleshooting.md says what to do about each."""
+    step, cut = line["step"], line["truncated_frac"]
+    said = {}
+    if step == 1:
+        said["first"] = (f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "
+                         f"among {config.group_size} samples")
         if line["pass@G"] == 0:
-            said.append("warning: pass@G is 0: with no right answer there is nothing to learn "
-                        "from; use a better start (sft.py), easier problems or a larger "
-                        "--group-size")
+            said["never right"] = (
+                "warning: pass@G is 0: with no right answer there is nothing to learn from; use a "
+                "better start (sft.py), easier problems or a larger --group-size")
 
-    if line["truncated_frac"] == 1:
-        said.append(f"warning: step {line['step']}: every completion was cut at "
-                    f"--max-new-tokens {config.max_new_tokens}")
+    if cut == 1:
+        said["all cut"] = (f"warning: step {step}: every completion was cut at --max-new-tokens "
+                           f"{config.max_new_tokens}")
+    elif cut > 0.2:
+        said["cut"] = (f"warning: step {step}: {cut:.0%} of the completions were cut at "
+                       f"--max-new-tokens {config.max_new_tokens} and earned nothing: raise it, or "
+                       "the model learns to be short")
+
+    if line.get("grad_norm") == 0 and line["frac_reward_zero_std"] < 1:
+        said["no gradient"] = (f"warning: step {step}: the gradient is 0, although groups have "
+                               "right and wrong answers: nothing was learned")
+    if line.get("ess", 1) < 0.3:
+        said["old samples"] = (f"warning: step {step}: ess is {line['ess']:.2f}: the samples are "
+                               "too old for the policy; lower --replay-ratio, --sync-every or --lr")
+    fresh = getattr(config, "sync_every", 1) == 1
+    if exact and fresh and line.get("ratio_max_dev", 0) > 0.01:
+        said["disagree"] = (f"warning: step {step}: ratio_max_dev is {line['ratio_max_dev']:.3g}: "
+                            "sampler and trainer disagree on what was drawn, which is a bug")
     return said
 
 

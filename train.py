@@ -16,7 +16,7 @@ code.
 All randomness is a function of (seed, step, prompt, sample): no generator state is saved or shared.
 """
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
@@ -56,6 +56,7 @@ class Run:
     tokenizer: object
     folder: Path
     latest: dict = None     # the newest evaluation
+    said: set = field(default_factory=set)      # kinds of warnings
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -169,7 +170,7 @@ def loop(run, interrupt):
                     learner.progress, run.stream.state = before, before.stream
                     save(run)
                 raise
-            for warning in report.warnings_of(line, c):
+            for warning in report.new_warnings(line, c, learner.model.dtype, run.said):
                 learner.say(warning)
 
             last = line["step"] == c.steps
@@ -197,7 +198,6 @@ def loop(run, interrupt):
 def finish(run):
     """Write the model in HF format and the last line."""
     progress = run.learner.progress
-    first = progress.first
     last = run.latest or heldout.evaluate_run(run)      # a resumed run without a step left has none
     dist.phase("writing the model")
     c = run.learner.config
@@ -205,8 +205,8 @@ def finish(run):
 
     if dist.rank() == 0:
         minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
-        print(f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, "
-              f"completion length {first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
+        print(f"pass@1 {progress.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, "
+              f"completion length {progress.first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
               f"{minutes} min {seconds} s, model in {run.folder}/model")
 
 

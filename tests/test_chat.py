@@ -22,6 +22,16 @@ from model import ModelConfig, Transformer
 from rollout import Rollout, draw_groups
 from test_model import edit_json
 
+@pytest.mark.parametrize("platform, kinds", [("linux", [resource.RLIMIT_AS, resource.RLIMIT_CPU]), ("darwin", [resource.RLIMIT_CPU])])
+def test_macos_is_not_asked_for_a_bound_of_memory(platform, kinds, monkeypatch):
+    """It refuses RLIMIT_AS (EINVAL), and no template would be rendered there."""
+    bounded = []
+    monkeypatch.setattr(chat.sys, "platform", platform)
+    monkeypatch.setattr(chat.resource, "setrlimit", lambda kind, limits: bounded.append(kind))
+    chat.limit({"conversations": [], "seconds": 5})
+    assert bounded == kinds
+
+
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<answer>", "</answer>", "<think>", "</think>", "<pad>"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
           "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"

@@ -68,19 +68,36 @@ def test_the_means_of_a_rollout_by_hand():
         "pass@G": 1, "rollout_time": 5, "rollout_tokens_per_s": 2})
 
 
-@pytest.mark.parametrize("step, solved, cut, expected", [
-    (1, .25, .5, ["first rollout: 25% of the prompts"]),
-    (1, 0., .5, ["first rollout: 0% of the prompts", "warning: pass@G is 0"]),
-    (2, 0., .5, []),
-    (2, 1., 1., ["warning: step 2: every completion was cut at --max-new-tokens 16"]),
+@pytest.mark.parametrize("changes, expected", [
+    ({"step": 1}, {"first": "first rollout: 25% of the prompts have"}),
+    ({"step": 1, "pass@G": 0.}, {"first": "first rollout: 0% of", "never right": "warning: pass@G is 0"}),
+    ({"pass@G": 0.}, {}),
+    ({"truncated_frac": .2}, {}),
+    ({"truncated_frac": .46}, {"cut": "warning: step 2: 46% of the completions were cut at --max-new-tokens 16"}),
+    ({"truncated_frac": 1.}, {"all cut": "warning: step 2: every completion was cut at --max-new-tokens 16"}),
+    ({"grad_norm": 0.}, {"no gradient": "warning: step 2: the gradient is 0, although"}),
+    ({"grad_norm": 0., "frac_reward_zero_std": 1.}, {}),            # nothing to learn from
+    ({"ess": .3, "ratio_max_dev": .009}, {}),
+    ({"ess": .29}, {"old samples": "warning: step 2: ess is 0.29"}),
+    ({"ratio_max_dev": .02}, {"disagree": "warning: step 2: ratio_max_dev is 0.02"}),
+    ({"ratio_max_dev": .02, "exact": False}, {}),                   # rounding of bfloat16
+    ({"ratio_max_dev": .02, "sync_every": 2}, {}),                  # drift
 ])
-def test_what_a_beginner_should_see(step, solved, cut, expected):
-    config = SimpleNamespace(group_size=8, max_new_tokens=16)
-    line = {"step": step, "pass@G": solved, "truncated_frac": cut}
-    said = report.warnings_of(line, config)
-    assert len(said) == len(expected)
-    for text, start in zip(said, expected):
-        assert text.startswith(start) and "\n" not in text
+def test_what_a_beginner_should_see(changes, expected):
+    line = {"step": 2, "pass@G": .25, "truncated_frac": .1, "frac_reward_zero_std": .5, "grad_norm": .3, **changes}
+    config = SimpleNamespace(group_size=8, max_new_tokens=16, sync_every=line.pop("sync_every", 1))
+    said = report.warnings_of(line, config, exact=line.pop("exact", True))
+    assert said.keys() == expected.keys()
+    for kind, start in expected.items():
+        assert said[kind].startswith(start) and "\n" not in said[kind]
+
+
+def test_a_warning_is_said_once_a_run():
+    config, before = SimpleNamespace(group_size=8, max_new_tokens=16), set()
+    line = {"step": 2, "truncated_frac": .5, "frac_reward_zero_std": 1.}
+    assert len(report.new_warnings(line, config, torch.float32, before)) == 1
+    assert report.new_warnings(line, config, torch.float32, before) == []
+    assert len(report.new_warnings({**line, "ess": .1, "ratio_max_dev": 1.}, config, torch.bfloat16, before)) == 1
 
 
 def test_the_curve_is_drawn_and_one_that_fails_is_a_warning(tmp_path, capsys):
