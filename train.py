@@ -32,8 +32,7 @@ import report
 import reward
 import sft
 from config import objective, parse, parse_template_kwargs
-from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint,
-                               tensors_of)
+from engine.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
                     release, remember, stopped_line)
 from learner import Learner, adamw
@@ -206,7 +205,8 @@ def finish(run):
     if dist.rank() == 0:
         minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
         print(f"pass@1 {progress.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, "
-              f"completion length {progress.first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
+              "completion length "
+              f"{progress.first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
               f"{minutes} min {seconds} s, model in {run.folder}/model")
 
 
