@@ -1,8 +1,14 @@
 """What a reader adds: an objective, a reward and a task are one file and one line each."""
+import ast
+import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +149,30 @@ def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):
     train.main(["--model", str(start), "--out", str(out), *options, "--data", "digit"])
     for sample in map(json.loads, open(out / "samples.jsonl")):
         assert sample["reward"] == (sample["answer"] in sample["completion"])
+
+
+RECIPES = (HERE / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.parametrize("flags", re.findall(r"`(--[^`]+)`", RECIPES[RECIPES.index("## Methods"):RECIPES.index("## From TRL")]))
+def test_every_recipe_is_a_command_that_train_takes(flags):
+    """Each cell of docs/recipes.md: its flags parse, and none of them does nothing."""
+    made = config.parse([*shlex.split(flags), *([] if "--model" in flags else ["--model", "m"])])
+    plain = config.Config(made.algo, model=made.model)
+    assert made != plain or flags == f"--algo {made.algo}"
+
+
+def test_what_trl_calls_otherwise_is_a_flag_here():
+    """Every flag in the table from TRL's names is one of train.py; names of TRL's are its own where it is installed."""
+    table = RECIPES[RECIPES.index("## From TRL"):RECIPES.index("## After training")]
+    known = {config.flag(f.name) for f in fields(config.Config("grpo"))}
+    flags = set(re.findall(r"`(--[a-z-]+)", table))
+    assert len(flags) > 20 and flags <= known
+    found = importlib.util.find_spec("trl")
+    if found:
+        source = (Path(found.origin).parent / "trainer" / "grpo_config.py").read_text()
+        names = {n.target.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.AnnAssign)}
+        of_transformers = {"bf16", "gradient_checkpointing", "gradient_accumulation_steps", "max_steps", "max_grad_norm", "weight_decay",
+                           "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "reward_funcs"}
+        rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)} <= names | of_transformers
