@@ -27,7 +27,7 @@ from config import is_file, parse_levels
 from extraction import extract_answer
 from reward import verifies_itself
 
-TAKEN = ("prompt", "messages", "check", "task", "structure")    # fields that we fill ourselves
+TAKEN = ("prompt", "messages", "check", "task", "structure", "system")   # fields of ours
 MOST_KINDS = 40     # tasks and levels that are counted apart, in the log and elsewhere
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -260,17 +260,25 @@ CALCULATOR = re.compile(r"<<[-+*/().0-9 ,%$]{0,100}=[^<>\n]{0,100}>>")
 def normalize(row, name):
     """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
 
-    The question stands in "problem" or "question". The answer is "answer", text or a number, or the
-    end of the solution; null and NaN are the empty answer. Raises ValueError that says which of
-    them is missing or no text."""
+    The question stands in "problem", "question" or, as text or as a conversation, in "prompt" (TRL,
+    verl) or "messages". The answer is "answer", text or a number, verl's reward_model.ground_truth,
+    or the end of the solution; null and NaN are the empty answer. "system" is what a chat is told
+    first. Raises ValueError that says which of them is missing or no text."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    question = row.get("problem") or row.get("question")
+    said = {}
+    question = row.get("problem") or row.get("question") or row.get("prompt") or row.get("messages")
+    if isinstance(question, list):
+        said = said_in(question)
+        question = said["user"]
     if not isinstance(question, str) or not question.strip():
-        raise ValueError('no text in the field "problem" or "question"')
+        raise ValueError('no text in the field "problem" or "question", nor in "prompt"')
 
+    graded = row.get("reward_model")
     answer = row.get("answer")
-    solution = row.get("solution")
+    if answer is None and isinstance(graded, dict):
+        answer = graded.get("ground_truth")
+    solution = row.get("solution") or said.get("assistant")
     # GSM8K: the answer field holds the solution
     if isinstance(answer, str) and "####" in answer:
         solution = answer
@@ -282,7 +290,7 @@ def normalize(row, name):
         answer = extract_answer(solution) or answer
     # a number becomes text; True is an int for Python, but no answer
     not_finite = isinstance(answer, float) and not math.isfinite(answer)
-    if not_finite or answer is None and "answer" in row:
+    if not_finite or answer is None and ("answer" in row or graded):
         answer = ""
     elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
@@ -292,12 +300,39 @@ def normalize(row, name):
 
     problem = {"problem": question, "answer": answer, "solution": solution,
                "level": row.get("level"), "id": row.get("id", name)}
+    system = said.get("system") or row.get("system")
+    if isinstance(system, str) and system.strip():
+        problem["system"] = system
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
     problem = {**others, **problem}     # reward functions of the user's may read them
     for field, text in problem.items():
         if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')
     return problem
+
+
+def told(problem):
+    """The system message that a problem brings, as a field of a row; {} if it has none."""
+    return {"system": problem["system"]} if "system" in problem else {}
+
+
+def said_in(conversation):
+    """Returns {role: text} of a conversation with one question: system, user, assistant.
+
+    Raises ValueError for one of several turns, or of messages without text."""
+    said = {}
+    for message in conversation:
+        role, text = (message.get(key) if isinstance(message, dict) else None
+                      for key in ("role", "content"))
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            raise ValueError('a conversation has messages {"role": system, user or assistant, '
+                             '"content": text}')
+        if role in said:
+            raise ValueError("a conversation of several turns: one question is needed")
+        said[role] = text
+    if "user" not in said:
+        raise ValueError("a conversation without a question of the user")
+    return said
 
 
 # --------------------------------------------------------------------------------------- order

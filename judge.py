@@ -180,8 +180,8 @@ class Judge:
         """p(yes) / (p(yes) + p(no)) of the token after each question, as floats."""
         if not questions:
             return []
-        ids = prompts.encode_prompts([{"problem": q} for q in questions], self.tokenizer, "auto",
-                                     system=SYSTEM)
+        asked = [{"problem": question, "system": SYSTEM} for question in questions]
+        ids = prompts.encode_prompts(asked, self.tokenizer, "auto")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         batches, tokens = [[]], 0
         for i in order:
@@ -399,7 +399,7 @@ def examine(config):
             for (problem, before), text in zip(wrong, again):
                 if reward.right(problem, text):
                     rows.append({"problem": problem["problem"], "answer": problem["answer"],
-                                 "solution": text, "rejected": before})
+                                 "solution": text, "rejected": before, **data.told(problem)})
             result["revised"] = {"wrong": len(wrong), "now_right": len(rows)}
     return result, rows
 

@@ -6,12 +6,13 @@ it is; base models get plain text.
 
     auto        chat for instruct models, plain for all others
     chat        the tokenizer's chat template, with BOXED_PROMPT as system message
-    plain       the question and a newline
+    plain       the question and a newline; a system message of the problem's own stands above it
     reasoning   REASONING_PROMPT as system message, or above the question where there is no chat
 
 A model is taken for an instruct model if the token that ends a turn in its chat template also ends
 its completions: by the tokenizer's eos, config.json or generation_config.json. `report_template`
-says what was chosen, and why.
+says what was chosen, and why. A problem may bring its own system message (data.normalize), which
+takes BOXED_PROMPT's place.
 
 A tokenizer turns text into token ids. A checkpoint's own is read through transformers, and no code
 of the checkpoint is run but the chat template, which chat.py keeps within bounds. For a new small
@@ -118,24 +119,28 @@ def follow_run(config):
 
 def prompt_text(question, tokenizer, template="auto"):
     """Returns the text that a completion continues; the file's docstring lists the templates."""
-    return prompt_texts([question], tokenizer, template)[0]
+    return prompt_texts([{"problem": question}], tokenizer, template)[0]
 
 
-def conversation(question, template, system=None):
-    """Returns a question as the messages that a chat template is given; system: another message."""
-    if system is None:
-        system = REASONING_PROMPT if template == "reasoning" else BOXED_PROMPT
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
-
-
-def prompt_texts(questions, tokenizer, template, system=None):
-    """Returns the text that a completion continues, for each question."""
-    if uses_chat(tokenizer, template):
-        conversations = [conversation(question, template, system) for question in questions]
-        return render(tokenizer, conversations, add_generation_prompt=True)
+def conversation(problem, template):
+    """Returns a problem as the messages that a chat template is given."""
+    system = problem.get("system", BOXED_PROMPT)
     if template == "reasoning":
-        return [f"{REASONING_PROMPT}\n\n{question}\n" for question in questions]
-    return [question + "\n" for question in questions]
+        system = REASONING_PROMPT
+    return [{"role": "system", "content": system}, {"role": "user", "content": problem["problem"]}]
+
+
+def prompt_texts(problems, tokenizer, template):
+    """Returns the text that a completion continues, for each problem."""
+    if uses_chat(tokenizer, template):
+        conversations = [conversation(problem, template) for problem in problems]
+        return render(tokenizer, conversations, add_generation_prompt=True)
+
+    texts = []
+    for problem in problems:
+        above = REASONING_PROMPT if template == "reasoning" else problem.get("system")
+        texts.append((f"{above}\n\n" if above else "") + problem["problem"] + "\n")
+    return texts
 
 
 def render(tokenizer, conversations, add_generation_prompt=False):
@@ -161,12 +166,11 @@ def chat_options(tokenizer):
     return getattr(tokenizer, "chat_options", {})
 
 
-def encode_prompts(problems, tokenizer, template, system=None):
+def encode_prompts(problems, tokenizer, template):
     """Returns the token ids of each problem's prompt.
 
-    A chat template writes its own bos; other text gets the tokenizer's, if it has one. system: what
-    a chat is told in place of the template's own message."""
-    texts = prompt_texts([p["problem"] for p in problems], tokenizer, template, system)
+    A chat template writes its own bos; other text gets the tokenizer's, if it has one."""
+    texts = prompt_texts(problems, tokenizer, template)
     return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
 
 
@@ -182,7 +186,7 @@ def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
         if len(ids) <= max_length:
             kept.append({**problem, "prompt": ids})
             if is_chat:
-                kept[-1]["messages"] = conversation(problem["problem"], template)
+                kept[-1]["messages"] = conversation(problem, template)
 
     dropped = len(problems) - len(kept)
     if dropped:

@@ -23,6 +23,7 @@ from pathlib import Path
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
 from tqdm import tqdm
 
+import data
 import dist
 import evaluate
 import reward
@@ -210,6 +211,7 @@ def rows_of(config, problem, texts):
         rows.append({
             "problem": problem["problem"], "answer": problem["answer"], "solution": text,
             "from": problem["task"], "level": problem.get("level"), "success": success,
+            **data.told(problem),
         })
     return rows
 

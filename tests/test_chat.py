@@ -55,6 +55,17 @@ def base(plain):
     return found
 
 
+def test_a_problem_may_bring_its_own_system_message(base):
+    """In the place of BOXED_PROMPT; above the question where there is no chat; --template reasoning stays what was asked for."""
+    problem = {"problem": "How many?", "answer": "4", "system": "Be brief."}
+    found, = prompts.tokenize_prompts([problem], base, "chat", 400)
+    assert found["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    assert base.decode(found["prompt"]) == prompts.render(base, [found["messages"]], add_generation_prompt=True)[0]
+    assert prompts.prompt_texts([problem], base, "plain") == ["Be brief.\n\nHow many?\n"]
+    text, = prompts.prompt_texts([problem], base, "reasoning")
+    assert prompts.REASONING_PROMPT in text and "Be brief." not in text
+
+
 def id_of(tokenizer, token):
     return tokenizer.convert_tokens_to_ids(token)
 

@@ -220,6 +220,35 @@ def test_a_json_array_is_told_that_one_object_a_line_is_needed(tmp_path, text):
     assert str(error.value).startswith(f"{file}:") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("row, expected", [
+    pytest.param({"prompt": "1+1?", "solution": "so \\boxed{2}"}, ("1+1?", "2", None), id="trl"),
+    pytest.param({"prompt": [{"role": "user", "content": "1+1?"}], "data_source": "x", "ability": "MATH",
+                  "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 7}}, ("1+1?", "2", None), id="verl"),
+    pytest.param({"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}],
+                  "reward_model": {"ground_truth": 2}}, ("1+1?", "2", "Be brief."), id="verl with a system message"),
+    pytest.param({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "1+1=2\n#### 2"}]},
+                 ("1+1?", "2", None), id="chat"),
+    pytest.param({"problem": "1+1?", "answer": "2", "system": "Be brief.", "prompt": "other"}, ("1+1?", "2", "Be brief."), id="own fields first"),
+    pytest.param({"problem": "1+1?", "answer": "2", "system": 7}, ("1+1?", "2", None), id="a number is no message"),
+    pytest.param({"prompt": "1+1?", "reward_model": {"ground_truth": None}}, ("1+1?", "", None), id="null is the empty answer")])
+def test_layouts_of_trl_verl_and_chats(row, expected):
+    problem = data.normalize(row, "n")
+    assert (problem["problem"], problem["answer"], problem.get("system")) == expected
+    assert not {"prompt", "messages"} & problem.keys()
+    if "messages" in row:
+        assert problem["solution"] == "1+1=2\n#### 2"
+
+
+@pytest.mark.parametrize("turns, said", [
+    ([{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "2?"}], "several turns"),
+    ([{"role": "system", "content": "1?"}], "without a question"), ([{"role": "user", "content": [{"type": "image"}]}], "messages"),
+    (["1?"], "messages"), ([{"role": "tool", "content": "1"}], "messages")])
+def test_conversations_that_are_no_problem_are_one_line(turns, said, tmp_path):
+    with pytest.raises(ValueError, match=f":1: .*{said}") as error:
+        data.load_problems(str(write(tmp_path, {"prompt": turns, "answer": "1"})))
+    assert "\n" not in str(error.value)
+
+
 def test_an_indented_object_is_told_so_too(tmp_path):
     with pytest.raises(ValueError, match=":1: .*one object a line is needed"):
         data.load_problems(str(write(tmp_path, '{\n "problem": "1?",\n "answer": "1"\n}')))
