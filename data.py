@@ -25,7 +25,7 @@ from pathlib import Path
 import tasks
 from config import is_file, parse_levels
 from extraction import extract_answer
-from reward import verifies_itself
+from reward import correct_counts, verifies_itself
 
 TAKEN = ("prompt", "messages", "check", "task", "structure", "system")   # fields of ours
 MOST_KINDS = 40     # tasks and levels that are counted apart, in the log and elsewhere
@@ -99,7 +99,7 @@ def name_of(source):
 
 
 def load_problems(data, split="train", seed=0, levels=None, count=20000, report=print, whole=True,
-                  fill=False, spare=0):
+                  fill=False, spare=0, answered=True):
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
@@ -108,7 +108,8 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     --eval-problems holds out of a file.
 
     report takes the line that says how many problems were dropped: an empty answer cannot be given,
-    and one that the verifier does not find equal to itself is never paid. Raises FileNotFoundError
+    and one that the verifier does not find equal to itself is never paid. With answered=False those
+    of files stay, for rewards that look at none. Raises FileNotFoundError
     or ValueError, in one line, when there is nothing usable."""
     parts = parts_of(data, levels)
     if levels and not takes_levels(data):
@@ -117,7 +118,7 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
 
     problems = []
     for part, share in zip(parts, shares(parts, count)):
-        loaded = load_part(part, split, seed, share, report)
+        loaded = load_part(part, split, seed, share, report, answered)
         if spare and is_file(part.source) and len({p["problem"] for p in loaded}) >= 10:
             used, held_out = hold_out(loaded, spare)
             report(f"data: left {len(held_out)} of {len(loaded)} problems of {part.source} out, "
@@ -135,7 +136,7 @@ def shares(parts, count):
     return [max(1, round(count * part.weight / total)) for part in parts]
 
 
-def load_part(part, split, seed, count, report):
+def load_part(part, split, seed, count, report, answered=True):
     """Returns the problems of one source, each with its "task"; see load_problems."""
     source = part.source
     if tasks.known(source):
@@ -146,7 +147,13 @@ def load_part(part, split, seed, count, report):
     if tasks.known(name):
         raise ValueError(f"--data {source}: a file must not be called like a built-in task: "
                          "rename it")
-    problems = from_hub(source, split, report) if source in HUB else from_jsonl(source)
+    if source in HUB:
+        problems = from_hub(source, split, report)
+    else:
+        problems = from_jsonl(source, answered)
+    if problems and not answered:
+        return [{**problem, "task": name} for problem in problems]
+
     answered = [p for p in problems if p["answer"].strip()]
     kept = [p for p in answered if verifies_itself(p["answer"])]
     reasons = []
@@ -186,7 +193,7 @@ def number_of(level):
     return float(numbers[0]) if len(numbers) == 1 else None
 
 
-def from_jsonl(path):
+def from_jsonl(path, answered=True):
     """Returns the problems of a file with one JSON object a line, in any layout of `normalize`.
 
     Raises ValueError for a malformed line, with the file, the line's number and the reason."""
@@ -204,7 +211,7 @@ def from_jsonl(path):
         if not line.strip():
             continue
         try:
-            problems.append(normalize(json.loads(line), f"{path}:{number}"))
+            problems.append(normalize(json.loads(line), f"{path}:{number}", answered))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: {error}; one object a line is needed") from None
         except (ValueError, RecursionError) as error:
@@ -257,13 +264,14 @@ def from_hub(name, split, report):
 CALCULATOR = re.compile(r"<<[-+*/().0-9 ,%$]{0,100}=[^<>\n]{0,100}>>")
 
 
-def normalize(row, name):
+def normalize(row, name, answered=True):
     """Turn a row in any of the field's layouts into a problem; `name` is its id if it has none.
 
     The question stands in "problem", "question" or, as text or as a conversation, in "prompt" (TRL,
     verl) or "messages". The answer is "answer", text or a number, verl's reward_model.ground_truth,
     or the end of the solution; null and NaN are the empty answer. "system" is what a chat is told
-    first. Raises ValueError that says which of them is missing or no text."""
+    first. Raises ValueError that says which of them is missing or no text; with answered=False an
+    answer may be missing."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     said = {}
@@ -294,6 +302,8 @@ def normalize(row, name):
         answer = ""
     elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
+    if answer is None and not answered:
+        answer = ""
     if not isinstance(answer, str):
         raise ValueError(
             'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
@@ -344,7 +354,8 @@ def load_split(c, report=print):
     has none, so a part of it is held out. Of a mix there are --eval-problems, shared by its
     weights. Raises ValueError when nothing is left to train on, or a curriculum finds no levels."""
     levels, eval_count = parse_levels(c.levels), c.eval_problems
-    train = load_problems(c.data, "train", c.seed, levels, c.problems, report)
+    answered = correct_counts(c.reward)
+    train = load_problems(c.data, "train", c.seed, levels, c.problems, report, answered=answered)
     kinds = kinds_of(train)
     if c.curriculum not in ("", "uniform") and len(kinds) == len(set(kinds.values())):
         raise ValueError(f"--curriculum {c.curriculum} needs problems of several levels")
@@ -358,7 +369,8 @@ def load_split(c, report=print):
     if c.eval_data:
         alone = len(parts_of(c.eval_data)) == 1
         levels = levels if takes_levels(c.eval_data) else None
-        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report, whole=alone)
+        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report, whole=alone,
+                                 answered=answered)
         return without(train, held_out, report), held_out
 
     # what has a test split, and files, of which a part is held out

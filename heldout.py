@@ -1,4 +1,11 @@
-"""Accuracy on held-out problems during a run: greedy, and of some draws. evaluate.py does more."""
+"""Held-out problems during a run: accuracy, greedy and of some draws. evaluate.py does more.
+
+Where correctness is not the only reward, the rewards of the draws are measured too.
+"""
+import sys
+
+from tqdm import tqdm
+
 import dist
 import report
 import reward
@@ -6,25 +13,27 @@ from data import kinds_of
 from rollout import draw_groups
 
 
-def evaluate(sampler, tokenizer, held_out, config):
+def evaluate(sampler, tokenizer, held_out, config, rewards=()):
     """Held-out accuracy: greedy, and pass@1 of eval_samples draws; with their mean length.
 
-    Every rank enters."""
+    rewards: those of the run, [(name, weight, function)]. Every rank enters."""
     dist.phase("evaluation")
     with sampler.loaded():
         greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)
         drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples,
-                          config.temperature)
+                          config.temperature, rewards)
     by_kind = {f"eval_pass@1/{name}": drawn[f"right/{name}"] / drawn[f"rows/{name}"]
                for name in report.names_of(kinds_of(held_out))}
+    by_kind |= {f"eval_{name}": total / drawn["rows"] for name, total in drawn.items()
+                if name.partition("/")[0] in ("reward", "rewards")}
     return {"eval_pass@1": drawn["right"] / drawn["rows"],
             "eval_greedy": greedy["right"] / greedy["rows"],
             "eval_length": drawn["tokens"] / drawn["rows"],
             **by_kind}
 
 
-def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
-    """Counts of right completions, of all, and of their tokens, over all ranks."""
+def evaluated(sampler, tokenizer, held_out, config, samples, temperature, rewards=()):
+    """Counts of right completions, of all, and of their tokens, and sums of rewards, over ranks."""
     mine = dist.split(len(held_out))
     problems = [held_out[i] for i in mine]
     rollout, groups = draw_groups(sampler, tokenizer, problems, samples, config.max_new_tokens,
@@ -32,6 +41,8 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
     right = reward.correct(problems, groups)
 
     of_kind = {}
+    if any((name, weight) != ("correct", 1) for name, weight, _ in rewards):
+        of_kind = rewarded(rewards, problems, groups, samples, rollout)
     for name, chosen in report.indices_by_kind(problems, kinds_of(held_out)).items():
         of_kind[f"right/{name}"] = sum(sum(right[i]) for i in chosen)
         of_kind[f"rows/{name}"] = samples * len(chosen)
@@ -42,6 +53,19 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature):
         "tokens": (rollout.lengths - rollout.prompt_lengths).sum()}, sampler.model.device)
 
 
+def rewarded(rewards, problems, groups, samples, rollout):
+    """Sums of what each reward function says, and of the weighted sum. A function that fails here
+    is only shown to fail: training, which it would end, says so by itself."""
+    try:
+        found = dist.each(lambda: reward.parts(rewards, problems, groups, samples, rollout))
+    except dist.Agreed as error:
+        if dist.rank() == 0:
+            tqdm.write(f"warning: evaluation: {error}", file=sys.stderr)
+        return {}
+    sums = {f"rewards/{name}": found[name].sum() for name, _, _ in rewards}
+    return {**sums, "reward": sum(weight * sums[f"rewards/{name}"] for name, weight, _ in rewards)}
+
+
 def evaluate_run(run):
     """The same of a run of train.py."""
-    return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config)
+    return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config, run.rewards)

@@ -23,6 +23,7 @@ import dist
 import grpo
 from config import Parser
 from data import MOST_KINDS, kind_of
+from reward import correct_counts
 
 SAMPLES = 4         # completions of each problem that samples.jsonl shows
 PANELS = (          # of curve.png: (title, keys of the log)
@@ -199,7 +200,7 @@ def warnings_of(line, config, exact=True):
     docs/troubleshooting.md says what to do about each."""
     step, cut = line["step"], line["truncated_frac"]
     said = {}
-    if step == 1:
+    if step == 1 and correct_counts(getattr(config, "reward", "")):
         said["first"] = (f"first rollout: {line['pass@G']:.0%} of the prompts have a right answer "
                          f"among {config.group_size} samples")
         if line["pass@G"] == 0:

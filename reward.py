@@ -442,6 +442,12 @@ def weighted(text="", **weights):
             if weight or name == "correct"]
 
 
+def correct_counts(text):
+    """Return whether correctness has a weight in --reward: not where it says correct=0."""
+    weights = [item.partition("=")[2] for item in text.split(",") if item.startswith("correct=")]
+    return not weights or finite(text, weights[0]) != 0
+
+
 def finite(item, text):
     """Return a weight as a number. Raises ValueError when it is none, or not finite."""
     try:

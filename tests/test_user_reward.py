@@ -117,7 +117,7 @@ def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_
     """What was learned before is saved, and the run goes on when the function is mended."""
     mine = tmp_path / "mine.py"
     mine.write_text("count = 0\n\ndef length(completions, id, **columns):\n    global count\n    count += 1\n"
-                    "    if count > 3:\n        raise KeyError('gold')\n    return [len(text) for text in completions]\n")
+                    "    if count > 5:\n        raise KeyError('gold')\n    return [len(text) for text in completions]\n")
     out = tmp_path / "run"
     arguments = ["--model", str(start), "--out", str(out), *fast(start), "--save-every", "100", "--reward", f"{mine}:length=0.01"]
     with pytest.raises(SystemExit, match="reward length: .*mine.py:7: KeyError: 'gold'"):
@@ -157,3 +157,40 @@ def test_columns_of_the_data_file_reach_the_function(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     [problem] = data.load_problems(str(file), "train")
     assert problem["kind"] == "number" and problem["weights"] == [1, 2] and "prompt" not in problem
+
+
+def test_a_run_on_rewards_of_ones_own_needs_no_answers(start, tmp_path):
+    """With correct=0 a file without answers trains; eval_reward is the weighted sum of the functions on the evaluation's samples."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def length(completions, **columns):\n    return [len(text) for text in completions]\n")
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Which, {i}?"}) + "\n" for i in range(30)))
+    more = fast(start)
+    more[more.index("--data") + 1] = str(file)
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *more, "--reward", f"correct=0,{mine}:length=0.5"])
+    for line in log_of(out):
+        if "eval_reward" in line:
+            assert line["eval_reward"] == pytest.approx(line["eval_rewards/length"] / 2) and line["eval_rewards/length"] > 0
+            assert line["eval_pass@1"] == 0 == line["eval_rewards/correct"]
+    assert log_of(out)[-1]["reward"] == pytest.approx(log_of(out)[-1]["rewards/length"] / 2, rel=1e-5)
+    with pytest.raises(SystemExit, match="questions.jsonl:1: no \"answer\""):
+        train.main(["--model", str(start), "--out", str(tmp_path / "no"), *more, "--reward", f"{mine}:length"])
+    with pytest.raises(SystemExit, match="--refill chooses groups by their correctness"):
+        train.main(["--model", str(start), "--out", str(tmp_path / "no"), *more, "--reward", f"correct=0,{mine}:length", "--refill", "1"])
+
+
+def test_a_function_that_fails_in_an_evaluation_is_shown_and_ends_nothing(start, tmp_path, capsys):
+    """It gets as many completions a prompt as --eval-samples there, 2, and as --group-size in training."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def fussy(completions, prompts, **columns):\n    return [1 / (prompts.count(prompts[0]) - 2) for _ in completions]\n")
+    arguments = ["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--reward", f"{mine}:fussy=0.1"]
+    train.main([*arguments, "--eval-samples", "2", "--group-size", "4"])
+    lines = log_of(tmp_path / "run")
+    assert all("eval_reward" not in line for line in lines) and lines[-1]["rewards/fussy"] == .5
+    assert "warning: evaluation: reward fussy: " in capsys.readouterr().err
+
+
+def test_what_leaves_correctness_out():
+    counts = {"": True, "format=0.5": True, "correct=0.5": True, "correct=0": False, "format=1,correct=0.0": False}
+    assert {text: reward.correct_counts(text) for text in counts} == counts
