@@ -38,13 +38,19 @@ def needs_source(c):
     return getattr(c, "beta", 0) > 0 or c.lora_rank > 0
 
 
+def place_of(c, device):
+    """Where the run's models lie, and in which type they compute."""
+    dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    return dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
+
+
 def load_policies(c, device, source, begins_at):
     """Load what the run needs. source: the starting model; begins_at: it, or the run's own folder
     of shapes and tokenizer when a checkpoint will bring the weights."""
     if c.graph == "on" and device.type == "cpu":
         raise ValueError("--graph on: device graphs need an accelerator; leave it out on the CPU")
-    dtype = getattr(torch, c.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    place = dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
+    place = place_of(c, device)
+    dtype = place.dtype
     with_reference = getattr(c, "beta", 0) > 0
     with_mu = getattr(c, "sync_every", 1) > 1
     goes_on = begins_at != source
@@ -74,21 +80,27 @@ def load_policies(c, device, source, begins_at):
     return policies
 
 
-def save_model(c, model, folder, source):
-    """Write folder/model in HF's layout; with LoRA also folder/adapter in PEFT's.
+def write_weights(c, model, folder, adapter, source):
+    """Write a model's folder in HF's layout; with LoRA merged, and the change alone in PEFT's.
 
     Every rank enters. source: what the adapter belongs to. The merged weights are float32, because
-    bfloat16 would round a small change away. model/ appears when it is whole, so that where it is,
-    the run has ended."""
+    bfloat16 would round a small change away."""
     write = dist.rank() == 0
-    part = folder / ".model"
     if c.lora_rank:
         import lora
-        lora.save_adapter(model, folder / "adapter", source, write)
-        model.save_pretrained(part, torch.float32, write, lora.merged_tensors(model))
+        lora.save_adapter(model, adapter, source, write)
+        model.save_pretrained(folder, torch.float32, write, lora.merged_tensors(model))
     else:
-        model.save_pretrained(part, write=write)
+        model.save_pretrained(folder, write=write)
 
-    if write:
+
+def save_model(c, model, folder, source):
+    """Write folder/model and, with LoRA, folder/adapter.
+
+    Every rank enters. model/ appears when it is whole, so that where it is, the run has ended."""
+    part = folder / ".model"
+    write_weights(c, model, part, folder / "adapter", source)
+
+    if dist.rank() == 0:
         shutil.rmtree(folder / "model", ignore_errors=True)
         part.rename(folder / "model")

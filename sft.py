@@ -32,16 +32,18 @@ import data
 import dist
 import prompts
 import tasks
-from config import (DEVICES, TEMPLATES, Config, check_settings, command_line, parse_levels,
-                    parse_template_kwargs, refuse_idle, setting)
+from config import (DEVICES, DTYPES, TEMPLATES, WITH_LORA, Config, check_settings, command_line,
+                    default_lr, parse_levels, parse_template_kwargs, refuse_idle, setting)
 from dist import together
 from engine.checkpoint import Progress
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
+from policies import load_policies, place_of, write_weights
 from rollout import Rollout
 
 
+WITH_MODEL = (lambda c: c.model, "--model: a new small model is trained whole")
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
                            for part in data.parts_of(c.data)),
@@ -79,14 +81,19 @@ class SFTConfig:
                                                     # empty: the usual ones
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
     batch_size: int = setting(16, least=1)          # sequences an optimizer step, over all ranks
-    lr: float = setting(2e-3, above=0)              # peak; linear warm-up over a tenth,
-                                                    # then cosine to a tenth
+    lr: float = setting(0.0, least=0)               # peak; linear warm-up over a tenth, then cosine
+                                                    # to a tenth. 0: 2e-3 for a small model, 1e-5
+                                                    # above 10 million parameters, 1e-4 with LoRA
 
     muon_lr: float = setting(0.0, least=0)          # peak of Muon for the blocks' matrices;
                                                     # 0.02 is usual (muon.py), 0: AdamW alone
 
     weight_decay: float = setting(0.01, least=0)    # of AdamW
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics
+    lora_rank: int = setting(0, least=0, needs=[WITH_MODEL])    # of the change of each linear
+                                                    # layer; 0: all weights are trained
+
+    lora_alpha: float = setting(32.0, above=0, needs=[WITH_LORA])   # the change counts alpha / rank
     template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON
     # from a teacher (distill.py): the divergence to its distribution in place of cross-entropy
@@ -103,13 +110,24 @@ class SFTConfig:
     seed: int = setting(0, least=0)
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
+    dtype: str = setting("", choices=DTYPES)        # of computation; empty: float32 on cpu, else
+                                                    # bfloat16
+    shard: int = setting(0, least=0)                # ranks that hold one copy together; 0: all
+    offload: bool = False                           # weights and optimizer state in host memory
+    activation_checkpointing: bool = False          # less memory, a third more time
 
     # no flags: what the learner also reads, and here is always so
     group_size = 1
     temperature = 1.0
     aggregation = "token"
     grad_clip = 1.0
+    graph = ""
+    collective_timeout = 1800
     batch_tokens = 0.0      # completion tokens of the mean batch, which `train` counts
+
+    def __post_init__(self):
+        # ten times the rate of RL: each token here has a gradient of its own, always the same way
+        self.lr = self.lr or 10 * default_lr(self.model, self.lora_rank > 0)
 
 
 # ------------------------------------------------------------------------------------ the corpus
@@ -258,21 +276,21 @@ def warm_start(config, progress=True):
     Returns (model, tokenizer)."""
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
-    place = dist.Sharding(device, torch.float32)
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
                                   config.problems, say, fill=True, spare=config.hold_out)
     if config.model:
-        model = Transformer.from_pretrained(config.model, place.home, shard=place)
+        model = load_policies(config, device, config.model, config.model).pi
         tokenizer = prompts.load_tokenizer(config.model, options)
         prompts.report_template(tokenizer, config.template, say)
     else:
         model, tokenizer = build(problems, config)
-        model = place(model.to(device))
+        model = place_of(config, device)(model.to(device))
+        model.activation_checkpointing = config.activation_checkpointing
         if options:
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
-    objective = from_teacher(model, tokenizer, config, place) if config.teacher else None
+    objective = from_teacher(model, tokenizer, config) if config.teacher else None
     last_loss = train(model, corpus(problems, tokenizer, config), config, progress, objective)
     if objective:
         objective.remove(model)
@@ -283,9 +301,8 @@ def warm_start(config, progress=True):
         last_loss = train(model, mixed, second, progress)
 
     prompts.name_end(model, prompts.end_id(tokenizer, config.template))
-    first_rank = dist.rank() == 0
-    model.save_pretrained(config.out, write=first_rank)
-    if first_rank:
+    write_weights(config, model, config.out, Path(config.out) / "adapter", config.model)
+    if dist.rank() == 0:
         prompts.save_tokenizer(tokenizer, config.out)
         tqdm.write(f"sft: loss {last_loss:.3f} nats a token after "
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
@@ -293,11 +310,12 @@ def warm_start(config, progress=True):
     return model, tokenizer
 
 
-def from_teacher(model, tokenizer, config, place):
+def from_teacher(model, tokenizer, config):
     """The objective of --teacher. Raises ValueError where its tokenizer is another one."""
     import distill
     distill.same_tokens(tokenizer, config.teacher)
-    teacher = Transformer.from_pretrained(config.teacher, place.home, shard=place)
+    place = place_of(config, model.device)
+    teacher = Transformer.from_pretrained(config.teacher, place.home, place.dtype, place)
     return distill.OffPolicy(model, teacher, config)
 
 
@@ -327,7 +345,7 @@ def default_start(c, folder, device):
         data=c.data, levels=c.levels, seed=c.seed, steps=c.warm_start_steps,
         terse_steps=c.warm_start_steps // 7,
         problems=c.warm_start_steps * SFTConfig.batch_size,         # each is seen once
-        lr=4e-3, muon_lr=0.02, out="", device="")
+        lr=4e-3, muon_lr=0.02, out="", device="", dtype="float32")
     checksum = zlib.crc32(repr(settings).encode())
     shared = folder.resolve().parent / f"warm-start-seed{c.seed}-{checksum:08x}"
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import dist
 import grpo
 import learner as learning
 import lora
+import sft
 import train
 from config import Config, parse
 from engine.checkpoint import Progress
@@ -360,3 +362,59 @@ def test_two_ranks_give_the_numbers_of_one(dtype, start, tmp_path):
             assert one[key] == pytest.approx(two[key], **tolerance), key
     run_train("--resume", "--out", tmp_path / "two", "--steps", "5", nproc=2)
     assert log_of(tmp_path / "two")[-1]["step"] == 5
+
+
+# ------------------------------------------------------------------------------------------- sft.py
+
+def sft_flags(start, out, *more):
+    """The start guesses among three answers; here it is taught to say one."""
+    file = out.parent / "always.jsonl"
+    rows = [{"problem": f"Which one, {i}?", "answer": "1", "solution": "#### 1"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return ["--model", str(start), "--data", str(file), "--steps", "12", "--lr", "5e-3",
+            "--device", "cpu", "--threads", "1", "--out", str(out), *more]
+
+
+def test_sft_trains_an_adapter_and_writes_the_merged_model_and_peft_s_files(start, tmp_path):
+    """The base with the adapter is what lies in --out; the base's own weights are those of before, and the loss has fallen."""
+    config = sft.parse(sft_flags(start, tmp_path / "out", "--lora-rank", "2"))
+    model, tokenizer = sft.warm_start(config, progress=False)
+    merged = Transformer.from_pretrained(tmp_path / "out")
+    live = lora.load_adapter(Transformer.from_pretrained(start), tmp_path / "out" / "adapter")
+    tokens = torch.arange(20)[None] % 200
+    with torch.no_grad():
+        torch.testing.assert_close(merged.token_logps(tokens)[0], live.token_logps(tokens)[0], atol=1e-5, rtol=1e-5)
+        before = Transformer.from_pretrained(start)
+        assert (merged.token_logps(tokens)[0] - before.token_logps(tokens)[0]).abs().max() > 1e-3
+
+    problems = data.load_problems(config.data)
+    batch = sft.collate(sft.corpus(problems, tokenizer, config)[:32], "cpu")
+    losses = [-m.token_logps(batch.tokens, batch.mask)[0].sum() for m in (merged, before)]
+    assert losses[0] < 0.9 * losses[1]          # .264 and .316 a token: the blocks' matrices alone reach no less
+    assert torch.equal(lora.adapters(model)["model.layers.0.mlp.up_proj"].weight, before.model.layers[0].mlp.up_proj.weight)
+
+
+def test_sft_refuses_an_adapter_of_a_new_model_and_knows_its_rates(start, tmp_path):
+    with pytest.raises(ValueError, match="--lora-rank needs --model"):
+        sft.parse(["--data", "arithmetic", "--out", str(tmp_path / "o"), "--lora-rank", "2"])
+    big = tmp_path / "big"
+    big.mkdir()
+    (big / "model.safetensors").write_bytes(b"\0" * (4 * 10 ** 7))
+    rates = [sft.SFTConfig(model=m, lora_rank=r).lr for m, r in (("", 0), (str(start), 0), (str(big), 0), (str(big), 4))]
+    assert rates == pytest.approx([2e-3, 2e-3, 1e-5, 1e-4])
+
+
+@pytest.mark.slow
+def test_sft_of_an_adapter_is_the_same_on_two_ranks_and_runs_in_bfloat16(start, tmp_path):
+    def run(name, ranks, *more):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launcher, str(HERE / "sft.py"), *sft_flags(start, tmp_path / name, "--lora-rank", "2", *more)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    one, two = run("one", 1), run("two", 2)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3)
+    for name, x in run("half", 2, "--dtype", "bfloat16", "--activation-checkpointing").items():
+        assert torch.isfinite(x).all()
