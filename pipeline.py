@@ -24,8 +24,16 @@ pipeline stops and says so. At the end stand a table and a figure: accuracy afte
 
 --without STAGE leaves one out; what comes behind takes what the stage before it made. In r1 removed
 GRPO steps go to the other GRPO stage, so that the number of rollouts stays; elsewhere there are
-fewer. With --model every base is that checkpoint, so nothing is wider, and the learning rates are
-still those of the small model. Needs the programs as they are.
+fewer. With --model and puzzles every base is that checkpoint, so nothing is wider, and the learning
+rates are still those of the small model.
+
+r1 and dpo-self-training also run on real problems, at the programs' own rates:
+
+    python pipeline.py r1 --model Qwen/Qwen2.5-1.5B --data gsm8k --ranks 8 --max-new-tokens 512 \
+        --sft-steps 200 --grpo-steps 100 --train-flags "--prompts-per-step 64" --out runs/r1-gsm8k
+
+The base is then the checkpoint as it is, and every SFT of r1 begins there. Needs the programs as
+they are.
 """
 import functools
 import json
@@ -40,7 +48,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import report
-from config import DEVICES, check_settings, command_line, setting
+from config import DEVICES, Config, check_settings, command_line, is_file, setting
+from data import HUB
 from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
@@ -54,9 +63,18 @@ class PipelineConfig:
     resume: bool = False                    # go on with it
     quick: bool = False                     # a few steps of everything: to see that it works
     without: str = ""                       # a stage that is left out
-    data: str = setting("", choices=("", "family", "truth", "arithmetic"))      # docs/tasks.md;
+    data: str = ""                          # family, truth or arithmetic (docs/tasks.md); with
+                                            # --model also gsm8k, math, or a file with solutions;
                                             # empty: family, of principles-curriculum arithmetic
+
+    eval_data: str = ""                     # held-out problems; a file as --data needs one
     model: str = ""                         # the base; empty: a new small one
+    sft_steps: int = setting(0, least=0)    # of each SFT; 0: 1,000
+    grpo_steps: int = setting(0, least=0)   # of all GRPO stages together; 0: 60
+    max_new_tokens: int = setting(128, least=1)
+    train_flags: str = ""                   # more flags of each train.py, in quotes
+    sft_flags: str = ""                     # more flags of each sft.py
+    ranks: int = setting(1, least=1)        # processes of each program, by torchrun
     gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
     seed: int = setting(0, least=0)
     threads: int = setting(2, least=1)      # CPU threads of each program
@@ -89,10 +107,11 @@ class Plan:
         self.task = config.data or "family"
         self.stages = []
         quick = config.quick
-        self.sft_steps = 100 if quick else 1000
-        self.grpo_steps = 6 if quick else 60            # of all GRPO stages together
+        self.sft_steps = config.sft_steps or (100 if quick else 1000)
+        self.grpo_steps = config.grpo_steps or (6 if quick else 60)     # of all stages together
         self.problems = 400 if quick else 8000
         self.width = 64 if quick else 128
+        self.tokens = config.max_new_tokens
 
     def path(self, stage):
         """The model that a stage makes. Raises ValueError where that stage was left out."""
@@ -111,7 +130,8 @@ class Plan:
         common = ["--seed", seed, "--threads", self.c.threads]
         if self.c.device:
             common += ["--device", self.c.device]
-        args = [str(arg) for arg in (*args, *common)]
+        more = {"train.py": self.c.train_flags, "sft.py": self.c.sft_flags}.get(program, "")
+        args = [str(arg) for arg in (*args, *common, *shlex.split(more))]
         self.stages.append(Stage(name, program, args, files or {}))
         return name
 
@@ -139,8 +159,8 @@ class Plan:
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""
         return self.add(name, "train.py", [
-            "--model", self.path(after), "--data", data, "--steps", steps, "--max-new-tokens", 128,
-            "--problems", self.problems,
+            "--model", self.path(after), "--data", data, "--steps", steps,
+            "--max-new-tokens", self.tokens, "--problems", self.problems,
             "--lr", 5e-4, "--eval-every", 10 ** 6, "--eval-problems", 20, "--eval-samples", 1,
             "--save-every", 5, *more], after, files)
 
@@ -148,7 +168,8 @@ class Plan:
         """A corpus of the right answers of a stage's model."""
         return self.add(name, "rejection.py", [
             "--model", self.path(after), "--data", data, "--problems",
-            60 if self.c.quick else 1500, "--samples", 8, "--max-new-tokens", 128], after)
+            60 if self.c.quick else 1500, "--samples", 8,
+            "--max-new-tokens", self.tokens], after)
 
     def corpus(self, stage):
         return str(self.out / stage / "corpus.jsonl")
@@ -158,7 +179,39 @@ class Plan:
 
     def held_out(self):
         """What every stage is measured on."""
-        return self.levels("2-6")
+        return self.c.eval_data or self.levels("2-6")
+
+
+class OnProblems(Plan):
+    """The same on problems of a file, gsm8k or math, from --model: the programs' own rates."""
+
+    def path(self, stage):
+        return self.c.model if stage == "base" else super().path(stage)
+
+    def base(self, levels="2", name="base", width=None):
+        return name                     # the checkpoint as it is
+
+    def sft(self, name, after, data, now=""):
+        whole = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
+        return self.add(name, "sft.py", [
+            "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
+            "--max-length", self.tokens + 512, *whole], now or after)
+
+    def train(self, name, after, data, steps, *more, files=None):
+        held_out = ["--eval-data", self.c.eval_data] if self.c.eval_data else []
+        return self.add(name, "train.py", [
+            "--model", self.path(after), "--data", data, *held_out, "--steps", steps,
+            "--max-new-tokens", self.tokens, "--eval-every", 10 ** 6, "--eval-problems", 20,
+            "--eval-samples", 1, "--save-every", 5, *more], after, files)
+
+    def levels(self, text):
+        return self.c.data
+
+    def held_out(self):
+        return self.c.eval_data or self.c.data          # the test split of gsm8k and math
+
+
+PUZZLES = ("", "family", "truth", "arithmetic")
 
 
 def r1(plan):
@@ -278,7 +331,7 @@ def run_stage(stage, config):
     seconds = 0.0               # of a corpus that was whole, but not yet said to be
     if not target.is_file():
         begin = time.perf_counter()
-        call(command, folder / "output.txt", "--resume")
+        call(command, folder / "output.txt", "--resume", ranks=config.ranks)
         seconds = time.perf_counter() - begin
     write_whole(done, json.dumps({"seconds": round(seconds, 1), "command": shlex.join(
         ["python", stage.program, *stage.args])}, indent=1) + "\n")
@@ -294,24 +347,29 @@ def going_on(out, command):
     return command
 
 
-def call(command, log, again, cores=None, bars=None):
+def call(command, log, again, cores=None, bars=None, ranks=1):
     """Run one of the project's programs, with what it says on stdout in the log.
 
     bars: whether its bars are shown on this terminal; None: if it is one. cores: those that it may
-    use; None: all. Raises ValueError where it fails, with its last line and how to go on: `again`.
-    """
+    use; None: all. ranks: processes, under torchrun if there are several. Raises ValueError where
+    it fails, with its last line and how to go on: `again`."""
     pinned = None
     if cores and hasattr(os, "sched_setaffinity"):
         pinned = functools.partial(os.sched_setaffinity, 0, cores)
 
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     shown = sys.stderr.isatty() if bars is None else bars
     with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *command], cwd=HERE, stdout=file,
+        done = subprocess.run([sys.executable, *launcher, *command], cwd=HERE, stdout=file,
                               stderr=None if shown else subprocess.PIPE, preexec_fn=pinned)
     if done.returncode:
         said = (done.stderr or b"").decode(errors="replace").replace("\r", "\n").strip()
+        lines = said.split("\n")
+        own = [line for line in lines if line.startswith("error: ")]        # torchrun says more
         raise ValueError(f"{command[0]} ended with status {done.returncode}: "
-                         f"{said.rpartition(chr(10))[2]} (its output: {log}); "
+                         f"{(own or lines)[-1]} (its output: {log}); "
                          f"mend it, then go on with {again}")
 
 
@@ -328,9 +386,9 @@ def measure(stage, plan):
     file = Path(c.out) / stage.name / "eval.json"
     if not file.exists():
         call(["evaluate.py", "--model", str(model_of(stage, c)), "--data", plan.held_out(),
-              "--limit", "60" if c.quick else "400", "--samples", "2", "--max-new-tokens", "128",
-              "--threads", str(c.threads), "--json", str(file)], file.with_name("output.txt"),
-             "--resume")
+              "--limit", "60" if c.quick else "400", "--samples", "2",
+              "--max-new-tokens", str(plan.tokens), "--threads", str(c.threads),
+              "--json", str(file)], file.with_name("output.txt"), "--resume", ranks=c.ranks)
     return json.loads(file.read_text())
 
 
@@ -361,18 +419,41 @@ def run(name, config):
 
 def build(name, config):
     """Returns the plan of a pipeline. Raises ValueError for a stage to leave out that is none."""
-    whole = Plan(config)
+    kind = Plan if config.data in PUZZLES else OnProblems
+    if kind is OnProblems:
+        check_problems(name, config)
+    whole = kind(config)
     PIPELINES[name](whole)
     names = [stage.name for stage in whole.stages]
+    if kind is Plan:
+        names = names[1:]           # without a base there is nothing
     if not config.without:
         return whole
-    if config.without not in names[1:]:
-        raise ValueError(f"--without {config.without}: {name} has the stages "
-                         f"{', '.join(names[1:])}")
+    if config.without not in names:
+        raise ValueError(f"--without {config.without}: {name} has the stages {', '.join(names)}")
 
-    plan = Plan(config, config.without)
+    plan = kind(config, config.without)
     PIPELINES[name](plan)
     return plan
+
+
+def check_problems(name, config):
+    """Raise ValueError where a pipeline cannot run on problems that are no puzzles."""
+    given = f"--data {config.data}"
+    if name not in ("r1", "dpo-self-training"):
+        raise ValueError(f"{given}: {name} needs levels: choose {', '.join(PUZZLES[1:])}")
+    if not config.model:
+        raise ValueError(f"{given} needs --model, a pretrained checkpoint: no new small model "
+                         "learns it")
+    if config.data not in HUB and not (is_file(config.data) and config.eval_data):
+        raise ValueError(f"{given} must be {', '.join(PUZZLES[1:])}, {', '.join(HUB)}, or a file "
+                         "with solutions, and then --eval-data another with held-out problems")
+
+    # a slip in the flags is said now, and not after an hour of SFT
+    import sft
+    objective = Config("dpo" if name.startswith("dpo") else "grpo")
+    for flags, of in ((config.train_flags, type(objective)), (config.sft_flags, sft.SFTConfig)):
+        command_line(of, "", shlex.split(flags))
 
 
 # ------------------------------------------------------------------------- what it shows at the end
@@ -425,9 +506,10 @@ def named_command(argv, what, names, config_class, description):
         raise ValueError("give --out, a folder")
 
     # the programs are called in the project's folder, and so would find relative paths there
-    for name_of in ("out", "base", "model"):
+    for name_of in ("out", "base", "model", "data", "eval_data"):
         path = getattr(config, name_of, "")
-        if path and (name_of == "out" or Path(path).exists()):
+        there = is_file(path) if "data" in name_of else Path(path).exists()
+        if path and (name_of == "out" or there):
             setattr(config, name_of, str(Path(path).resolve()))
     return name, config
 

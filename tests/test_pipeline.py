@@ -14,7 +14,7 @@ import pipeline
 import rejection
 import sft
 from pipeline import PIPELINES, PipelineConfig, Stage
-from test_train import HERE, equal
+from test_train import HERE, equal, start         # start is a fixture
 
 
 def stages_of(name, out="X", **settings):
@@ -155,3 +155,51 @@ def test_kill_minus_9_in_any_stage_gives_the_same_end(tmp_path):
     models = [load_file(folder / "grpo-adaptive" / "run" / "model" / "model.safetensors") for folder in (tmp_path / "whole", out)]
     assert equal(*models)
     assert "grpo-adaptive" in (out / "table.md").read_text() and (out / "pipeline.png").exists()
+
+
+# ------------------------------------------------------------------------------------ real problems
+
+def on_problems(start, out, name="r1", **more):
+    file = str(start.parent / "problems.jsonl")
+    return PipelineConfig(**{"out": str(out), "model": str(start), "data": file, "eval_data": file, "quick": True, "threads": 1, **more})
+
+
+@pytest.mark.parametrize("name", ["r1", "dpo-self-training"])
+def test_real_problems_begin_at_the_checkpoint_and_go_by_the_programs_own_rates(name, start, tmp_path):
+    config_of = on_problems(start, tmp_path, max_new_tokens=77, train_flags="--prompts-per-step 4", sft_flags="--lora-rank 2")
+    stages = pipeline.build(name, config_of).stages
+    assert stages[0].program == "sft.py" and stages[0].args[1] == str(start)
+    for stage in stages:
+        assert "--lr" not in stage.args and "--levels" not in stage.args
+        if stage.program == "sft.py":
+            assert sft.parse([*stage.args, "--out", "o"]).lora_rank == 2 and stage.args[1] == str(start)
+            assert ("--hold-out" in stage.args) == ("corpus" in stage.args[3])
+        elif stage.program == "train.py":
+            made = config.parse([*stage.args, "--out", "o"])
+            assert made.prompts_per_step == 4 and made.max_new_tokens == 77 and made.eval_data == config_of.eval_data
+    without = pipeline.build(name, on_problems(start, tmp_path, without=stages[0].name)).stages
+    assert [s.name for s in without] == [s.name for s in stages][1:] and without[0].args[1] == str(start)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("progressive", {}, "progressive needs levels"), ("r1", {"model": ""}, "needs --model"), ("r1", {"eval_data": ""}, "--eval-data another"),
+    ("r1", {"data": "gsm9k"}, "must be family, truth, arithmetic, gsm8k, math"), ("r1", {"train_flags": "--learning 1"}, "unrecognized arguments"),
+    ("r1", {"sft_flags": "--lora-rang 1"}, "unrecognized arguments: --lora-rang"), ("dpo-self-training", {"train_flags": "--clip-low 1"}, "--clip-low")])
+def test_what_cannot_run_on_real_problems_is_said_at_once(name, changes, message, start, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pipeline.build(name, on_problems(start, tmp_path, **changes))
+
+
+@pytest.mark.slow
+def test_r1_on_a_file_by_two_processes(start, tmp_path):
+    """It ends in a table with a row a stage; every program ran under torchrun."""
+    rows = (start.parent / "problems.jsonl").read_text().splitlines(keepends=True)
+    file, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    file.write_text("".join(rows[:150]))
+    held_out.write_text("".join(rows[150:]))
+    out = tmp_path / "p"
+    pipeline.main(["r1", "--model", str(start), "--data", str(file), "--eval-data", str(held_out), "--quick", "--threads", "1", "--ranks", "2", "--sft-steps", "4",
+                   "--grpo-steps", "2", "--max-new-tokens", "8", "--gate", "0", "--train-flags", "--prompts-per-step 4", "--out", str(out)])
+    rows = (out / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["cold-start", "grpo", "right-answers", "sft-of-base", "grpo-2"]
+    assert (out / "pipeline.png").exists()
