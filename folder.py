@@ -3,6 +3,7 @@
     config.json     the run's settings
     sources.json    fingerprints of the model and the data that it was started from
     start/          the starting model without its weights: config, tokenizer, chat template
+    made_by.jsonl   a line each time that it began or went on: commit, packages, machine, command
     .lock           held while a run writes here
     .NAME.part-0    of other programs: a result as far as it is (`Parts`)
     log.jsonl, samples.jsonl, curve.png (report.py), checkpoints/ (engine/checkpoint.py), model/
@@ -15,14 +16,19 @@ import fcntl
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 from config import free_on_resume, is_file
-from dist import Agreed, barrier, gather_objects, rank, together
+from dist import Agreed, barrier, gather_objects, rank, together, world
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
 from engine.weights import find_checkpoint, read_json, weight_files
@@ -228,6 +234,8 @@ def remember(c, folder, model, source, train, held_out):
 
     Returns fingerprint_of_run, which each checkpoint keeps."""
     def write():
+        with open(folder / "made_by.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(makers()) + "\n")
         if (folder / "sources.json").exists():
             return fingerprint_of_run(c, folder)
 
@@ -245,6 +253,31 @@ def remember(c, folder, model, source, train, held_out):
                           f"--out {folder}") from None
         return fingerprint_of_run(c, folder)
     return together(write)
+
+
+def makers():
+    """The code, the packages and the machine that make a run; null for what is not known."""
+    def git(*words):
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], timeout=10,
+                                  capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    edits = git("status", "--porcelain", "--untracked-files=no")
+    return {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": git("rev-parse", "HEAD"),
+            "edited": None if edits is None else bool(edits), "command": sys.argv,
+            "python": platform.python_version(), "ranks": world(),
+            **{name: version(name) for name in ("torch", "torch_npu", "transformers")},
+            "machine": platform.platform(), "processor": platform.machine(),
+            "cores": os.cpu_count()}
 
 
 # ----------------------------------------------------------------------------------------- the log

@@ -300,3 +300,16 @@ def test_a_broken_list_of_sources_is_named(content, begun):
 def test_progress_of_another_type_is_one_line(name, value):
     with pytest.raises(ValueError, match=f"state.json: {name} is"):
         Progress(**{name: value})
+
+
+def test_a_run_says_what_made_it_each_time_it_goes_on(start, tmp_path, monkeypatch):
+    """Commit and packages; without git the commit is null, and nothing ends."""
+    out = tmp_path / "run"
+    train.main(["--model", str(start), "--out", str(out), *fast(start)])
+    steps = len(log_of(out)) - 1
+    monkeypatch.setenv("PATH", "")
+    train.main(["--resume", "--out", str(out), "--steps", str(steps + 1)])
+    first, second = map(json.loads, (out / "made_by.jsonl").read_text().splitlines())
+    assert first["torch"] == torch.__version__.partition("+")[0] or first["torch"] == torch.__version__
+    assert first["ranks"] == 1 and first["transformers"] and first["cores"] >= 1
+    assert second["commit"] is None and second["edited"] is None
