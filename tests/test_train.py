@@ -510,3 +510,19 @@ def test_ctrl_c_saves_and_says_how_to_resume(start, tmp_path, signals):
 def test_a_micro_batch_has_few_keys_for_its_budget():
     """Prompt 90, completions of 1: eight rows are 98 tokens, within 100, but 728 keys; 4 x 100 keys are four rows of 91."""
     assert learner.micro_batches(range(8), [91] * 8, [90] * 8, 8, 100) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("more", [["--algo", "grpo"], ["--algo", "gtpo"], ["--algo", "offpolicy"], ["--algo", "dpo"],
+                                  ["--algo", "offpolicy", "--replay-ratio", "1", "--sync-every", "3"]], ids=" ".join)
+def test_every_objective_learns(more, start, tmp_path):
+    """The start guesses among three answers; one of them is right always. Thirty steps of 16 completions find that out."""
+    file = tmp_path / "always.jsonl"
+    rows = [{"problem": f"Which one, {i}?", "answer": "1", "solution": "#### 1"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = dict(zip(OPTIONS[::2], OPTIONS[1::2])) | {"--data": str(file), "--steps": "30", "--eval-every": "30", "--save-every": "30",
+                                                        "--lr": "3e-3", "--prompts-per-step": "4", "--group-size": "4", "--warmup-steps": "0"}
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *[word for pair in options.items() for word in pair], *more])
+    lines = log_of(tmp_path / "run")
+    assert lines[0]["eval_pass@1"] < 0.6 and lines[-1]["eval_pass@1"] > 0.75
+    if "--sync-every" not in more:
+        assert max(line["ratio_max_dev"] for line in lines[1:]) < 1e-3
