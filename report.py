@@ -43,6 +43,7 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
     here = {}
     for d in drawn:
         tokens = (d.rollout.lengths - d.rollout.prompt_lengths).float()
+        right = d.parts["correct"] > 0
         sums = {
             "rows": d.rewards.numel(),
             "reward": d.rewards.sum(),
@@ -52,8 +53,10 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
             "cut": (~d.rollout.finished).sum(),
             "tokens": d.rollout.lengths.sum(),
             "entropy": -d.rollout.logps.sum(),
-            "solved": (d.parts["correct"] > 0).any(1).sum(),
+            "solved": right.any(1).sum(),
+            "right": right.sum(),
             **{f"rewards/{name}": part.sum() for name, part in d.parts.items()},
+            **{f"right/{name}": part[right].sum() for name, part in d.parts.items()},
             **sums_by_kind(d, kinds, tokens.view(d.rewards.shape)),
         }
         here = {name: here.get(name, 0) + value for name, value in sums.items()}
@@ -70,6 +73,7 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
         "reward_std": sums["spread"] / groups,
         "frac_reward_zero_std": sums["flat_groups"] / groups,
         **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in drawn[0].parts},
+        **apart(sums, [name for name in drawn[0].parts if name != "correct"]),
         "completion_length": sums["drawn"] / rows,
         "truncated_frac": sums["cut"] / rows,
         "num_tokens": progress.num_tokens,
@@ -80,6 +84,20 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
         "rollout_tokens_per_s": sums["drawn"] / seconds,
         **means_by_kind(sums, kinds, c.group_size),
     }
+
+
+def apart(sums, names):
+    """Means of rewards other than correctness over right completions, and over wrong ones.
+
+    What wrong ones earn is what can be had without an answer."""
+    found = {}
+    for name in names:
+        right, total = sums[f"right/{name}"], sums[f"rewards/{name}"]
+        for kind, earned, count in (("right", right, sums["right"]),
+                                    ("wrong", total - right, sums["rows"] - sums["right"])):
+            if count:
+                found[f"rewards/{name}/{kind}"] = earned / count
+    return found
 
 
 def names_of(kinds):
