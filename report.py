@@ -237,7 +237,7 @@ def warnings_of(line, config, exact=True):
     if line.get("grad_norm") == 0 and line["frac_reward_zero_std"] < 1:
         said["no gradient"] = (f"warning: step {step}: the gradient is 0, although groups have "
                                "right and wrong answers: nothing was learned")
-    if line.get("ess", 1) < 0.3:
+    if line.get("ess", 1) < 0.1:
         said["old samples"] = (f"warning: step {step}: ess is {line['ess']:.2f}: the samples are "
                                "too old for the policy; lower --replay-ratio, --sync-every or --lr")
     fresh = getattr(config, "sync_every", 1) == 1
