@@ -477,9 +477,11 @@ def check(c):
     if c.variance_every > c.steps:
         raise ValueError(f"--variance-every {c.variance_every}: above --steps {c.steps}, so there "
                          "would be no estimate")
-    if c.refill and not importlib.import_module("reward").correct_counts(c.reward):
-        raise ValueError("--refill chooses groups by their correctness, which --reward correct=0 "
-                         "leaves out")
+    by_success = "--refill" if c.refill else "--curriculum adaptive"
+    if c.refill or c.curriculum == "adaptive":
+        if not importlib.import_module("reward").correct_counts(c.reward):
+            raise ValueError(f"{by_success} follows correctness, which --reward correct=0 leaves "
+                             "out")
     if c.overlong_buffer > c.max_new_tokens:
         raise ValueError(f"--overlong-buffer {c.overlong_buffer}: at most --max-new-tokens "
                          f"{c.max_new_tokens}")

@@ -103,9 +103,9 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
-    weights. With whole=False, files too give no more than their share, and with fill=True, in a
-    mix, no less: their problems are repeated. spare: leave out what a run with so many
-    --eval-problems holds out of a file.
+    weights. With whole=False, files too give no more than their share, any of their training
+    problems, and with fill=True, in a mix, no less: their problems are repeated. spare: leave out
+    what a run with so many --eval-problems holds out of a file.
 
     report takes the line that says how many problems were dropped: an empty answer cannot be given,
     and one that the verifier does not find equal to itself is never paid. With answered=False those
@@ -126,7 +126,11 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
             loaded = used
         if fill and len(parts) > 1:
             loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
-        problems += loaded if whole else loaded[:share]
+        if not whole:
+            if split == "train" and not tasks.known(part.source):
+                loaded = random.Random(f"part/{seed}").sample(loaded, len(loaded))
+            loaded = loaded[:share]
+        problems += loaded
     return problems
 
 
@@ -154,13 +158,14 @@ def load_part(part, split, seed, count, report, answered=True):
     if problems and not answered:
         return [{**problem, "task": name} for problem in problems]
 
-    answered = [p for p in problems if p["answer"].strip()]
-    kept = [p for p in answered if verifies_itself(p["answer"])]
+    with_answer = [p for p in problems if p["answer"].strip()]
+    kept = [p for p in with_answer if verifies_itself(p["answer"])]
     reasons = []
-    if len(answered) < len(problems):
-        reasons.append(f"{len(problems) - len(answered)} with an empty answer")
-    if len(kept) < len(answered):
-        reasons.append(f"{len(answered) - len(kept)} whose answer does not verify against itself")
+    if len(with_answer) < len(problems):
+        reasons.append(f"{len(problems) - len(with_answer)} with an empty answer")
+    if len(kept) < len(with_answer):
+        reasons.append(f"{len(with_answer) - len(kept)} whose answer does not verify against "
+                       "itself")
     if reasons:
         report(f"data: dropped {len(problems) - len(kept)} of {len(problems)} problems "
                f"of {source}: {', '.join(reasons)}")
@@ -280,12 +285,14 @@ def normalize(row, name, answered=True):
         said = said_in(question)
         question = said["user"]
     if not isinstance(question, str) or not question.strip():
-        raise ValueError('no text in the field "problem" or "question", nor in "prompt"')
+        raise ValueError('no text in the field "problem" or "question", nor in "prompt" '
+                         'or "messages"')
 
     graded = row.get("reward_model")
     answer = row.get("answer")
-    if answer is None and isinstance(graded, dict):
-        answer = graded.get("ground_truth")
+    graded = isinstance(graded, dict) and "ground_truth" in graded
+    if answer is None and graded:
+        answer = row["reward_model"]["ground_truth"]
     solution = row.get("solution") or said.get("assistant")
     # GSM8K: the answer field holds the solution
     if isinstance(answer, str) and "####" in answer:
@@ -321,7 +328,7 @@ def normalize(row, name, answered=True):
     return problem
 
 
-def told(problem):
+def system_of(problem):
     """The system message that a problem brings, as a field of a row; {} if it has none."""
     return {"system": problem["system"]} if "system" in problem else {}
 

@@ -312,8 +312,9 @@ class OffPolicy:
         self.teacher = teacher.requires_grad_(False)
         self.config = config
         self.inside = config.features > 0 or config.relations > 0
-        if self.inside and dist.world() > 1:
-            raise ValueError("--features and --relations run in one process: leave torchrun out")
+        if self.inside and (dist.world() > 1 or model.dtype != torch.float32):
+            raise ValueError("--features and --relations run in one process and in float32: leave "
+                             "torchrun out, and give --dtype float32")
         if config.features > 0:
             model.projection = torch.nn.Linear(model.config.hidden_size, teacher.config.hidden_size,
                                                bias=False, device=model.device)

@@ -143,10 +143,11 @@ def is_under_way(folder):
 
 
 def fingerprint_of_problems(problems):
-    """A checksum of problems and answers, in their order."""
+    """A checksum of problems, answers and system messages, in their order."""
     crc = 0
     for p in problems:
-        crc = zlib.crc32(json.dumps([p["problem"], p["answer"]]).encode(), crc)
+        seen = [p["problem"], p["answer"], *([p["system"]] if "system" in p else [])]
+        crc = zlib.crc32(json.dumps(seen).encode(), crc)
     return f"{crc:08x}, {len(problems)} problems"
 
 

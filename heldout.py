@@ -41,8 +41,9 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature, reward
     right = reward.correct(problems, groups)
 
     of_kind = {}
-    if any((name, weight) != ("correct", 1) for name, weight, _ in rewards):
-        of_kind = rewarded(rewards, problems, groups, samples, rollout)
+    others = any((name, weight) != ("correct", 1) for name, weight, _ in rewards)
+    if others or rewards and config.overlong_buffer:
+        of_kind = rewarded(rewards, problems, groups, samples, rollout, config)
     for name, chosen in report.indices_by_kind(problems, kinds_of(held_out)).items():
         of_kind[f"right/{name}"] = sum(sum(right[i]) for i in chosen)
         of_kind[f"rows/{name}"] = samples * len(chosen)
@@ -53,7 +54,7 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature, reward
         "tokens": (rollout.lengths - rollout.prompt_lengths).sum()}, sampler.model.device)
 
 
-def rewarded(rewards, problems, groups, samples, rollout):
+def rewarded(rewards, problems, groups, samples, rollout, config):
     """Sums of what each reward function says, and of the weighted sum. A function that fails here
     is only shown to fail: training, which it would end, says so by itself."""
     try:
@@ -62,8 +63,12 @@ def rewarded(rewards, problems, groups, samples, rollout):
         if dist.rank() == 0:
             tqdm.write(f"warning: evaluation: {error}", file=sys.stderr)
         return {}
-    sums = {f"rewards/{name}": found[name].sum() for name, _, _ in rewards}
-    return {**sums, "reward": sum(weight * sums[f"rewards/{name}"] for name, weight, _ in rewards)}
+    weights = {name: weight for name, weight, _ in rewards}
+    if config.overlong_buffer:
+        found["overlong"] = reward.overlong_of(rollout, found["correct"], config)
+        weights["overlong"] = 1.0
+    sums = {f"rewards/{name}": found[name].sum() for name in weights}
+    return {**sums, "reward": sum(weights[name] * found[name].sum() for name in weights)}
 
 
 def evaluate_run(run):

@@ -399,7 +399,7 @@ def examine(config):
             for (problem, before), text in zip(wrong, again):
                 if reward.right(problem, text):
                     rows.append({"problem": problem["problem"], "answer": problem["answer"],
-                                 "solution": text, "rejected": before, **data.told(problem)})
+                                 "solution": text, "rejected": before, **data.system_of(problem)})
             result["revised"] = {"wrong": len(wrong), "now_right": len(rows)}
     return result, rows
 

@@ -45,7 +45,8 @@ def adamw(model, lr, weight_decay=0.0, parameters=None):
 
     parameters: those of the model to train; all that receive a gradient if not given. Only matrices
     decay: a norm's weight or a bias has no reason to be near 0."""
-    parameters = parameters or trainable(model)
+    if parameters is None:
+        parameters = trainable(model)
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(      # fused: no temporary of a weight's size

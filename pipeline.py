@@ -30,7 +30,7 @@ rates are still those of the small model.
 r1 and dpo-self-training also run on real problems, at the programs' own rates:
 
     python pipeline.py r1 --model Qwen/Qwen2.5-1.5B --data gsm8k --ranks 8 --max-new-tokens 512 \
-        --sft-steps 200 --grpo-steps 100 --train-flags "--prompts-per-step 64" --out runs/r1-gsm8k
+        --sft-steps 200 --grpo-steps 100 --train-flags="--prompts-per-step 64" --out runs/r1-gsm8k
 
 The base is then the checkpoint as it is, and every SFT of r1 begins there. Needs the programs as
 they are.
@@ -42,14 +42,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import report
-from config import DEVICES, Config, check_settings, command_line, is_file, setting
-from data import HUB
+from config import DEVICES, check_settings, command_line, is_file, parse, setting
+from data import HUB, from_jsonl
 from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
@@ -72,8 +73,10 @@ class PipelineConfig:
     sft_steps: int = setting(0, least=0)    # of each SFT; 0: 1,000
     grpo_steps: int = setting(0, least=0)   # of all GRPO stages together; 0: 60
     max_new_tokens: int = setting(128, least=1)
-    train_flags: str = ""                   # more flags of each train.py, in quotes
-    sft_flags: str = ""                     # more flags of each sft.py
+    train_flags: str = ""                   # more flags of each train.py, as one word:
+                                            # --train-flags="--lora-rank 16 --lr 1e-4"
+
+    sft_flags: str = ""                     # the same of each sft.py
     ranks: int = setting(1, least=1)        # processes of each program, by torchrun
     gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
     seed: int = setting(0, least=0)
@@ -151,10 +154,11 @@ class Plan:
 
         now: the stage to go on from if this one is left out; empty: the same."""
         # a corpus of ours has no problem that is tested
-        whole = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
+        all_of_it = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
         return self.add(name, "sft.py", [
             "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
-            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400, *whole], now or after)
+            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400, *all_of_it],
+            now or after)
 
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""
@@ -192,10 +196,11 @@ class OnProblems(Plan):
         return name                     # the checkpoint as it is
 
     def sft(self, name, after, data, now=""):
-        whole = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
+        # what is tested stands in --eval-data, or in the test split
+        all_of_it = ["--hold-out", 0] if ".jsonl" in data or is_file(data) else []
         return self.add(name, "sft.py", [
             "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
-            "--max-length", self.tokens + 512, *whole], now or after)
+            "--max-length", self.tokens + 512, *all_of_it], now or after)
 
     def train(self, name, after, data, steps, *more, files=None):
         held_out = ["--eval-data", self.c.eval_data] if self.c.eval_data else []
@@ -362,8 +367,9 @@ def call(command, log, again, cores=None, bars=None, ranks=1):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     shown = sys.stderr.isatty() if bars is None else bars
     with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *launcher, *command], cwd=HERE, stdout=file,
-                              stderr=None if shown else subprocess.PIPE, preexec_fn=pinned)
+        done = subprocess.run([sys.executable, *launcher, str(HERE / command[0]), *command[1:]],
+                              stdout=file, stderr=None if shown else subprocess.PIPE,
+                              preexec_fn=pinned)
     if done.returncode:
         said = (done.stderr or b"").decode(errors="replace").replace("\r", "\n").strip()
         lines = said.split("\n")
@@ -449,11 +455,27 @@ def check_problems(name, config):
         raise ValueError(f"{given} must be {', '.join(PUZZLES[1:])}, {', '.join(HUB)}, or a file "
                          "with solutions, and then --eval-data another with held-out problems")
 
-    # a slip in the flags is said now, and not after an hour of SFT
+    if is_file(config.data):
+        if Path(config.data).name == "corpus.jsonl":
+            raise ValueError(f"{given}: rename it, stages have files of that name")
+        trained, tested = ({p["problem"] for p in from_jsonl(file, answered=False)}
+                           for file in (config.data, config.eval_data))
+        if trained & tested:
+            raise ValueError(f"{given}: {len(trained & tested)} of its problems stand in "
+                             "--eval-data too, and SFT would show their solutions")
+
+
+def check_stages(plan):
+    """Raise ValueError for a stage whose program would refuse its flags, before anything runs."""
+    import rejection
     import sft
-    objective = Config("dpo" if name.startswith("dpo") else "grpo")
-    for flags, of in ((config.train_flags, type(objective)), (config.sft_flags, sft.SFTConfig)):
-        command_line(of, "", shlex.split(flags))
+    parsers = {"sft.py": sft.parse, "train.py": parse, "rejection.py": rejection.parse}
+    somewhere = Path(tempfile.gettempdir()) / f"no-stage-{os.getpid()}"
+    for stage in plan.stages:
+        try:
+            parsers[stage.program]([*stage.args, "--out", str(somewhere)])
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
 
 
 # ------------------------------------------------------------------------- what it shows at the end
@@ -505,7 +527,7 @@ def named_command(argv, what, names, config_class, description):
     if not config.out:
         raise ValueError("give --out, a folder")
 
-    # the programs are called in the project's folder, and so would find relative paths there
+    # so that --resume finds them from another folder too
     for name_of in ("out", "base", "model", "data", "eval_data"):
         path = getattr(config, name_of, "")
         there = is_file(path) if "data" in name_of else Path(path).exists()
@@ -525,8 +547,9 @@ def claim(name, config):
         if not config.resume:
             raise ValueError(f"--out {folder} holds a pipeline: go on with --resume, or choose "
                              "another folder")
-        # the gate alone changes no weights
-        differ = [key for key in mine if key != "gate" and mine[key] != theirs.get(key)]
+        # neither the gate nor the number of processes decides what is learned
+        before = {**asdict(PipelineConfig()), **theirs}         # of an older version, too
+        differ = [key for key in mine if key not in ("gate", "ranks") and mine[key] != before[key]]
         if differ:
             raise ValueError(f"--resume goes on as it was: {differ[0]} was "
                              f"{theirs.get(differ[0])!r}, not {mine[differ[0]]!r}")
@@ -541,7 +564,7 @@ def claim(name, config):
 def main(argv=None):
     with program(lambda: "interrupted: go on with the same command and --resume"):
         name, config = named_command(argv, "a pipeline", PIPELINES, PipelineConfig, __doc__)
-        build(name, config)         # what cannot be built is said now
+        check_stages(build(name, config))       # what cannot run is said now
         claim(name, config)
         results = run(name, config)
         text = table(results, config)

@@ -211,7 +211,7 @@ def rows_of(config, problem, texts):
         rows.append({
             "problem": problem["problem"], "answer": problem["answer"], "solution": text,
             "from": problem["task"], "level": problem.get("level"), "success": success,
-            **data.told(problem),
+            **data.system_of(problem),
         })
     return rows
 

@@ -28,7 +28,7 @@ from reward import correct_counts
 SAMPLES = 4         # completions of each problem that samples.jsonl shows
 PANELS = (          # of curve.png: (title, keys of the log)
     ("accuracy", ("eval_pass@1", "eval_greedy")),
-    ("training reward", ("reward",)),
+    ("reward", ("reward", "eval_reward")),
     ("completion length (tokens)", ("completion_length", "eval_length")))
 
 
@@ -231,12 +231,12 @@ def warnings_of(line, config, exact=True):
                            f"{config.max_new_tokens}")
     elif cut > 0.2:
         said["cut"] = (f"warning: step {step}: {cut:.0%} of the completions were cut at "
-                       f"--max-new-tokens {config.max_new_tokens} and earned nothing: raise it, or "
-                       "the model learns to be short")
+                       f"--max-new-tokens {config.max_new_tokens}, most of them before an answer: "
+                       "raise it, or the model learns to be short")
 
     if line.get("grad_norm") == 0 and line["frac_reward_zero_std"] < 1:
-        said["no gradient"] = (f"warning: step {step}: the gradient is 0, although groups have "
-                               "right and wrong answers: nothing was learned")
+        said["no gradient"] = (f"warning: step {step}: the gradient is 0, although rewards "
+                               "differ within groups: nothing was learned")
     if line.get("ess", 1) < 0.1:
         said["old samples"] = (f"warning: step {step}: ess is {line['ess']:.2f}: the samples are "
                                "too old for the policy; lower --replay-ratio, --sync-every or --lr")

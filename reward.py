@@ -496,3 +496,10 @@ def overlong(lengths, finished, correct, limit, buffer):
     excess = (lengths - (limit - buffer)) / buffer
     pays = (correct > 0) | ~finished
     return -excess.clamp(0, 1) * pays
+
+
+def overlong_of(rollout, correct, config):
+    """Return `overlong` of a rollout's completions: (N, G), like correct."""
+    lengths = (rollout.lengths - rollout.prompt_lengths).cpu().view(correct.shape)
+    finished = rollout.finished.cpu().view(correct.shape)
+    return overlong(lengths, finished, correct, config.max_new_tokens, config.overlong_buffer)

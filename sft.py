@@ -44,6 +44,7 @@ from rollout import Rollout
 
 
 WITH_MODEL = (lambda c: c.model, "--model: a new small model is trained whole")
+ALL_WEIGHTS = (lambda c: not c.lora_rank, "all weights: leave --lora-rank out")
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
                            for part in data.parts_of(c.data)),
@@ -83,10 +84,11 @@ class SFTConfig:
     batch_size: int = setting(16, least=1)          # sequences an optimizer step, over all ranks
     lr: float = setting(0.0, least=0)               # peak; linear warm-up over a tenth, then cosine
                                                     # to a tenth. 0: 2e-3 for a small model, 1e-5
-                                                    # above 10 million parameters, 1e-4 with LoRA
+                                                    # above 10 million parameters; with LoRA ten
+                                                    # times as much
 
-    muon_lr: float = setting(0.0, least=0)          # peak of Muon for the blocks' matrices;
-                                                    # 0.02 is usual (muon.py), 0: AdamW alone
+    muon_lr: float = setting(0.0, least=0, needs=[ALL_WEIGHTS])     # peak of Muon for the blocks'
+                                                    # matrices; 0.02 is usual (muon.py), 0: AdamW
 
     weight_decay: float = setting(0.01, least=0)    # of AdamW
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass; memory, not mathematics

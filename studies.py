@@ -45,10 +45,15 @@ MIX = "arithmetic:2-4,boolean:2-6,family:2-4,truth:2-4,seating:3-4"
 
 # ----------------------------------------------------------------------- what is computed of a log
 
+def known(lines, *keys):
+    """The lines of a log in which all these keys have a number (nan stands there as null)."""
+    return [line for line in lines
+            if all(line.get(key) is not None and math.isfinite(line[key]) for key in keys)]
+
+
 def values_of(lines, key):
-    """The finite values of a key in the lines of a log."""
-    found = [line[key] for line in lines if line.get(key) is not None]
-    return [x for x in found if math.isfinite(x)]
+    """The numbers of a key in the lines of a log."""
+    return [line[key] for line in known(lines, key)]
 
 
 def noise_scale(lines):
@@ -56,12 +61,12 @@ def noise_scale(lines):
 
     N tr Cov(g) / |G|^2 of the N prompts of a step, with |G|^2 = E|g|^2 - tr Cov(g) (McCandlish et
     al., arXiv 1812.06162, B_simple); needs --variance-every. nan where the noise hides G."""
-    known = [line for line in lines if math.isfinite(line.get("grad_variance", math.nan))]
-    if not known:
+    estimates = known(lines, "grad_variance", "grad_norm")
+    if not estimates:
         return math.nan
-    noise = mean(line["grad_variance"] for line in known)
-    signal = mean(line["grad_norm"] ** 2 for line in known) - noise
-    prompts = known[0]["num_samples"] / known[0]["step"] / GROUP
+    noise = mean(line["grad_variance"] for line in estimates)
+    signal = mean(line["grad_norm"] ** 2 for line in estimates) - noise
+    prompts = estimates[0]["num_samples"] / estimates[0]["step"] / GROUP
     return prompts * noise / signal if signal > 0 else math.nan
 
 
@@ -90,7 +95,7 @@ def ess_of_kl(lines):
 
     ess is of whole completions, kl_pi_mu a mean over tokens: hence the length."""
     return mean(math.exp(-2 * line["kl_pi_mu"] * line["completion_length"])
-                for line in lines if "kl_pi_mu" in line)
+                for line in known(lines, "kl_pi_mu", "completion_length"))
 
 
 def cost_ratio(lines):

@@ -122,10 +122,7 @@ def draw(run, number=0):
         lambda: reward.parts(run.rewards, problems, groups, c.group_size, rollout))
     scores = sum(weight * parts[name] for name, weight, _ in run.rewards)       # (n, G) float64
     if c.overlong_buffer:
-        shape, lengths = scores.shape, rollout.lengths - rollout.prompt_lengths
-        parts["overlong"] = reward.overlong(
-            lengths.cpu().view(shape), rollout.finished.cpu().view(shape), parts["correct"],
-            c.max_new_tokens, c.overlong_buffer)
+        parts["overlong"] = reward.overlong_of(rollout, parts["correct"], c)
         scores = scores + parts["overlong"]
     rewards = scores.float().to(run.learner.device)
     return Drawn(problems, rollout, groups, parts, scores, rewards)

@@ -57,8 +57,7 @@ def work_of(args, model):
     Raises ValueError for a file that has fewer questions than --prompts."""
     if args.data:
         tokenizer = prompts.load_tokenizer(args.model)
-        asked = [problem["problem"] for problem in common.questions(args)]
-        return Work(tokenizer, prompts.prompt_texts(asked, tokenizer, "auto"),
+        return Work(tokenizer, prompts.prompt_texts(common.questions(args), tokenizer, "auto"),
                     common.real_prompts(args, tokenizer), prompts.stop_ids(model, tokenizer))
 
     drawn, _ = common.workload(args, model.config)

@@ -159,21 +159,31 @@ def test_kill_minus_9_in_any_stage_gives_the_same_end(tmp_path):
 
 # ------------------------------------------------------------------------------------ real problems
 
-def on_problems(start, out, name="r1", **more):
-    file = str(start.parent / "problems.jsonl")
-    return PipelineConfig(**{"out": str(out), "model": str(start), "data": file, "eval_data": file, "quick": True, "threads": 1, **more})
+def two_files(start, folder):
+    """Problems to train on, and others."""
+    rows = (start.parent / "problems.jsonl").read_text().splitlines()
+    for name, part in (("train.jsonl", rows[:150]), ("test.jsonl", rows[150:])):
+        (folder / name).write_text("\n".join(part))
+    return str(folder / "train.jsonl"), str(folder / "test.jsonl")
+
+
+def on_problems(start, folder, **more):
+    file, held_out = two_files(start, folder)
+    return PipelineConfig(**{"out": str(folder / "p"), "model": str(start), "data": file, "eval_data": held_out, "quick": True, "threads": 1, **more})
 
 
 @pytest.mark.parametrize("name", ["r1", "dpo-self-training"])
 def test_real_problems_begin_at_the_checkpoint_and_go_by_the_programs_own_rates(name, start, tmp_path):
     config_of = on_problems(start, tmp_path, max_new_tokens=77, train_flags="--prompts-per-step 4", sft_flags="--lora-rank 2")
-    stages = pipeline.build(name, config_of).stages
+    plan = pipeline.build(name, config_of)
+    pipeline.check_stages(plan)
+    stages = plan.stages
     assert stages[0].program == "sft.py" and stages[0].args[1] == str(start)
     for stage in stages:
         assert "--lr" not in stage.args and "--levels" not in stage.args
         if stage.program == "sft.py":
             assert sft.parse([*stage.args, "--out", "o"]).lora_rank == 2 and stage.args[1] == str(start)
-            assert ("--hold-out" in stage.args) == ("corpus" in stage.args[3])
+            assert stage.args[stage.args.index("--hold-out") + 1] == "0"       # what is tested stands in another file
         elif stage.program == "train.py":
             made = config.parse([*stage.args, "--out", "o"])
             assert made.prompts_per_step == 4 and made.max_new_tokens == 77 and made.eval_data == config_of.eval_data
@@ -184,21 +194,39 @@ def test_real_problems_begin_at_the_checkpoint_and_go_by_the_programs_own_rates(
 @pytest.mark.parametrize("name, changes, message", [
     ("progressive", {}, "progressive needs levels"), ("r1", {"model": ""}, "needs --model"), ("r1", {"eval_data": ""}, "--eval-data another"),
     ("r1", {"data": "gsm9k"}, "must be family, truth, arithmetic, gsm8k, math"), ("r1", {"train_flags": "--learning 1"}, "unrecognized arguments"),
-    ("r1", {"sft_flags": "--lora-rang 1"}, "unrecognized arguments: --lora-rang"), ("dpo-self-training", {"train_flags": "--clip-low 1"}, "--clip-low")])
-def test_what_cannot_run_on_real_problems_is_said_at_once(name, changes, message, start, tmp_path):
+    ("r1", {"sft_flags": "--lora-rang 1"}, "stage cold-start: unrecognized arguments: --lora-rang"),
+    ("dpo-self-training", {"train_flags": "--clip-low 1"}, "stage dpo-1: .*--clip-low"), ("r1", {"train_flags": "--group-size 1"}, "--group-size 1"),
+    ("r1", {"grpo_steps": 1}, "stage grpo: --steps 0"), ("progressive", {"data": "", "grpo_steps": 3}, "--steps 0")])
+def test_what_cannot_run_is_said_at_once(name, changes, message, start, tmp_path):
     with pytest.raises(ValueError, match=message):
-        pipeline.build(name, on_problems(start, tmp_path, **changes))
+        pipeline.check_stages(pipeline.build(name, on_problems(start, tmp_path, **changes)))
+
+
+def test_files_that_share_problems_or_are_called_as_ours_are_refused(start, tmp_path):
+    same = str(start.parent / "problems.jsonl")
+    with pytest.raises(ValueError, match="50 of its problems stand in --eval-data too"):
+        pipeline.build("r1", on_problems(start, tmp_path, data=same))
+    ours = tmp_path / "corpus.jsonl"
+    ours.write_text((tmp_path / "train.jsonl").read_text())
+    with pytest.raises(ValueError, match="rename it"):
+        pipeline.build("r1", on_problems(start, tmp_path, data=str(ours)))
+
+
+def test_a_folder_of_an_older_version_goes_on_and_with_other_processes(tmp_path):
+    first = PipelineConfig(out=str(tmp_path / "p"))
+    pipeline.claim("r1", first)
+    file = tmp_path / "p" / "pipeline.json"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("eval_data", "ranks", "sft_flags")}
+    file.write_text(json.dumps(old))
+    pipeline.claim("r1", PipelineConfig(out=first.out, resume=True, ranks=2))
 
 
 @pytest.mark.slow
 def test_r1_on_a_file_by_two_processes(start, tmp_path):
     """It ends in a table with a row a stage; every program ran under torchrun."""
-    rows = (start.parent / "problems.jsonl").read_text().splitlines(keepends=True)
-    file, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
-    file.write_text("".join(rows[:150]))
-    held_out.write_text("".join(rows[150:]))
+    file, held_out = two_files(start, tmp_path)
     out = tmp_path / "p"
-    pipeline.main(["r1", "--model", str(start), "--data", str(file), "--eval-data", str(held_out), "--quick", "--threads", "1", "--ranks", "2", "--sft-steps", "4",
+    pipeline.main(["r1", "--model", str(start), "--data", file, "--eval-data", held_out, "--quick", "--threads", "1", "--ranks", "2", "--sft-steps", "4",
                    "--grpo-steps", "2", "--max-new-tokens", "8", "--gate", "0", "--train-flags", "--prompts-per-step 4", "--out", str(out)])
     rows = (out / "table.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["cold-start", "grpo", "right-answers", "sft-of-base", "grpo-2"]

@@ -60,14 +60,14 @@ def test_what_is_computed_of_a_log_by_hand():
     """Six steps of 4 prompts: the last two rewards .3 and .5, .8 as best evaluation, 0.6 reached half way between two."""
     lines = [{"step": 0, "eval_pass@1": .2, "num_samples": 0}]
     lines += [{"step": s, "reward": s / 10, "num_samples": 32 * s, "rollout_time": 3., "train_time": 2.} for s in range(1, 7)]
-    lines[3] |= {"eval_pass@1": .4, "grad_variance": math.nan, "grad_norm": 9}
+    lines[3] |= {"eval_pass@1": .4, "grad_variance": None, "grad_norm": 9}           # a nan stands in the log as null
     lines[5] |= {"eval_pass@1": .8, "grad_variance": 1., "grad_norm": 2., "kl_pi_mu": .05, "completion_length": 10, "ess": .25}
     lines[6] |= {"eval_pass@1": .7, "grad_variance": 2., "grad_norm": 1., "kl_pi_mu": .1, "completion_length": 20, "ess": .5}
     value = {name: measure(lines) for name, measure in MEASURES.items()}
     assert value["reward swing"] == pytest.approx(.05) and value["fall"] == pytest.approx(.1)
     assert value["samples to 0.6"] == pytest.approx(128) and value["draw / train"] == 1.5
     assert value["mean ess"] == .375 and value["exp(-2 KL)"] == pytest.approx((math.exp(-1) + math.exp(-4)) / 2)
-    assert value["noise scale"] == pytest.approx(4 * 1.5 / (2.5 - 1.5))         # nan is no estimate
+    assert value["noise scale"] == pytest.approx(4 * 1.5 / (2.5 - 1.5))         # null is no estimate
     lines[5]["grad_norm"] = 1.                                                  # all of the norm is noise
     assert math.isnan(MEASURES["noise scale"](lines)) and math.isnan(MEASURES["noise scale"](lines[:5]))
     assert math.isnan(MEASURES["samples to 0.7"](lines[:5])) and math.isnan(MEASURES["mean ess"](lines[:5]))

@@ -146,6 +146,9 @@ def test_it_is_part_of_the_reward(start, tmp_path):
     for line in log_of(tmp_path / "run")[1:]:
         assert line["rewards/overlong"] < 0
         assert line["reward"] == pytest.approx(line["rewards/correct"] + line["rewards/overlong"], abs=1e-6)
+    for line in [line for line in log_of(tmp_path / "run") if "eval_pass@1" in line]:
+        assert line["eval_reward"] == pytest.approx(line["eval_pass@1"] + line["eval_rewards/overlong"], abs=1e-6)
+        assert line["eval_rewards/overlong"] < 0
     with pytest.raises(SystemExit, match="--overlong-buffer 9: at most --max-new-tokens 8"):
         train.main(["--model", str(start), "--out", str(tmp_path / "no"), *fast(start), "--overlong-buffer", "9"])
 
@@ -176,7 +179,7 @@ def test_a_run_on_rewards_of_ones_own_needs_no_answers(start, tmp_path):
     assert log_of(out)[-1]["reward"] == pytest.approx(log_of(out)[-1]["rewards/length"] / 2, rel=1e-5)
     with pytest.raises(SystemExit, match="questions.jsonl:1: no \"answer\""):
         train.main(["--model", str(start), "--out", str(tmp_path / "no"), *more, "--reward", f"{mine}:length"])
-    with pytest.raises(SystemExit, match="--refill chooses groups by their correctness"):
+    with pytest.raises(SystemExit, match="--refill follows correctness"):
         train.main(["--model", str(start), "--out", str(tmp_path / "no"), *more, "--reward", f"correct=0,{mine}:length", "--refill", "1"])
 
 
