@@ -9,7 +9,7 @@
     batch-size   N = 4 to 128 prompts a step, as many in all; learning rate as it is, or * sqrt(N);
                  the gradient's noise; also with GTPO and off-policy
     reuse        off-policy, K = 1 to 8 passes over as many fresh samples, half of the yardstick's;
-                 its refinements at K = 4
+                 beside K = 1 with higher learning rates, or epochs; its refinements at K = 4
     staleness    off-policy, weights that draw renewed every 1 to 64 steps
     lora         a pretrained model (--base) on arithmetic: LoRA of rank 1, 8 and 32, and full
 
@@ -210,6 +210,9 @@ def batch_size(c):
 def reuse(c):
     off = [*YARDSTICK, *length(c, 50, evaluations=10), "--algo", "offpolicy", "--replay-ratio"]
     runs = {f"K{K}": [*off, K] for K in ((1, 2) if c.quick else (1, 2, 4, 8))}
+    # as much movement a sample without a buffer: is it that?
+    runs |= {"K1-lr-4e-4": [*off, 1, "--lr", "4e-4"], "K1-lr-8e-4": [*off, 1, "--lr", "8e-4"],
+             "K1-4-epochs": [*off, 1, "--epochs", 4]}
     K = 2 if c.quick else 4
     runs |= {f"K{K}-ess-lr": [*off, K, "--ess-lr"],
              f"K{K}-loglinear": [*off, K, "--prox", "loglinear"],
