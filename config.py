@@ -28,7 +28,7 @@ ALGOS = ("grpo", "gtpo", "offpolicy", "dpo", "distill")
 # The choices of settings that several programs have.
 DEVICES = ("", "cpu", "cuda", "npu")
 DTYPES = ("", "float32", "bfloat16")
-TEMPLATES = ("auto", "chat", "plain", "reasoning")
+TEMPLATES = ("auto", "chat", "plain", "reasoning", "r1-zero")
 CURRICULA = ("uniform", "steps", "cosine", "gaussian", "adaptive")      # curriculum.py
 
 # What a chat template is always given, and --chat-template-kwargs may not change.
@@ -246,7 +246,8 @@ class Common:
     rows_at_once: int = setting(1024, least=1)          # completions drawn together, at most;
                                                         # memory may allow fewer
 
-    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain,
+                                                        # reasoning, r1-zero (prompts.py)
     chat_template_kwargs: str = ""      # what the chat template shall read, a JSON object:
                                         # {"enable_thinking": false} switches Qwen3's thinking off
 

@@ -82,7 +82,7 @@ class EvalConfig:
     limit: int = setting(0, least=0)                # only the first problems;
                                                     # 0: all (of a built-in task 1000)
 
-    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts, see prompts.py
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON;
                                                     # empty: what a run's model was trained with
 

@@ -59,7 +59,7 @@ class ProbeConfig:
     group_size: int = setting(16, least=4)      # G of the probe; any G gives the same on average
     max_new_tokens: int = setting(256, least=1)
     temperature: float = setting(1.0, above=0)
-    template: str = setting("auto", choices=TEMPLATES)  # auto, chat, plain, reasoning
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts, see prompts.py
     chat_template_kwargs: str = ""              # what the chat template shall read, as JSON
     sketch: int = setting(2 ** 18, least=2)     # numbers that a score is kept as
     json: str = ""                              # receives the numbers

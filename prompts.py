@@ -8,6 +8,7 @@ it is; base models get plain text.
     chat        the tokenizer's chat template, with BOXED_PROMPT as system message
     plain       the question and a newline; a system message of the problem's own stands above it
     reasoning   REASONING_PROMPT as system message, or above the question where there is no chat
+    r1-zero     the same with R1_PROMPT, that of DeepSeek-R1-Zero: made for base models
 
 A model is taken for an instruct model if the token that ends a turn in its chat template also ends
 its completions: by the tokenizer's eos, config.json or generation_config.json. `report_template`
@@ -27,6 +28,7 @@ import re
 from pathlib import Path
 
 import chat
+from config import TEMPLATES
 from engine.weights import download, read_json
 from families import token_ids
 
@@ -36,6 +38,14 @@ REASONING_PROMPT = (
     "Answer the question. First write your reasoning, then only the final answer, in this form:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
+R1_PROMPT = (       # arXiv 2501.12948, table 1
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>.")
+FORMS = {"reasoning": REASONING_PROMPT, "r1-zero": R1_PROMPT}       # templates that ask for a form
+
 
 # ----------------------------------------------------------------------------------- templates
 
@@ -43,8 +53,9 @@ def uses_chat(tokenizer, template):
     """Tell whether this template goes through the tokenizer's chat template.
 
     Raises ValueError for an unknown template, and for "chat" where the tokenizer has none."""
-    if template not in ("auto", "chat", "plain", "reasoning"):
-        raise ValueError(f"--template must be auto, chat, plain or reasoning, not {template!r}")
+    if template not in TEMPLATES:
+        raise ValueError("--template must be auto, chat, plain or reasoning, or r1-zero, "
+                         f"not {template!r}")
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise ValueError(
@@ -124,9 +135,7 @@ def prompt_text(question, tokenizer, template="auto"):
 
 def conversation(problem, template):
     """Returns a problem as the messages that a chat template is given."""
-    system = problem.get("system", BOXED_PROMPT)
-    if template == "reasoning":
-        system = REASONING_PROMPT
+    system = FORMS.get(template) or problem.get("system", BOXED_PROMPT)
     return [{"role": "system", "content": system}, {"role": "user", "content": problem["problem"]}]
 
 
@@ -138,8 +147,11 @@ def prompt_texts(problems, tokenizer, template):
 
     texts = []
     for problem in problems:
-        above = REASONING_PROMPT if template == "reasoning" else problem.get("system")
-        texts.append((f"{above}\n\n" if above else "") + problem["problem"] + "\n")
+        above = FORMS.get(template) or problem.get("system")
+        if template == "r1-zero":
+            texts.append(f"{above} User: {problem['problem']} Assistant:")
+        else:
+            texts.append((f"{above}\n\n" if above else "") + problem["problem"] + "\n")
     return texts
 
 

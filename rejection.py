@@ -51,7 +51,7 @@ class RejectionConfig:
     max_new_tokens: int = setting(256, least=1)
     max_prompt_tokens: int = setting(512, least=1)
     batch: int = setting(64, least=1)       # problems drawn together
-    template: str = setting("auto", choices=TEMPLATES)  # of prompts: auto, chat, plain, reasoning
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts, see prompts.py
     chat_template_kwargs: str = ""          # what the chat template shall read, as JSON
     seed: int = setting(0, least=0)         # of problems and completions
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here

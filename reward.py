@@ -346,12 +346,13 @@ def right(problem, completion) -> bool:
     return verify(completion, problem["answer"])
 
 
-def format_reward(completion: str) -> float:
+def format_reward(completion: str, thought="reasoning") -> float:
     """Return 1.0 for exactly <reasoning>...</reasoning><answer>...</answer>, else 0.0.
 
-    Each tag occurs once, neither part is empty, and there is no text outside of the two.
+    Each tag occurs once, neither part is empty, and there is no text outside of the two. thought:
+    the name of the first tag.
     """
-    tags = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+    tags = [f"<{thought}>", f"</{thought}>", "<answer>", "</answer>"]
     if re.findall("|".join(tags), completion) != tags:
         return 0.0
 
@@ -394,6 +395,11 @@ def form(problems, groups) -> list[list[float]]:
     return _each(lambda problem, completion: format_reward(completion), problems, groups)
 
 
+def think(problems, groups) -> list[list[float]]:
+    """Return (N, G) floats: the same of <think>...</think><answer>...</answer>, R1's form."""
+    return _each(lambda problem, completion: format_reward(completion, "think"), problems, groups)
+
+
 def consistency(problems, groups) -> list[list[float]]:
     """Return (N, G) floats: `consistency_reward` of each completion; its usual weight is 0.5."""
     return _each(lambda problem, completion: consistency_reward(completion), problems, groups)
@@ -405,6 +411,7 @@ def consistency(problems, groups) -> list[list[float]]:
 REWARDS = {
     "correct": correct,
     "format": form,
+    "think": think,
     "consistency": consistency,
 }
 

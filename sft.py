@@ -96,7 +96,7 @@ class SFTConfig:
                                                     # layer; 0: all weights are trained
 
     lora_alpha: float = setting(32.0, above=0, needs=[WITH_LORA])   # the change counts alpha / rank
-    template: str = setting("auto", choices=TEMPLATES)  # see prompts.prompt_text
+    template: str = setting("auto", choices=TEMPLATES)  # of prompts, see prompts.py
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON
     # from a teacher (distill.py): the divergence to its distribution in place of cross-entropy
     teacher: str = ""                       # checkpoint with the same tokenizer; empty: none

@@ -439,6 +439,8 @@ def test_templates(tokenizer):
     assert "<reasoning>" in text and "<answer>" in text and text.endswith("How many?\n")
     with pytest.raises(ValueError, match="no chat template"):
         prompts.prompt_text("How many?", tokenizer, "chat")
+    text = prompts.prompt_text("How many?", tokenizer, "r1-zero")
+    assert text == f"{prompts.R1_PROMPT} User: How many? Assistant:" and "<think> reasoning process here </think>" in text
     with pytest.raises(ValueError, match="auto, chat, plain or reasoning"):
         prompts.prompt_text("How many?", tokenizer, "r1")
 
@@ -453,7 +455,8 @@ def test_chat_template_where_there_is_one(tokenizer):
                 f"<user>How many?{prompts.EOS}<assistant>")
     for template in ("auto", "chat"):
         assert prompts.prompt_text("How many?", chat, template) == expected
-    assert prompts.REASONING_PROMPT in prompts.prompt_text("How many?", chat, "reasoning")
+    for template, asked in prompts.FORMS.items():
+        assert prompts.prompt_text("How many?", chat, template) == expected.replace(prompts.BOXED_PROMPT, asked)
     assert prompts.prompt_text("How many?", chat, "plain") == "How many?\n"
 
 

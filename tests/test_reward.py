@@ -1273,3 +1273,12 @@ def test_a_mark_of_a_thought_is_found_wherever_it_stands(size):
     assert not reward.verify("x" * size + "<think>#### 5", "5")
     assert reward.verify("<think>#### 7" + "x" * size + "</think>\n#### 5", "5")
     assert not reward.verify("#### 5\n</think>" + "x" * size, "5")
+
+
+@pytest.mark.parametrize("completion, value", [
+    ("<think>2+2</think><answer>4</answer>", 1.0), (" <think>\n2+2\n</think>\n<answer> 4 </answer>", 1.0), ("<think></think><answer>4</answer>", 0.0),
+    ("<think>2+2</think>4", 0.0), ("<think>a</think><think>b</think><answer>4</answer>", 0.0), ("<reasoning>2+2</reasoning><answer>4</answer>", 0.0)])
+def test_the_form_of_r1(completion, value):
+    """By the table's name; the answer within is read as any other, and what stands in the thought is not."""
+    assert reward.REWARDS["think"]([{"answer": "4"}], [[completion]]) == [[value]]
+    assert verify(completion, "4") == (value == 1.0 or "<answer>4" in completion)
