@@ -84,7 +84,7 @@ def test_a_rank_without_prompts_asks_nothing(file):
 @pytest.mark.parametrize("text, message", [
     ("nowhere.py:f", "there is no file nowhere.py"), ("{file}:nothing", "has no function nothing.*; it has reward_tokens, reward_format"),
     ("{file}:SCALE", "has no function SCALE"), ("{file}:plain=much", "'much' is not a finite number"),
-    ("{file}:plain,{file}:plain", "plain is given twice"), ("tone", "choose correct, format, consistency or FILE.py:FUNCTION")])
+    ("{file}:plain,{file}:plain", "plain is given twice"), ("tone", "choose correct, format, think, consistency or FILE.py:FUNCTION")])
 def test_what_cannot_be_loaded_is_one_line(text, message, file):
     with pytest.raises(ValueError, match=message) as stop:
         reward.weighted(text.format(file=file))
