@@ -479,10 +479,9 @@ def check(c):
         raise ValueError(f"--variance-every {c.variance_every}: above --steps {c.steps}, so there "
                          "would be no estimate")
     by_success = "--refill" if c.refill else "--curriculum adaptive"
-    if c.refill or c.curriculum == "adaptive":
-        if not importlib.import_module("reward").correct_counts(c.reward):
-            raise ValueError(f"{by_success} follows correctness, which --reward correct=0 leaves "
-                             "out")
+    follows = c.refill or c.curriculum == "adaptive"
+    if follows and not importlib.import_module("reward").correct_counts(c.reward):
+        raise ValueError(f"{by_success} follows correctness, which --reward correct=0 leaves out")
     if c.overlong_buffer > c.max_new_tokens:
         raise ValueError(f"--overlong-buffer {c.overlong_buffer}: at most --max-new-tokens "
                          f"{c.max_new_tokens}")

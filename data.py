@@ -109,8 +109,8 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
 
     report takes the line that says how many problems were dropped: an empty answer cannot be given,
     and one that the verifier does not find equal to itself is never paid. With answered=False those
-    of files stay, for rewards that look at none. Raises FileNotFoundError
-    or ValueError, in one line, when there is nothing usable."""
+    of files stay, for rewards that look at none. Raises FileNotFoundError or ValueError, in one
+    line, when there is nothing usable."""
     parts = parts_of(data, levels)
     if levels and not takes_levels(data):
         raise ValueError(f"--levels {levels[0]}-{levels[1]} does nothing for {data}: it is for "

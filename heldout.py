@@ -4,6 +4,7 @@ Where correctness is not the only reward, the rewards of the draws are measured 
 """
 import sys
 
+import torch
 from tqdm import tqdm
 
 import dist
@@ -43,7 +44,8 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature, reward
     of_kind = {}
     others = any((name, weight) != ("correct", 1) for name, weight, _ in rewards)
     if others or rewards and config.overlong_buffer:
-        of_kind = rewarded(rewards, problems, groups, samples, rollout, config)
+        correct = torch.tensor(right, dtype=torch.float64).view(len(problems), samples)
+        of_kind = rewarded(rewards, problems, groups, correct, rollout, config)
     for name, chosen in report.indices_by_kind(problems, kinds_of(held_out)).items():
         of_kind[f"right/{name}"] = sum(sum(right[i]) for i in chosen)
         of_kind[f"rows/{name}"] = samples * len(chosen)
@@ -54,18 +56,23 @@ def evaluated(sampler, tokenizer, held_out, config, samples, temperature, reward
         "tokens": (rollout.lengths - rollout.prompt_lengths).sum()}, sampler.model.device)
 
 
-def rewarded(rewards, problems, groups, samples, rollout, config):
-    """Sums of what each reward function says, and of the weighted sum. A function that fails here
-    is only shown to fail: training, which it would end, says so by itself."""
+def rewarded(rewards, problems, groups, correct, rollout, config):
+    """Sums of what each reward function says, and of the weighted sum; correct (N, G) is known.
+
+    A function that fails here is only shown to fail: training, which it would end, says so."""
+    others = [function for function in rewards if function[0] != "correct"]
     try:
-        found = dist.each(lambda: reward.parts(rewards, problems, groups, samples, rollout))
+        found = dist.each(
+            lambda: reward.parts(others, problems, groups, correct.shape[1], rollout))
     except dist.Agreed as error:
         if dist.rank() == 0:
             tqdm.write(f"warning: evaluation: {error}", file=sys.stderr)
         return {}
+
+    found["correct"] = correct
     weights = {name: weight for name, weight, _ in rewards}
     if config.overlong_buffer:
-        found["overlong"] = reward.overlong_of(rollout, found["correct"], config)
+        found["overlong"] = reward.overlong_of(rollout, correct, config)
         weights["overlong"] = 1.0
     sums = {f"rewards/{name}": found[name].sum() for name in weights}
     return {**sums, "reward": sum(weights[name] * found[name].sum() for name in weights)}

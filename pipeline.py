@@ -116,6 +116,10 @@ class Plan:
         self.width = 64 if quick else 128
         self.tokens = config.max_new_tokens
 
+        # more flags of each SFT on solutions, and of each run of train.py
+        self.of_sft = ["--problems", self.problems, "--lr", 1e-3, "--max-length", 400]
+        self.of_train = ["--problems", self.problems, "--lr", 5e-4]
+
     def path(self, stage):
         """The model that a stage makes. Raises ValueError where that stage was left out."""
         made = [str(model_of(s, self.c)) for s in self.stages if s.name == stage]
@@ -153,20 +157,18 @@ class Plan:
         """Cross-entropy on solutions, from the model of another stage, `after`.
 
         now: the stage to go on from if this one is left out; empty: the same."""
-        # a corpus of ours has no problem that is tested
-        all_of_it = ["--hold-out", 0] if data.endswith("corpus.jsonl") else []
+        # no file has a problem that is tested: neither a corpus of ours, nor one with --eval-data
+        all_of_it = ["--hold-out", 0] if ".jsonl" in data or is_file(data) else []
         return self.add(name, "sft.py", [
             "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
-            "--problems", self.problems, "--lr", 1e-3, "--max-length", 400, *all_of_it],
-            now or after)
+            *self.of_sft, *all_of_it], now or after)
 
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""
         return self.add(name, "train.py", [
             "--model", self.path(after), "--data", data, "--steps", steps,
-            "--max-new-tokens", self.tokens, "--problems", self.problems,
-            "--lr", 5e-4, "--eval-every", 10 ** 6, "--eval-problems", 20, "--eval-samples", 1,
-            "--save-every", 5, *more], after, files)
+            "--max-new-tokens", self.tokens, *self.of_train, "--eval-every", 10 ** 6,
+            "--eval-problems", 20, "--eval-samples", 1, "--save-every", 5, *more], after, files)
 
     def right_answers(self, name, after, data):
         """A corpus of the right answers of a stage's model."""
@@ -189,31 +191,19 @@ class Plan:
 class OnProblems(Plan):
     """The same on problems of a file, gsm8k or math, from --model: the programs' own rates."""
 
+    def __init__(self, config, without=""):
+        super().__init__(config, without)
+        self.of_sft = ["--max-length", self.tokens + 512]
+        self.of_train = ["--eval-data", config.eval_data] if config.eval_data else []
+
     def path(self, stage):
         return self.c.model if stage == "base" else super().path(stage)
 
     def base(self, levels="2", name="base", width=None):
         return name                     # the checkpoint as it is
 
-    def sft(self, name, after, data, now=""):
-        # what is tested stands in --eval-data, or in the test split
-        all_of_it = ["--hold-out", 0] if ".jsonl" in data or is_file(data) else []
-        return self.add(name, "sft.py", [
-            "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
-            "--max-length", self.tokens + 512, *all_of_it], now or after)
-
-    def train(self, name, after, data, steps, *more, files=None):
-        held_out = ["--eval-data", self.c.eval_data] if self.c.eval_data else []
-        return self.add(name, "train.py", [
-            "--model", self.path(after), "--data", data, *held_out, "--steps", steps,
-            "--max-new-tokens", self.tokens, "--eval-every", 10 ** 6, "--eval-problems", 20,
-            "--eval-samples", 1, "--save-every", 5, *more], after, files)
-
     def levels(self, text):
-        return self.c.data
-
-    def held_out(self):
-        return self.c.eval_data or self.c.data          # the test split of gsm8k and math
+        return self.c.data              # to evaluate.py, the test split of gsm8k and math
 
 
 PUZZLES = ("", "family", "truth", "arithmetic")

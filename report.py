@@ -393,14 +393,17 @@ def compare(runs, x, y, reach):
 
         for level in reach:
             reached_at = [first_reach(points, level) for points in curves]
-            met = [at for at in reached_at if at is not None]
-            # a mean of the fast runs alone would flatter
-            if len(met) == len(curves):
-                row[f"{x} to {level:g}"] = mean_se(met)
-            else:
-                row[f"{x} to {level:g}"] = f"{len(met)} of {len(curves)} runs"
+            row[f"{x} to {level:g}"] = mean_of_all(reached_at)
         rows.append(row)
     return rows
+
+
+def mean_of_all(values):
+    """Returns mean_se over runs; where some have no value (None or nan), how many have one.
+
+    A mean of those that got there would flatter."""
+    known = [x for x in values if x is not None and math.isfinite(x)]
+    return mean_se(known) if len(known) == len(values) else f"{len(known)} of {len(values)} runs"
 
 
 def cell_text(cell):

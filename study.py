@@ -196,19 +196,11 @@ def table(study, runs):
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
         for column in study.columns:
-            cells.append(text_of(values(name, column)))
+            cells.append(report.cell_text(report.mean_of_all(values(name, column))))
         gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
         cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
         rows.append(cells)
     return report.markdown(["", "runs", *study.columns, f"{key} - {first}"], rows)
-
-
-def text_of(values):
-    """Mean ± standard error over runs; where some have no value, only how many have one."""
-    known = [x for x in values if math.isfinite(x)]
-    if len(known) < len(values):        # a mean of those that got there would flatter
-        return f"{len(known)} of {len(values)} runs"
-    return report.cell_text(report.mean_se(values))
 
 
 def table_of_probes(files):

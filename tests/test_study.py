@@ -10,6 +10,7 @@ import time
 import pytest
 
 import config
+import report
 import sft
 import study
 import theory
@@ -71,7 +72,7 @@ def test_what_is_computed_of_a_log_by_hand():
     lines[5]["grad_norm"] = 1.                                                  # all of the norm is noise
     assert math.isnan(MEASURES["noise scale"](lines)) and math.isnan(MEASURES["noise scale"](lines[:5]))
     assert math.isnan(MEASURES["samples to 0.7"](lines[:5])) and math.isnan(MEASURES["mean ess"](lines[:5]))
-    assert study.text_of([1, math.nan, 3]) == "2 of 3 runs" and study.text_of([1, 3]) == "2.000 ± 1.000"
+    assert report.mean_of_all([1, math.nan, 3]) == "2 of 3 runs" and report.cell_text(report.mean_of_all([1, 3])) == "2.000 ± 1.000"
 
 
 def test_the_theory_is_drawn_without_a_run(tmp_path):
