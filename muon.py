@@ -10,8 +10,7 @@ gradients too. It is for the matrices of the blocks; embeddings, lm_head and nor
 
 Here it makes the warm start of the default run three times shorter (sft.py --muon-lr). RL does not
 use it. torch.optim.Muon takes the matrices one by one, in bfloat16, and ten times as long on a CPU.
-Left
-out: weight decay.
+Left out: weight decay.
 """
 import torch
 
@@ -42,22 +41,24 @@ class Muon(torch.optim.Optimizer):
     """The optimizer for a list of matrices; those of one shape are computed together, in float32.
 
     Of weights that are sharded over ranks the gradients are gathered, and every rank computes the
-    whole
-    step: that is for small models."""
+    whole step: that is for small models."""
 
     def __init__(self, matrices, lr):
         alike = {}
         for w in matrices:
             alike.setdefault(w.shape, []).append(w)
         super().__init__([{"params": group} for group in alike.values()], {"lr": lr})
+        for group in self.param_groups:         # one momentum for the weights of a shape
+            w = group["params"][0]
+            self.state[w] = {"momentum": torch.zeros(
+                len(group["params"]), *w.shape, dtype=w.dtype, device=w.device)}
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             gradient = torch.stack([whole(w.grad) for w in weights])            # (N, rows, columns)
-            state = self.state[weights[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            momentum = self.state[weights[0]]["momentum"]
             momentum.lerp_(gradient, 1 - MOMENTUM)
             updates = orthogonal(gradient.lerp(momentum, MOMENTUM))
 
@@ -77,6 +78,10 @@ class Together:
     @property
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self):
+        return {p: kept for optimizer in self.optimizers for p, kept in optimizer.state.items()}
 
     def step(self):
         for optimizer in self.optimizers:

@@ -472,6 +472,20 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
     save_figure(figure, png)
 
 
+def draw_against(points, x, y, png):
+    """Draw what was measured over what was predicted: a dot a run, and the line of equality.
+
+    points is {name: [(predicted, measured), ...]}, all above 0; x and y say what they are."""
+    figure, (axis,) = new_figure(1, width=6, height=6)
+    numbers = [number for dots in points.values() for dot in dots for number in dot]
+    ends = [min(numbers), max(numbers)]
+    axis.plot(ends, ends, color="grey", linewidth=0.8)
+    for name, dots in points.items():
+        axis.plot(*zip(*dots), "o", alpha=0.7, label=name)
+    axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    save_figure(figure, png)
+
+
 # --------------------------------------------------------------------------- command line
 
 def parse(argv=None):

@@ -11,17 +11,22 @@ earns rewards is left for train.py to discover.
     python sft.py --data FILE.jsonl --model DIR --out DIR       or an existing checkpoint
     torchrun --nproc-per-node 4 sft.py ...                      the same on several devices
 
+A run that was stopped goes on by the same command. --out then holds its checkpoints, and log.jsonl.
+
 To the learner this is one more objective (`loss`, below), whose batches come from a file and not
 from a rollout. Left out: packing several problems into one sequence, because no padding is computed
 anyway.
 """
+import json
 import math
 import os
 import random
 import shutil
 import sys
+import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
@@ -31,11 +36,15 @@ from tqdm import tqdm
 import data
 import dist
 import prompts
+import report
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, WITH_LORA, Config, check_settings, command_line,
                     default_lr, parse_levels, parse_template_kwargs, refuse_idle, setting)
 from dist import together
-from engine.checkpoint import Progress
+from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of,
+                               write_whole)
+from engine.weights import read_json
+from folder import cut_log, fingerprint_of_model, fingerprint_of_problems, lock, release
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
@@ -117,6 +126,7 @@ class SFTConfig:
     shard: int = setting(0, least=0)                # ranks that hold one copy together; 0: all
     offload: bool = False                           # weights and optimizer state in host memory
     activation_checkpointing: bool = False          # less memory, a third more time
+    save_every: int = setting(200, least=1)         # optimizer steps between checkpoints
 
     # no flags: what the learner also reads, and here is always so
     group_size = 1
@@ -229,21 +239,23 @@ def make_optimizer(model, config):
                     Muon(matrices, config.muon_lr))
 
 
-def train(model, pairs, config, progress=True, objective=None):
+def train(model, pairs, config, progress=True, objective=None, keeper=None):
     """Minimise the cross-entropy in place. Every rank enters, each with its share of every batch.
 
-    objective: another one than this module. Returns the mean loss (nats a token) of the last tenth
-    of the steps."""
+    objective: another one than this module. keeper: of the checkpoints and the log, if there are
+    to be any. Returns the mean loss (nats a token) of the last tenth of the steps."""
     config.batch_tokens = config.batch_size * sum(len(c) for _, c in pairs) / len(pairs)
     optimizer = make_optimizer(model, config)
     peaks = [(group, group["lr"]) for group in optimizer.param_groups]
     learner = Learner(config=config, objective=objective or sys.modules[__name__], model=model,
                       optimizer=optimizer, progress=Progress())
 
-    losses = []
-    bar = tqdm(batches(pairs, config.batch_size, config.steps, config.seed), total=config.steps,
-               desc="warm start", disable=not progress or dist.rank() > 0)
-    for step, chosen in enumerate(bar):
+    losses = keeper.restore(learner) if keeper else []
+    made = len(losses)
+    todo = islice(batches(pairs, config.batch_size, config.steps, config.seed), made, None)
+    bar = tqdm(todo, total=config.steps, initial=made, desc="warm start",
+               disable=not progress or dist.rank() > 0)
+    for step, chosen in enumerate(bar, made):
         for group, peak in peaks:
             group["lr"] = peak * share_of_peak(step, config.steps)
 
@@ -252,9 +264,89 @@ def train(model, pairs, config, progress=True, objective=None):
         learner.progress.step += 1
         losses.append(sums["loss"])
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        if keeper:
+            keeper.after_step(learner, sums, losses)
 
     last = losses[-max(1, config.steps // 10):]
     return sum(last) / len(last)
+
+
+class Keeper:
+    """The checkpoints and the log of a run, in the folder where its model will be.
+
+    Steps are counted over both stages. So the newest checkpoint says which stage was under way."""
+
+    FILES = (".lock", "sft.json", "log.jsonl", "log.jsonl.old", "checkpoints")  # before the model
+    FREE = ("out", "device", "threads", "shard", "offload", "save_every")   # may change on the way
+
+    def __init__(self, config, problems, interrupt):
+        """Raises ValueError where the folder holds a run of other settings, data or model."""
+        self.folder, self.every, self.interrupt = Path(config.out), config.save_every, interrupt
+        self.begin = time.perf_counter()
+        self.progress = Progress()
+        self.before = 0         # steps of the stages before
+        together(lambda: self.claim(config, problems))
+
+    def claim(self, config, problems):
+        """Write what the run is started with, or compare it with what is written there."""
+        mine = {name: value for name, value in asdict(config).items() if name not in self.FREE}
+        mine["problems"] = fingerprint_of_problems(problems)
+        mine["weights"] = fingerprint_of_model(config.model) if config.model else ""
+
+        file = self.folder / "sft.json"
+        if checkpoints(self.folder / "checkpoints") and file.exists():
+            for name, was in read_json(file).items():
+                if mine.get(name) != was:
+                    raise ValueError(f"--out {self.folder} holds a run that began with {name} "
+                                     f"{was!r}, not {mine.get(name)!r}: choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        write_whole(file, json.dumps(mine, indent=1) + "\n")
+
+    def restore(self, learner):
+        """Go on where this stage was stopped. Returns the losses of its steps so far."""
+        first, last = self.before, self.before + learner.config.steps
+        self.before = last
+        found = dist.broadcast_object(checkpoints(self.folder / "checkpoints"))
+        reached = int(found[-1].name.removeprefix("step-")) if found else 0
+        if reached > last:
+            return [math.nan] * (last - first)  # a later stage was under way, and loads its weights
+
+        losses = []
+        if reached > first:
+            tensors = tensors_of(learner.model, learner.optimizer)
+            self.progress, extra = load_checkpoint(found[-1], tensors)
+            losses = extra["losses"]
+            if dist.rank() == 0:
+                tqdm.write(f"sft: goes on at step {reached}, from {found[-1]}")
+
+        learner.progress = self.progress
+        if dist.rank() == 0:
+            cut_log(self.folder / "log.jsonl", self.progress.step or None)
+        return losses
+
+    def after_step(self, learner, sums, losses):
+        """Write the step's line, and at times a checkpoint: also when the user asked to stop."""
+        progress = learner.progress
+        progress.num_tokens += int(sums["tokens"])
+        seconds = progress.seconds + time.perf_counter() - self.begin
+        report.write_line(self.folder, {
+            "step": progress.step, "loss": sums["loss"], "grad_norm": sums["grad_norm"],
+            "lr": learner.optimizer.param_groups[0]["lr"], "num_tokens": progress.num_tokens,
+            "seconds": seconds})
+
+        asked = dist.all_reduce({"stop": self.interrupt.asked}, learner.device, "max")
+        stop = asked["stop"] > 0
+        if stop or progress.step % self.every == 0:
+            tensors = tensors_of(learner.model, learner.optimizer)
+            save_checkpoint(self.folder / "checkpoints", replace(progress, seconds=seconds),
+                            tensors, {"losses": losses}, keep=1)
+        if stop:
+            raise KeyboardInterrupt
+
+    def remove(self):
+        """Remove the checkpoints, when the model is written."""
+        together(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
 
 
 def build(problems, config):
@@ -272,10 +364,11 @@ def build(problems, config):
     return Transformer(shape).init_weights(config.seed), tokenizer
 
 
-def warm_start(config, progress=True):
+def warm_start(config, progress=True, interrupt=None):
     """Do the whole thing: data, model, training, checkpoint in config.out. Every rank enters.
 
-    Returns (model, tokenizer)."""
+    interrupt (machine.Interrupt): with one the run has a log, and checkpoints on the way. Returns
+    (model, tokenizer)."""
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
@@ -292,15 +385,17 @@ def warm_start(config, progress=True):
         if options:
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
+    keeper = Keeper(config, problems, interrupt) if interrupt else None
     objective = from_teacher(model, tokenizer, config) if config.teacher else None
-    last_loss = train(model, corpus(problems, tokenizer, config), config, progress, objective)
+    shown = corpus(problems, tokenizer, config)
+    last_loss = train(model, shown, config, progress, objective, keeper)
     if objective:
         objective.remove(model)
     if config.terse_steps:
         # without Muon: terse answers cannot be learned, and it would step as far along their noise
         second = replace(config, steps=config.terse_steps, lr=config.lr / 8, muon_lr=0.0)
         mixed = corpus(problems, tokenizer, config, config.terse_share)
-        last_loss = train(model, mixed, second, progress)
+        last_loss = train(model, mixed, second, progress, keeper=keeper)
 
     prompts.name_end(model, prompts.end_id(tokenizer, config.template))
     write_weights(config, model, config.out, Path(config.out) / "adapter", config.model)
@@ -309,6 +404,8 @@ def warm_start(config, progress=True):
         tqdm.write(f"sft: loss {last_loss:.3f} nats a token after "
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
     dist.barrier()
+    if keeper:
+        keeper.remove()
     return model, tokenizer
 
 
@@ -390,20 +487,28 @@ def parse(argv=None):
     refuse_idle(config, given)
     parse_levels(config.levels)
     parse_template_kwargs(config.chat_template_kwargs)
+
     if config.hidden_size % (2 * config.heads):
         raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of "
                          f"2 x --heads {config.heads}")
-    if Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise ValueError(f"--out {config.out} is not empty: choose another folder")
+
+    out = Path(config.out)
+    if out.exists() and not checkpoints(out / "checkpoints"):
+        if any(x.name not in Keeper.FILES for x in out.iterdir()):
+            raise ValueError(f"--out {out} is not empty: choose another folder")
     return config
 
 
 def main(argv=None):
-    with machine.program(lambda: "interrupted: no checkpoint written"):
+    with machine.program(lambda: "interrupted: the same command goes on"):
         config = parse(argv)
         config.device = str(dist.setup(config.device))
         torch.set_num_threads(config.threads or machine.choose_threads())
-        warm_start(config)
+        with machine.Interrupt() as interrupt:
+            try:
+                warm_start(config, interrupt=interrupt)
+            finally:
+                release()       # the lock of the folder
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Study:
     columns: list = field(default_factory=lambda: ["eval_pass@1"])      # of the log, at its end, or
                                                                         # names of MEASURES
     panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
+    against: tuple = ()             # two columns: (what theory says, what was measured), drawn too
     after: dict = field(default_factory=dict)   # {folder or file that appears: command that makes
                                                 # it}, in this order; STUDY stands for the folder
 
@@ -220,7 +221,7 @@ def reuse(c):
     return Study(weak_start(c), runs, x="num_samples",
                  columns=["eval_pass@1", "samples to 0.6", "samples to 0.7", "mean ess",
                           "exp(-2 KL)", "draw / train", "seconds"],
-                 panels=["eval_pass@1", "ess"])
+                 panels=["eval_pass@1", "ess"], against=("exp(-2 KL)", "mean ess"))
 
 
 def staleness(c):
@@ -229,7 +230,8 @@ def staleness(c):
                       "--sync-every", v] for v in ((1, 2) if c.quick else (1, 4, 16, 64))}
     return Study(weak_start(c), runs, x="num_samples",
                  columns=["eval_pass@1", "samples to 0.6", "samples to 0.7", "mean ess",
-                          "exp(-2 KL)", "fall"], panels=["eval_pass@1", "ess"])
+                          "exp(-2 KL)", "fall"], panels=["eval_pass@1", "ess"],
+                 against=("exp(-2 KL)", "mean ess"))
 
 
 def leaderboard(c):

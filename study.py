@@ -10,8 +10,8 @@ about as many seeds of everything. --jobs runs go side by side, each on cores of
 
 studies.py says which studies there are and what each runs. What is left behind: study.json (every
 run with its curve, none dropped), table.md (mean and standard error over seeds, and the paired
-difference to the first row) and study.png. `theory` runs nothing: it draws the exact curves of
-theory.py. Needs train.py, sft.py and report.py.
+difference to the first row), study.png and, where theory foretells a number, against.png. `theory`
+runs nothing: it draws the exact curves of theory.py. Needs train.py, sft.py and report.py.
 """
 import json
 import math
@@ -235,8 +235,12 @@ def show(name, study, logs, c, folder):
         by_name = {run: [logs[item] for item in sorted(logs) if item[0] == run]
                    for run in study.runs}
         report.draw_runs(by_name, study.x, study.panels, folder / "study.png")
+        if study.against:
+            points = {name: [[run["last"][key] for key in study.against]
+                             for run in runs if run["name"] == name] for name in study.runs}
+            report.draw_against(points, *study.against, folder / "against.png")
     except Exception as error:
-        print(f"warning: study.png was not drawn ({error})", file=sys.stderr)
+        print(f"warning: no figure was drawn ({error})", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- the program

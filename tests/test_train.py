@@ -67,9 +67,9 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def run_train(*args, nproc=0, check=True):
+def run_train(*args, nproc=0, check=True, program="train.py"):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
-    done = subprocess.run([sys.executable, *launcher, str(HERE / "train.py"), *map(str, args)], capture_output=True,
+    done = subprocess.run([sys.executable, *launcher, str(HERE / program), *map(str, args)], capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

@@ -1,0 +1,107 @@
+"""The supervised start as a run: it goes on by the same command, bit for bit, and leaves a log."""
+import json
+import os
+import signal
+
+import pytest
+from safetensors.torch import load_file
+from test_train import equal, run_train, start         # start is a fixture
+
+import sft
+from engine.checkpoint import checkpoints
+
+SMALL = ["--data", "arithmetic", "--steps", "6", "--terse-steps", "4", "--problems", "100", "--hidden-size", "32", "--layers", "1",
+         "--heads", "2", "--vocab-size", "280", "--muon-lr", "0.02", "--save-every", "3", "--threads", "1", "--device", "cpu"]
+
+
+def log_of(out):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def stop_after(monkeypatch, step, how):
+    """Make the next run call `how` after the update of a step, before its line and its checkpoint."""
+    usual = sft.Keeper.after_step
+
+    def stopping(self, learner, sums, losses):
+        if learner.progress.step == step:
+            how()
+        usual(self, learner, sums, losses)
+    monkeypatch.setattr(sft.Keeper, "after_step", stopping)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    sft.main([*SMALL, "--out", str(out)])
+    return out
+
+
+def test_the_log_has_a_line_a_step_of_both_stages_and_no_checkpoint_stays(whole):
+    lines = log_of(whole)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["num_tokens"] for line in lines] == sorted({line["num_tokens"] for line in lines})
+    assert lines[0]["loss"] > lines[5]["loss"] > 0
+    assert lines[5]["lr"] == pytest.approx(sft.share_of_peak(5, 6) * 2e-3)
+    assert lines[6]["lr"] == pytest.approx(sft.share_of_peak(0, 4) * 2e-3 / 8)      # stage two: an eighth
+    assert not (whole / "checkpoints").exists()
+    assert json.loads((whole / "sft.json").read_text())["muon_lr"] == 0.02
+
+
+@pytest.mark.parametrize("step", [1, 6, 8])
+def test_ctrl_c_then_the_same_command_gives_the_same_bits(whole, step, tmp_path, monkeypatch, capsys):
+    """In the first step, at the end of the first stage, and in the second."""
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        sft.main([*SMALL, "--out", str(tmp_path)])
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [x.name for x in checkpoints(tmp_path / "checkpoints")] == [f"step-{step:06d}"]
+
+    sft.main([*SMALL, "--out", str(tmp_path)])
+    assert f"goes on at step {step}" in capsys.readouterr().out
+    assert log_of(tmp_path) == log_of(whole)
+    assert equal(load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors"))
+
+
+@pytest.mark.parametrize("step", [2, 5, 10])
+def test_a_crash_goes_on_from_the_checkpoint_before_it_or_begins_anew(whole, step, tmp_path, monkeypatch):
+    def crash():
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, step, crash)
+        sft.main([*SMALL, "--out", str(tmp_path)])
+    sft.main([*SMALL, "--out", str(tmp_path)])
+    assert log_of(tmp_path) == log_of(whole)
+    assert equal(load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors"))
+
+
+def test_a_run_under_way_is_not_gone_on_with_by_other_settings_or_data(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        sft.main([*SMALL, "--out", str(tmp_path)])
+
+    for change, what in ((["--muon-lr", "0.01"], "muon_lr 0.02, not 0.01"), (["--data", "boolean"], "data 'arithmetic', not 'boolean'"),
+                         (["--problems", "99"], "problems ")):
+        with pytest.raises(SystemExit, match=f"holds a run that began with {what}.*choose another folder"):
+            sft.main([*SMALL, *change, "--out", str(tmp_path)])
+    sft.main([*SMALL, "--save-every", "5", "--out", str(tmp_path)])         # this may change
+
+
+def test_a_model_that_is_whole_is_not_trained_over(whole):
+    with pytest.raises(SystemExit, match="is not empty"):
+        sft.main([*SMALL, "--out", str(whole)])
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_what_one_began(start, tmp_path, monkeypatch):
+    """With --model, whose weights the checkpoint's stand for, and Muon's momentum gathered."""
+    data = ["--data", str(start.parent / "problems.jsonl"), "--model", str(start), "--hold-out", "0", "--steps", "4", "--terse-steps", "2",
+            "--muon-lr", "0.02", "--threads", "1", "--device", "cpu"]
+    sft.main([*data, "--out", str(tmp_path / "one")])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        sft.main([*data, "--out", str(tmp_path / "two")])
+    run_train(*data, "--out", tmp_path / "two", nproc=2, program="sft.py")
+
+    one, two = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
+    assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
