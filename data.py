@@ -281,6 +281,8 @@ def normalize(row, name, answered=True):
         raise ValueError("not a JSON object")
     said = {}
     question = row.get("problem") or row.get("question") or row.get("prompt") or row.get("messages")
+    if not question and isinstance(row.get("chosen"), list):        # a pair, both whole: dpo.py
+        question = row["chosen"]
     if isinstance(question, list):
         said = said_in(question)
         question = said["user"]

@@ -26,9 +26,11 @@ unequal length teach length, and pairs that share nearly all tokens teach noise:
 pairs the closest in length come first, and similar ones are left out.
 
     python train.py --algo dpo --beta 0.1
+    python sft.py --preference sigmoid --data PAIRS.jsonl --model DIR --out DIR
 
 The reference is the starting model. pipeline.py builds self-training rounds on it (DPO-ST, arXiv
-2407.18248). Left out: pairs over prompts, preferences by people, length-normalised variants.
+2407.18248). The second command learns from pairs that were chosen before, as by people: `OfAFile`,
+at the end. Left out: pairs over prompts, length-normalised variants.
 """
 from dataclasses import dataclass, replace
 
@@ -238,6 +240,68 @@ def learn(learner, rollout, rewards):
             updates += learner.passes(part, c.prompts_per_step, one_update)
 
     count = sum(sums["pairs"] for sums in logged)
-    line = {name: sum(sums[name] for sums in logged) / max(count, 1)
+    return updates, {"pairs": count / c.epochs, **means_of_pairs(logged)}
+
+
+def means_of_pairs(logged):
+    """The means over all pairs of what `refresh` has summed, in one or more updates."""
+    count = max(1, sum(sums["pairs"] for sums in logged))
+    return {name: sum(sums[name] for sums in logged) / count
             for name in logged[0] if name != "pairs"}
-    return updates, {"pairs": count / c.epochs, **line}
+
+
+# ------------------------------------------------------------------- pairs that are in a file
+
+class OfAFile:
+    """The objective of sft.py --preference. It has the calls of an objective (learner.py).
+
+    A pair is a dict with "problem" and two texts, "chosen" and "rejected"."""
+    METRICS = METRICS
+    loss = staticmethod(loss)
+
+    def __init__(self, reference):
+        self.reference = reference
+
+    def corpus(self, pairs, tokenizer, config, encode):
+        """Returns [(prompt, chosen, rejected)] in token ids. Raises ValueError for a row without.
+
+        encode: of sft.py, which turns problems and the texts of their completions into ids."""
+        texts = {}
+        for side in ("chosen", "rejected"):
+            texts[side] = [text_of(pair, side) for pair in pairs]
+        for pair, better, worse in zip(pairs, texts["chosen"], texts["rejected"]):
+            if better == worse:
+                raise ValueError(f"{pair['id']}: chosen and rejected are the same text")
+
+        first = encode(pairs, texts["chosen"], tokenizer, config)
+        second = encode(pairs, texts["rejected"], tokenizer, config)
+        return [(prompt, better, worse) for (prompt, better), (_, worse) in zip(first, second)]
+
+    def step(self, learner, pairs, collate):
+        """One update on some pairs. Returns its sums, and means for the log.
+
+        collate: of sft.py, which makes a batch of [(prompt, completion)]."""
+        rows = [(prompt, text) for prompt, *both in pairs for text in both]
+        numbers = torch.arange(len(rows), device=learner.device)
+        batch = Batch(**{**vars(collate(rows, learner.device)),
+                         "partner": numbers ^ 1, "chosen": numbers % 2 == 0,
+                         "active": numbers >= 0})
+        complete(learner, batch)
+
+        sums = refresh(batch, learner.score(batch)[0], learner.config)
+        sums = dist.all_reduce(sums, learner.device)
+        return {**learner.update(batch, numbers.tolist()), **means_of_pairs([sums])}
+
+
+def text_of(pair, side):
+    """A completion of a pair: text, or the assistant's message of a conversation.
+
+    Raises ValueError where it is neither."""
+    text = pair.get(side)
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        last = text[-1]
+        text = last.get("content") if last.get("role") == "assistant" else None
+    if not isinstance(text, str):
+        raise ValueError(f'{pair.get("id", "--data")}: no text in the field "{side}"; --preference '
+                         'needs a file of pairs: a question, "chosen" and "rejected"')
+    return text

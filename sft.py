@@ -9,6 +9,7 @@ earns rewards is left for train.py to discover.
 
     python sft.py --data gsm8k_train.jsonl --out runs/warm      a new small model, its own tokenizer
     python sft.py --data FILE.jsonl --model DIR --out DIR       or an existing checkpoint
+    python sft.py --data PAIRS.jsonl --preference sigmoid ...   DPO on pairs of a file (dpo.py)
     torchrun --nproc-per-node 4 sft.py ...                      the same on several devices
 
 A run that was stopped goes on by the same command. --out then holds its checkpoints, and log.jsonl.
@@ -52,8 +53,12 @@ from policies import load_policies, place_of, write_weights
 from rollout import Rollout
 
 
+PREFERENCES = ("", "sigmoid", "ipo", "hinge")       # dpo.KINDS
 WITH_MODEL = (lambda c: c.model, "--model: a new small model is trained whole")
 ALL_WEIGHTS = (lambda c: not c.lora_rank, "all weights: leave --lora-rank out")
+TO_LEARN_FROM = (lambda c: c.model, "--model, which can write what the pairs are about")
+SOLUTIONS = (lambda c: not c.preference, "solutions: leave --preference out")
+WITH_PAIRS = (lambda c: c.preference, "--preference")
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
                            for part in data.parts_of(c.data)),
@@ -78,14 +83,14 @@ class SFTConfig:
     max_length: int = setting(512, least=1)         # longest prompt + completion in tokens;
                                                     # longer ones are dropped
 
-    terse_steps: int = setting(0, least=0)          # optimizer steps of a second stage that mixes
-                                                    # terse answers in
+    terse_steps: int = setting(0, least=0, needs=[SOLUTIONS])   # optimizer steps of a second stage
+                                                    # that mixes terse answers in
 
     terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
     problems: int = setting(20000, least=1)         # of a built-in task, or of a mix
-    hold_out: int = setting(Config().eval_problems, least=0, needs=[OF_A_FILE])  # problems that
-                                                    # train.py with as many --eval-problems is
-                                                    # tested on, and that are left out
+    hold_out: int = setting(Config().eval_problems, least=0, needs=[OF_A_FILE, SOLUTIONS])
+                                                    # problems that train.py with as many
+                                                    # --eval-problems is tested on, left out here
 
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
@@ -94,7 +99,7 @@ class SFTConfig:
     lr: float = setting(0.0, least=0)               # peak; linear warm-up over a tenth, then cosine
                                                     # to a tenth. 0: 2e-3 for a small model, 1e-5
                                                     # above 10 million parameters; with LoRA ten
-                                                    # times as much
+                                                    # times as much, of pairs a tenth
 
     muon_lr: float = setting(0.0, least=0, needs=[ALL_WEIGHTS])     # peak of Muon for the blocks'
                                                     # matrices; 0.02 is usual (muon.py), 0: AdamW
@@ -107,8 +112,20 @@ class SFTConfig:
     lora_alpha: float = setting(32.0, above=0, needs=[WITH_LORA])   # the change counts alpha / rank
     template: str = setting("auto", choices=TEMPLATES)  # of prompts, see prompts.py
     chat_template_kwargs: str = ""                  # what the chat template shall read, as JSON
+    # from pairs (dpo.py): which of two completions is the better one, in place of solutions
+    preference: str = setting("", choices=PREFERENCES, needs=[TO_LEARN_FROM])   # sigmoid (DPO),
+                                            # ipo, hinge: the loss on rows with a question,
+                                            # "chosen" and "rejected"; empty: none
+
+    beta: float = setting(0.0, least=0, needs=[WITH_PAIRS])     # the larger, the nearer the model
+                                            # stays to what it began as; 0: 0.1
+
+    sft_weight: float = setting(0.0, least=0, needs=[WITH_PAIRS])   # of the chosen completion's
+                                            # cross-entropy a token
     # from a teacher (distill.py): the divergence to its distribution in place of cross-entropy
-    teacher: str = ""                       # checkpoint with the same tokenizer; empty: none
+    teacher: str = setting("", needs=[SOLUTIONS])   # checkpoint with the same tokenizer;
+                                            # empty: none
+
     divergence_beta: float = setting(0.0, least=0, most=1, needs=[WITH_TEACHER])    # 0: forward
                                             # KL, 1: reverse KL, between: of a mixture
 
@@ -139,7 +156,12 @@ class SFTConfig:
 
     def __post_init__(self):
         # ten times the rate of RL: each token here has a gradient of its own, always the same way
-        self.lr = self.lr or 10 * default_lr(self.model, self.lora_rank > 0)
+        usual = default_lr(self.model, self.lora_rank > 0)
+        self.lr = self.lr or (usual if self.preference else 10 * usual)
+        if self.preference:
+            self.beta = self.beta or 0.1
+            self.group_size = 2                 # rows of one prompt
+            self.aggregation = "sequence"
 
 
 # ------------------------------------------------------------------------------------ the corpus
@@ -155,15 +177,26 @@ def corpus(problems, tokenizer, config, terse_share=0.0):
 
     Raises ValueError where no id ends a completion, or every solution is too long."""
     rng = random.Random(f"terse/{config.seed}")
-    questions = prompts.encode_prompts(problems, tokenizer, config.template)
     texts = [completion_text(p, rng.random() < terse_share) for p in problems]
-    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return short_enough(encode(problems, texts, tokenizer, config), config)
 
+
+def encode(problems, texts, tokenizer, config):
+    """Returns [(prompt ids, completion ids with their end)] of problems and what is to be written.
+
+    Raises ValueError where no id ends a completion."""
+    questions = prompts.encode_prompts(problems, tokenizer, config.template)
+    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
     end = prompts.end_id(tokenizer, config.template)
-    pairs = [(q, c + [end]) for q, c in zip(questions, completions)]
-    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= config.max_length]
-    if len(kept) < len(pairs) and dist.rank() == 0:
-        tqdm.write(f"sft: dropped {len(pairs) - len(kept)} of {len(pairs)} solutions "
+    return [(q, c + [end]) for q, c in zip(questions, completions)]
+
+
+def short_enough(items, config):
+    """Those of [(prompt ids, completion ids, ...)] whose every completion fits into max_length."""
+    kept = [(q, *texts) for q, *texts in items
+            if len(q) + max(map(len, texts)) <= config.max_length]
+    if len(kept) < len(items) and dist.rank() == 0:
+        tqdm.write(f"sft: dropped {len(items) - len(kept)} of {len(items)} solutions "
                    f"longer than {config.max_length} tokens")
     if not kept:
         raise ValueError(f"every solution is longer than --max-length {config.max_length} tokens")
@@ -244,23 +277,25 @@ def train(model, pairs, config, progress=True, objective=None, keeper=None):
 
     objective: another one than this module. keeper: of the checkpoints and the log, if there are
     to be any. Returns the mean loss (nats a token) of the last tenth of the steps."""
-    config.batch_tokens = config.batch_size * sum(len(c) for _, c in pairs) / len(pairs)
+    tokens = sum(len(text) for _, *texts in pairs for text in texts)
+    config.batch_tokens = config.batch_size * tokens / len(pairs)
+    objective = objective or sys.modules[__name__]
     optimizer = make_optimizer(model, config)
     peaks = [(group, group["lr"]) for group in optimizer.param_groups]
-    learner = Learner(config=config, objective=objective or sys.modules[__name__], model=model,
-                      optimizer=optimizer, progress=Progress())
+    learner = Learner(config=config, objective=objective, model=model, optimizer=optimizer,
+                      progress=Progress(), reference=getattr(objective, "reference", None))
+    update = getattr(objective, "step", step_on_solutions)
 
     losses = keeper.restore(learner) if keeper else []
     made = len(losses)
     todo = islice(batches(pairs, config.batch_size, config.steps, config.seed), made, None)
-    bar = tqdm(todo, total=config.steps, initial=made, desc="warm start",
-               disable=not progress or dist.rank() > 0)
+    bar = tqdm(todo, total=config.steps, initial=made, disable=not progress or dist.rank() > 0,
+               desc="sft" if keeper else "warm start")
     for step, chosen in enumerate(bar, made):
         for group, peak in peaks:
             group["lr"] = peak * share_of_peak(step, config.steps)
 
-        mine = [chosen[i] for i in dist.split(len(chosen))]
-        sums = learner.update(collate(mine, model.device), list(range(len(mine))))
+        sums = update(learner, [chosen[i] for i in dist.split(len(chosen))], collate)
         learner.progress.step += 1
         losses.append(sums["loss"])
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -269,6 +304,11 @@ def train(model, pairs, config, progress=True, objective=None, keeper=None):
 
     last = losses[-max(1, config.steps // 10):]
     return sum(last) / len(last)
+
+
+def step_on_solutions(learner, pairs, collate):
+    """One update on [(prompt, completion)]. Returns its sums."""
+    return learner.update(collate(pairs, learner.device), list(range(len(pairs))))
 
 
 class Keeper:
@@ -333,7 +373,7 @@ class Keeper:
         report.write_line(self.folder, {
             "step": progress.step, "loss": sums["loss"], "grad_norm": sums["grad_norm"],
             "lr": learner.optimizer.param_groups[0]["lr"], "num_tokens": progress.num_tokens,
-            "seconds": seconds})
+            "seconds": seconds, **{name: x for name, x in sums.items() if "/" in name}})
 
         asked = dist.all_reduce({"stop": self.interrupt.asked}, learner.device, "max")
         stop = asked["stop"] > 0
@@ -372,10 +412,13 @@ def warm_start(config, progress=True, interrupt=None):
     device = torch.device(config.device or "cpu")
     options = parse_template_kwargs(config.chat_template_kwargs)
     say = tqdm.write if dist.rank() == 0 else (lambda line: None)
+    of_pairs = bool(config.preference)
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
-                                  config.problems, say, fill=True, spare=config.hold_out)
+                                  config.problems, say, fill=True, answered=not of_pairs,
+                                  spare=0 if of_pairs else config.hold_out)
     if config.model:
-        model = load_policies(config, device, config.model, config.model).pi
+        policies = load_policies(config, device, config.model, config.model)
+        model = policies.pi
         tokenizer = prompts.load_tokenizer(config.model, options)
         prompts.report_template(tokenizer, config.template, say)
     else:
@@ -386,10 +429,15 @@ def warm_start(config, progress=True, interrupt=None):
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
     keeper = Keeper(config, problems, interrupt) if interrupt else None
-    objective = from_teacher(model, tokenizer, config) if config.teacher else None
-    shown = corpus(problems, tokenizer, config)
+    if of_pairs:
+        import dpo
+        objective = dpo.OfAFile(policies.reference)
+        shown = short_enough(objective.corpus(problems, tokenizer, config, encode), config)
+    else:
+        objective = from_teacher(model, tokenizer, config) if config.teacher else None
+        shown = corpus(problems, tokenizer, config)
     last_loss = train(model, shown, config, progress, objective, keeper)
-    if objective:
+    if config.teacher:
         objective.remove(model)
     if config.terse_steps:
         # without Muon: terse answers cannot be learned, and it would step as far along their noise
@@ -401,7 +449,7 @@ def warm_start(config, progress=True, interrupt=None):
     write_weights(config, model, config.out, Path(config.out) / "adapter", config.model)
     if dist.rank() == 0:
         prompts.save_tokenizer(tokenizer, config.out)
-        tqdm.write(f"sft: loss {last_loss:.3f} nats a token after "
+        tqdm.write(f"sft: loss {last_loss:.3f}{'' if of_pairs else ' nats a token'} after "
                    f"{config.steps + config.terse_steps} steps, model in {config.out}")
     dist.barrier()
     if keeper:

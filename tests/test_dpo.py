@@ -1,5 +1,6 @@
 """DPO: losses by hand, pairs, and a gradient that is autograd's through the pair whatever the split."""
 import copy
+import json
 import math
 
 import pytest
@@ -7,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import dpo
 import learner
+import prompts
+import sft
 import train
 from config import Config
 from engine.checkpoint import Progress
 from model import trainable
 from rollout import Sampler
 from test_decode import small_model
-from test_train import fast, log_of, same_on_ranks, same_when_resumed, start        # start is a fixture
+from test_train import fast, log_of, run_train, same_on_ranks, same_when_resumed, start        # start is a fixture
 
 torch.set_num_threads(1)
 NAMES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -157,3 +161,109 @@ def test_any_number_of_ranks_gives_the_same_numbers(start, tmp_path):
 def test_settings_of_others_and_wrong_ones_are_one_line(start, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--algo", "dpo", *options])
+
+
+# ------------------------------------------------------------------------------- pairs of a file
+
+QUESTION = {"role": "user", "content": "Which one, 3?"}
+LAYOUTS = [         # TRL's: of text, of conversations beside a prompt, and of whole conversations; with a system message
+    {"prompt": "Which one, 3?", "chosen": "#### 0", "rejected": "#### 1"},
+    {"prompt": [QUESTION], "chosen": [{"role": "assistant", "content": "#### 0"}], "rejected": [{"role": "assistant", "content": "#### 1"}]},
+    {"chosen": [QUESTION, {"role": "assistant", "content": "#### 0"}], "rejected": [QUESTION, {"role": "assistant", "content": "#### 1"}]},
+    {"problem": "Which one, 3?", "answer": "0", "chosen": "#### 0", "rejected": "#### 1", "level": 2}]
+
+
+def pairs_file(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def pairs_of(path):
+    return data.load_problems(path, answered=False, report=lambda line: None)
+
+
+def test_pairs_of_any_layout_are_the_same_tokens(start, tmp_path):
+    tokenizer = prompts.load_tokenizer(start)
+    found = dpo.OfAFile(None).corpus(pairs_of(pairs_file(tmp_path / "p.jsonl", LAYOUTS)), tokenizer, sft.SFTConfig(), sft.encode)
+    prompt, chosen, rejected = found[0]
+    assert found == [found[0]] * 4
+    assert tokenizer.decode(prompt) == "Which one, 3?\n"
+    assert tokenizer.decode(chosen) == "#### 0" + prompts.EOS and tokenizer.decode(rejected) == "#### 1" + prompts.EOS
+
+
+@pytest.mark.parametrize("row, what", [
+    ({"prompt": "a", "chosen": "b"}, 'no text in the field "rejected"'),
+    ({"prompt": "a", "chosen": "b", "rejected": 3}, 'no text in the field "rejected"'),
+    ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, 'no text in the field "chosen"'),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same text"),
+    ({"chosen": "b", "rejected": "c"}, "no text in the field \"problem\"")])
+def test_a_row_that_is_no_pair_is_one_line(row, what, start, tmp_path):
+    file = pairs_file(tmp_path / "p.jsonl", [LAYOUTS[0], row])
+    with pytest.raises(ValueError, match=f"p.jsonl:2: .*{what}"):
+        dpo.OfAFile(None).corpus(pairs_of(file), prompts.load_tokenizer(start), sft.SFTConfig(), sft.encode)
+
+
+@pytest.mark.parametrize("options, what", [
+    (["--data", "PAIRS"], "--preference needs --model"),
+    (["--data", "PAIRS", "--model", "START", "--terse-steps", "3"], "--terse-steps needs solutions"),
+    (["--data", "PAIRS", "--model", "START", "--teacher", "START"], "--teacher needs solutions"),
+    (["--data", "arithmetic", "--model", "START"], "needs a file of pairs")])
+def test_what_pairs_do_not_go_with_is_one_line(options, what, start, tmp_path):
+    named = {"PAIRS": pairs_file(tmp_path / "p.jsonl", LAYOUTS), "START": str(start)}
+    options = [named.get(word, word) for word in options]
+    with pytest.raises(SystemExit, match=what):
+        sft.main([*options, "--preference", "sigmoid", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("kind, sft_weight", [("sigmoid", 0.0), ("ipo", 0.5), ("hinge", 1.0)])
+def test_the_gradient_of_pairs_of_a_file_is_that_of_the_definition(kind, sft_weight, monkeypatch):
+    model, reference = small_model(), small_model().init_weights(7)
+    c = sft.SFTConfig(model="x", preference=kind, sft_weight=sft_weight, beta=0.3, micro_batch_tokens=9)
+    offline = dpo.OfAFile(reference)
+    one = learner.Learner(c, offline, model, learner.adamw(model, 1e-4), Progress(), reference=reference)
+    pairs = [([1, 2], [3, 4, 7], [5, 7]), ([6], [4, 7], [4, 5, 6, 7]), ([2, 3, 4], [5, 5, 7], [6, 7])]
+
+    twin = copy.deepcopy(model)
+    rows = [(q, text) for q, *both in pairs for text in both]
+    batch = sft.collate(rows, torch.device("cpu"))
+    batch.chosen = torch.tensor([True, False] * 3)
+    batch.active, batch.partner = torch.ones(6, dtype=torch.bool), torch.tensor([1, 0, 3, 2, 5, 4])
+    value, expected = gradient_by_autograd(twin, reference, batch, c)
+
+    found = {}
+    monkeypatch.setattr(one, "descend", lambda loss: found.update(loss=loss, grads=[p.grad.clone() for p in trainable(model)]) or 0.0)
+    sums = offline.step(one, pairs, sft.collate)
+    assert found["loss"] == pytest.approx(value, rel=1e-5)
+    largest = max(1.0, max(want.abs().max().item() for want in expected))
+    for got, want in zip(found["grads"], expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6 * largest, rtol=1e-5)
+    assert sums["rewards/margins"] == pytest.approx(sums["rewards/chosen"] - sums["rewards/rejected"], abs=1e-5)
+
+
+def file_run(start, tmp_path, *options):
+    """Learn from 40 pairs of which 0 is always the right answer. Returns the log."""
+    rows = [{"prompt": f"Which one, {i}?", "chosen": "#### 0", "rejected": f"#### {1 + i % 2}"} for i in range(40)]
+    sft.main(["--data", pairs_file(tmp_path / "p.jsonl", rows), "--model", str(start), "--out", str(tmp_path / "out"), "--preference", "sigmoid",
+              "--steps", "20", "--batch-size", "8", "--device", "cpu", "--threads", "1", *options])
+    return [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [["--lr", "2e-3"], ["--lr", "5e-3", "--lora-rank", "4", "--beta", "0.2"]])
+def test_pairs_of_a_file_are_learned_with_all_weights_and_with_lora(options, start, tmp_path):
+    """At the start pi is the reference, also through the adapter that has just been attached."""
+    lines = file_run(start, tmp_path, *options)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(lines[0]["rewards/margins"]) < 1e-5
+    assert lines[-1]["rewards/accuracies"] == 1 and lines[-1]["rewards/margins"] > 0.3 and lines[-1]["loss"] < 0.6
+    assert lines[-1]["logps/chosen"] > lines[-1]["logps/rejected"]
+
+
+@pytest.mark.slow
+def test_pairs_of_a_file_on_two_ranks_are_those_of_one(start, tmp_path):
+    (tmp_path / "one").mkdir()
+    lines = file_run(start, tmp_path / "one", "--steps", "3", "--batch-size", "5")
+    run_train("--data", tmp_path / "one" / "p.jsonl", "--model", start, "--out", tmp_path / "two", "--preference", "sigmoid", "--steps", "3",
+              "--batch-size", "5", "--device", "cpu", "--threads", "1", nproc=2, program="sft.py")
+    others = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    for one, two in zip(lines, others, strict=True):
+        one.pop("seconds"), two.pop("seconds")
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)

@@ -164,7 +164,7 @@ def test_every_recipe_is_a_command_that_train_takes(flags):
 
 def test_what_trl_calls_otherwise_is_a_flag_here():
     """Every flag in the table from TRL's names is one of train.py; names of TRL's are its own where it is installed."""
-    table = RECIPES[RECIPES.index("## From TRL"):RECIPES.index("## After training")]
+    table = RECIPES[RECIPES.index("## From TRL"):RECIPES.index("## Training on a file")]
     known = {config.flag(f.name) for f in fields(config.Config("grpo"))}
     flags = set(re.findall(r"`(--[a-z-]+)", table))
     assert len(flags) > 20 and flags <= known
