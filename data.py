@@ -311,7 +311,7 @@ def normalize(row, name, answered=True):
         answer = ""
     elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    if answer is None and not answered:
+    if not answered and not isinstance(answer, str):
         answer = ""
     if not isinstance(answer, str):
         raise ValueError(
@@ -325,9 +325,14 @@ def normalize(row, name, answered=True):
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
     problem = {**others, **problem}     # reward functions of the user's may read them
     for field, text in problem.items():
-        if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
+        if isinstance(text, str) and half_a_character(text):
             raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')
     return problem
+
+
+def half_a_character(text):
+    """Whether a text holds a lone surrogate, which UTF-8 cannot say."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def system_of(problem):

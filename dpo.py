@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+import data
 import dist
 import grpo
 from config import setting
@@ -263,7 +264,8 @@ class OfAFile:
         self.reference = reference
 
     def corpus(self, pairs, tokenizer, config, encode):
-        """Returns [(prompt, chosen, rejected)] in token ids. Raises ValueError for a row without.
+        """Returns [(prompt, chosen, rejected)] in token ids. Raises ValueError for a row that lacks
+        a text, or has the same one twice.
 
         encode: of sft.py, which turns problems and the texts of their completions into ids."""
         texts = {}
@@ -296,12 +298,17 @@ class OfAFile:
 def text_of(pair, side):
     """A completion of a pair: text, or the assistant's message of a conversation.
 
-    Raises ValueError where it is neither."""
-    text = pair.get(side)
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        last = text[-1]
-        text = last.get("content") if last.get("role") == "assistant" else None
+    Raises ValueError where it is neither, or of several turns."""
+    name, text = pair.get("id") or "--data", pair.get(side)
+    if isinstance(text, list):
+        said = data.said_in([{"role": "user", "content": pair["problem"]}, *text]
+                            if len(text) == 1 else text)
+        if said["user"] != pair["problem"]:
+            raise ValueError(f"{name}: {side} answers another question")
+        text = said.get("assistant")
     if not isinstance(text, str):
-        raise ValueError(f'{pair.get("id", "--data")}: no text in the field "{side}"; --preference '
-                         'needs a file of pairs: a question, "chosen" and "rejected"')
+        raise ValueError(f'{name}: no text in the field "{side}"; --preference needs a file of '
+                         'pairs: a question, "chosen" and "rejected"')
+    if data.half_a_character(text):
+        raise ValueError(f'{name}: half of a character (a lone surrogate) in the field "{side}"')
     return text

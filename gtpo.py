@@ -1,18 +1,20 @@
 """GTPO: Group-relative Trajectory-based Policy Optimization (Simoni et al., arXiv 2508.03772).
 
-Not "GTPO and GRPO-S" (Tan et al., arXiv 2508.04349), another method of the same name.
+Not "GTPO and GRPO-S" (Tan et al., arXiv 2508.04349), another method of the same name. The paper's
+body was not at hand: "published" below means the README of its repository.
 
 GRPO gives every token of a completion the same advantage. Right and wrong completions of one prompt
 begin alike (the template) and end alike (the answer's form, the stop token), so those tokens are
-pushed up by one row and down by another. They are called *conflict tokens*. Pushing them down
-breaks the form, and pushing all down flattens the policy until it collapses. GTPO maximises
+pushed up by one completion (a *row*) and down by another. They are called *conflict tokens*.
+Pushing them down breaks the form, and pushing all down flattens the policy until it collapses. GTPO
+maximises
 
     J = 1/B sum_i  gate_i (A_i - gamma H_i) / |o_i|  sum_t rho_it lambda_it,    A_i = r_i - mean(r)
 
-    lambda   2 on a conflict token of a positive row (amplified), 0 in a negative row (protected),
+    lambda   2 on a conflict token of a row with A > 0 (amplified), 0 in one with A < 0 (protected),
              1 elsewhere
     H_i      mean token entropy of completion i under pi, no gradient: a high one costs advantage
-    gate     0 for completions of H_i > ln 2, if the initial policy was below ln 2, else 1. At a
+    gate     0 for completions of H_i > ln 2 if the initial policy was below ln 2; else 1. At a
              position of entropy below ln 2 some token has a probability above 1/2
              (p_max >= exp(-H)), above it that is no longer guaranteed
     rho      pi / mu, 1 at the first update; no clip
@@ -31,21 +33,19 @@ groups give --zero-variance keep):
 
     here                          official code         why
     1/B over completions          sum_over_group        the published formula; lr keeps its meaning
-    no division                   divide_by_conflict    in no formula: 1/30 of an update for a
-                                                        30-token template
+    no division                   divide_by_conflict    not in the formula: a 30-token template
+                                                        divides the row's gradient by 30
     lambda at most cap = 2        product: up to 4      0, 1, 2 in the formula; 4 only where short
                                                         rows overlap
     ln 2, and H of the initial    0.7, always on        a base model above 0.7 nats would train on
                                                         nothing
     rho = pi / mu                 1                     several updates a rollout
-    gamma 0.005                   0.1                   theirs is for rewards of 0 to 20; it is 20 x
-                                                        weaker for 0 or 1
+    gamma 0.005                   0.1                   theirs fits rewards of 0 to 20; ours, of 0
+                                                        or 1, are 20 times smaller
     equal rewards: group dropped  kept: A' = -gamma H   pushes all-right groups down; no verified
                                                         signal in it
     lengths from the mask         ids != pad            pad == eos works
     entropy at the temperature    of the raw logits     of the policy that drew the tokens
-
-The paper's body was not at hand: "published" means the README of its repository.
 """
 import math
 from dataclasses import dataclass

@@ -294,7 +294,7 @@ class Learner:
                  f"update skipped ({progress.bad_steps} in a row)")
         if progress.bad_steps >= 5:
             raise ValueError(f"five non-finite updates in a row at step {progress.step}: "
-                             "lower --lr, or resume from a checkpoint")
+                             "begin another --out with a lower --lr")
         return norm
 
 

@@ -5,10 +5,10 @@
     python pipeline.py dpo-self-training --quick --out runs/look        about two minutes
 
 A pipeline is a list of stages, and a stage is the command line of a program with a folder of its
-own. A stage that is whole is skipped, one that was killed goes on, so the end is the same. After
-each stage that makes a model, evaluate.py measures it on held-out puzzles. Below --gate nothing can
-be learned from it, so the pipeline stops and says so. At the end stand a table and a figure:
-accuracy after each stage.
+own. A stage that is whole is skipped. One that was killed goes on from its checkpoint if it has
+one, so the end is the same. After each stage that makes a model, evaluate.py measures it on held-out
+puzzles. Below --gate nothing can be learned from it, so the pipeline stops and says so. At the end
+stand a table and a figure: accuracy after each stage.
 
     r1                      base, cold start (SFT), GRPO, the RL model's right answers as a corpus,
                             SFT of the *base* on them, GRPO again (arXiv 2501.12948)
@@ -320,8 +320,8 @@ def run_stage(stage, config):
     command = [stage.program, *stage.args, "--out", str(target)]
     if stage.program == "train.py":
         command = going_on(target, command)
-    elif stage.program == "sft.py" and not checkpoints(target / "checkpoints"):
-        shutil.rmtree(target, ignore_errors=True)
+    elif (target / "config.json").exists() and not checkpoints(target / "checkpoints"):
+        shutil.rmtree(target)           # a model of sft.py that was whole, but not yet said to be
 
     seconds = 0.0               # of a corpus that was whole, but not yet said to be
     if not target.is_file():

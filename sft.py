@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -40,12 +40,12 @@ import prompts
 import report
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, WITH_LORA, Config, check_settings, command_line,
-                    default_lr, parse_levels, parse_template_kwargs, refuse_idle, setting)
+                    default_lr, flag, parse_levels, parse_template_kwargs, refuse_idle, setting)
 from dist import together
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of,
                                write_whole)
 from engine.weights import read_json
-from folder import cut_log, fingerprint_of_model, fingerprint_of_problems, lock, release
+from folder import cut_log, fingerprint_of_model, lock, release
 from grpo import Batch
 from learner import Learner, adamw
 from model import ModelConfig, Transformer, trainable
@@ -56,13 +56,15 @@ from rollout import Rollout
 PREFERENCES = ("", "sigmoid", "ipo", "hinge")       # dpo.KINDS
 WITH_MODEL = (lambda c: c.model, "--model: a new small model is trained whole")
 ALL_WEIGHTS = (lambda c: not c.lora_rank, "all weights: leave --lora-rank out")
-TO_LEARN_FROM = (lambda c: c.model, "--model, which can write what the pairs are about")
+TO_LEARN_FROM = (lambda c: c.model, "--model: a new random model has nothing to prefer")
 SOLUTIONS = (lambda c: not c.preference, "solutions: leave --preference out")
+WITH_TERSE = (lambda c: c.terse_steps, "--terse-steps")
+A_NEW_MODEL = (lambda c: not c.model, "a new model: leave --model out")
 WITH_PAIRS = (lambda c: c.preference, "--preference")
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
                            for part in data.parts_of(c.data)),
-             "a file in --data: of other sources nothing that is tested can be seen")
+             "a file in --data: other sources are tested on problems of their own")
 
 
 @dataclass
@@ -74,11 +76,11 @@ class SFTConfig:
     model: str = ""                         # checkpoint to start from;
                                             # empty: a new model of the shape below
 
-    hidden_size: int = setting(96, least=1)         # of a new model
-    layers: int = setting(4, least=1)               # of a new model
-    heads: int = setting(4, least=1)                # of a new model; half as many key-value heads
-    vocab_size: int = setting(512, least=1)         # of a new model, whose tokenizer learns
-                                                    # from the data
+    hidden_size: int = setting(96, least=1, needs=[A_NEW_MODEL])
+    layers: int = setting(4, least=1, needs=[A_NEW_MODEL])
+    heads: int = setting(4, least=1, needs=[A_NEW_MODEL])       # and half as many key-value heads
+    vocab_size: int = setting(512, least=1, needs=[A_NEW_MODEL])    # of the new tokenizer, which
+                                                    # learns from the data
 
     max_length: int = setting(512, least=1)         # longest prompt + completion in tokens;
                                                     # longer ones are dropped
@@ -86,7 +88,9 @@ class SFTConfig:
     terse_steps: int = setting(0, least=0, needs=[SOLUTIONS])   # optimizer steps of a second stage
                                                     # that mixes terse answers in
 
-    terse_share: float = setting(0.7, least=0, most=1)  # of its solutions, cut to their last line
+    terse_share: float = setting(0.7, least=0, most=1, needs=[WITH_TERSE])  # of its solutions,
+                                                    # cut to their last line
+
     problems: int = setting(20000, least=1)         # of a built-in task, or of a mix
     hold_out: int = setting(Config().eval_problems, least=0, needs=[OF_A_FILE, SOLUTIONS])
                                                     # problems that train.py with as many
@@ -95,7 +99,8 @@ class SFTConfig:
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
-    batch_size: int = setting(16, least=1)          # sequences an optimizer step, over all ranks
+    batch_size: int = setting(16, least=1)          # completions, or pairs, an optimizer step, over
+                                                    # all ranks
     lr: float = setting(0.0, least=0)               # peak; linear warm-up over a tenth, then cosine
                                                     # to a tenth. 0: 2e-3 for a small model, 1e-5
                                                     # above 10 million parameters; with LoRA ten
@@ -140,10 +145,11 @@ class SFTConfig:
     threads: int = setting(0, least=0)              # CPU threads; 0: measured
     dtype: str = setting("", choices=DTYPES)        # of computation; empty: float32 on cpu, else
                                                     # bfloat16
-    shard: int = setting(0, least=0)                # ranks that hold one copy together; 0: all
-    offload: bool = False                           # weights and optimizer state in host memory
+    shard: int = setting(0, least=0, on_resume=True)    # ranks that hold one copy together; 0: all
+    offload: bool = setting(False, on_resume=True)  # weights and optimizer state in host memory
     activation_checkpointing: bool = False          # less memory, a third more time
-    save_every: int = setting(200, least=1)         # optimizer steps between checkpoints
+    save_every: int = setting(200, least=1, on_resume=True)     # optimizer steps between
+                                                    # checkpoints
 
     # no flags: what the learner also reads, and here is always so
     group_size = 1
@@ -196,10 +202,10 @@ def short_enough(items, config):
     kept = [(q, *texts) for q, *texts in items
             if len(q) + max(map(len, texts)) <= config.max_length]
     if len(kept) < len(items) and dist.rank() == 0:
-        tqdm.write(f"sft: dropped {len(items) - len(kept)} of {len(items)} solutions "
+        tqdm.write(f"sft: dropped {len(items) - len(kept)} of {len(items)} examples "
                    f"longer than {config.max_length} tokens")
     if not kept:
-        raise ValueError(f"every solution is longer than --max-length {config.max_length} tokens")
+        raise ValueError(f"every example is longer than --max-length {config.max_length} tokens")
     return kept
 
 
@@ -273,10 +279,10 @@ def make_optimizer(model, config):
 
 
 def train(model, pairs, config, progress=True, objective=None, keeper=None):
-    """Minimise the cross-entropy in place. Every rank enters, each with its share of every batch.
+    """Minimise the loss in place. Every rank enters, each with its share of every batch.
 
-    objective: another one than this module. keeper: of the checkpoints and the log, if there are
-    to be any. Returns the mean loss (nats a token) of the last tenth of the steps."""
+    objective: another one than this module's, cross-entropy. keeper: of the checkpoints and the
+    log, if there are to be any. Returns the mean loss of the last tenth of the steps."""
     tokens = sum(len(text) for _, *texts in pairs for text in texts)
     config.batch_tokens = config.batch_size * tokens / len(pairs)
     objective = objective or sys.modules[__name__]
@@ -316,32 +322,48 @@ class Keeper:
 
     Steps are counted over both stages. So the newest checkpoint says which stage was under way."""
 
-    FILES = (".lock", "sft.json", "log.jsonl", "log.jsonl.old", "checkpoints")  # before the model
-    FREE = ("out", "device", "threads", "shard", "offload", "save_every")   # may change on the way
+    FILES = ("sft.json", "log.jsonl", "log.jsonl.old", "checkpoints")       # before the model
 
-    def __init__(self, config, problems, interrupt):
-        """Raises ValueError where the folder holds a run of other settings, data or model."""
+    def __init__(self, config, model, examples, interrupt):
+        """Raises ValueError where the folder holds a run of other settings, examples or model."""
         self.folder, self.every, self.interrupt = Path(config.out), config.save_every, interrupt
+        self.steps = config.steps + config.terse_steps
         self.begin = time.perf_counter()
         self.progress = Progress()
         self.before = 0         # steps of the stages before
-        together(lambda: self.claim(config, problems))
+        together(lambda: self.claim(config, model, examples))
 
-    def claim(self, config, problems):
+    def claim(self, config, model, examples):
         """Write what the run is started with, or compare it with what is written there."""
-        mine = {name: value for name, value in asdict(config).items() if name not in self.FREE}
-        mine["problems"] = fingerprint_of_problems(problems)
-        mine["weights"] = fingerprint_of_model(config.model) if config.model else ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        self.check_free(self.folder)        # again: a moment ago another run may have ended here
+
+        free = {"out"} | {f.name for f in fields(config) if f.metadata.get("on_resume")}
+        mine = {flag(name): value for name, value in asdict(config).items() if name not in free}
+        mine["--dtype"] = str(model.dtype).removeprefix("torch.")
+        mine["examples"] = checksum_of(examples)
+        for name, folder in (("weights of --model", config.model),
+                             ("weights of --teacher", config.teacher)):
+            mine[name] = fingerprint_of_model(folder) if folder else ""
 
         file = self.folder / "sft.json"
-        if checkpoints(self.folder / "checkpoints") and file.exists():
+        if checkpoints(self.folder / "checkpoints"):
             for name, was in read_json(file).items():
                 if mine.get(name) != was:
                     raise ValueError(f"--out {self.folder} holds a run that began with {name} "
                                      f"{was!r}, not {mine.get(name)!r}: choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock(self.folder)
         write_whole(file, json.dumps(mine, indent=1) + "\n")
+
+    @classmethod
+    def check_free(cls, folder):
+        """Raise ValueError where a folder holds anything else than a run of sft.py under way."""
+        if checkpoints(folder / "checkpoints") and (folder / "sft.json").exists():
+            return
+        others = [x.name for x in folder.glob("*") if not x.name.startswith(".")
+                  and (x.name not in cls.FILES or x.name == "checkpoints")]
+        if others:
+            raise ValueError(f"--out {folder} is not empty: choose another folder")
 
     def restore(self, learner):
         """Go on where this stage was stopped. Returns the losses of its steps so far."""
@@ -370,14 +392,17 @@ class Keeper:
         progress = learner.progress
         progress.num_tokens += int(sums["tokens"])
         seconds = progress.seconds + time.perf_counter() - self.begin
+        more = {name: sums[name] / max(sums[unit], 1)
+                for name, unit in learner.objective.METRICS.items()}
+        more |= {name: value for name, value in sums.items() if "/" in name}        # of pairs
         report.write_line(self.folder, {
             "step": progress.step, "loss": sums["loss"], "grad_norm": sums["grad_norm"],
-            "lr": learner.optimizer.param_groups[0]["lr"], "num_tokens": progress.num_tokens,
-            "seconds": seconds, **{name: x for name, x in sums.items() if "/" in name}})
+            "lr": learner.optimizer.param_groups[0]["lr"], "seconds": seconds,
+            "trained_tokens": progress.num_tokens, **more})
 
         asked = dist.all_reduce({"stop": self.interrupt.asked}, learner.device, "max")
         stop = asked["stop"] > 0
-        if stop or progress.step % self.every == 0:
+        if stop or progress.step % self.every == 0 or progress.step == self.steps:
             tensors = tensors_of(learner.model, learner.optimizer)
             save_checkpoint(self.folder / "checkpoints", replace(progress, seconds=seconds),
                             tensors, {"losses": losses}, keep=1)
@@ -385,8 +410,21 @@ class Keeper:
             raise KeyboardInterrupt
 
     def remove(self):
-        """Remove the checkpoints, when the model is written."""
-        together(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
+        """Remove the checkpoints, when the model is written: all at once, as far as others see."""
+        def rename_and_remove():
+            gone = self.folder / ".checkpoints"
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(self.folder / "checkpoints", gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        together(rename_and_remove)
+
+
+def checksum_of(examples):
+    """A checksum of [(prompt ids, completion ids, ...)], in their order."""
+    crc = 0
+    for example in examples:
+        crc = zlib.crc32(repr(example).encode(), crc)
+    return f"{crc:08x}, {len(examples)} of them"
 
 
 def build(problems, config):
@@ -428,7 +466,6 @@ def warm_start(config, progress=True, interrupt=None):
         if options:
             raise ValueError("--chat-template-kwargs needs --model, a checkpoint with a template")
 
-    keeper = Keeper(config, problems, interrupt) if interrupt else None
     if of_pairs:
         import dpo
         objective = dpo.OfAFile(policies.reference)
@@ -436,6 +473,7 @@ def warm_start(config, progress=True, interrupt=None):
     else:
         objective = from_teacher(model, tokenizer, config) if config.teacher else None
         shown = corpus(problems, tokenizer, config)
+    keeper = Keeper(config, model, shown, interrupt) if interrupt else None
     last_loss = train(model, shown, config, progress, objective, keeper)
     if config.teacher:
         objective.remove(model)
@@ -539,11 +577,7 @@ def parse(argv=None):
     if config.hidden_size % (2 * config.heads):
         raise ValueError(f"--hidden-size {config.hidden_size} must be a multiple of "
                          f"2 x --heads {config.heads}")
-
-    out = Path(config.out)
-    if out.exists() and not checkpoints(out / "checkpoints"):
-        if any(x.name not in Keeper.FILES for x in out.iterdir()):
-            raise ValueError(f"--out {out} is not empty: choose another folder")
+    Keeper.check_free(Path(config.out))
     return config
 
 

@@ -179,10 +179,22 @@ def summary(study, logs):
     return runs
 
 
+def share_to_end(run, other, key):
+    """The completions after which a run first has the accuracy that another ends at, as a share of
+    the other's; nan if it never does.
+
+    One evaluation is noisy: the end is the mean of the last two."""
+    ends = report.curve(other["curve"], "num_samples", key)[-2:]
+    level = sum(y for _, y in ends) / len(ends)
+    reached = report.first_reach(report.curve(run["curve"], "num_samples", key), level)
+    return math.nan if reached is None else reached / other["num_samples"]
+
+
 def table(study, runs):
     """A Markdown table: mean ± standard error over seeds at the end, and paired differences.
 
-    The difference is that of the first column to the first row's run of the same seed."""
+    The differences are those of the first column to the first row's run of the same seed: at the
+    end and, over samples, in what it takes to get where that one ends."""
     def values(name, key):
         return [run["last"][key] for run in runs if run["name"] == name]
 
@@ -192,15 +204,23 @@ def table(study, runs):
     for column in study.columns:
         found = [run["first"][column] for run in runs if column.startswith("eval_")]
         before.append(f"{sum(found) / len(found):.3f}" if found else "")
-    rows = [["start", "", *before, ""]]
+    over_samples = study.x == "num_samples"
+    first_runs = [run for run in runs if run["name"] == first]
+    rows = [["start", "", *before, *[""] * (1 + over_samples)]]
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
         for column in study.columns:
             cells.append(report.cell_text(report.mean_of_all(values(name, column))))
         gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
         cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
+        if over_samples:
+            shares = [share_to_end(run, other, key) for run, other in zip(
+                [run for run in runs if run["name"] == name], first_runs)]
+            cells.append("" if name == first else report.cell_text(report.mean_of_all(shares)))
         rows.append(cells)
-    return report.markdown(["", "runs", *study.columns, f"{key} - {first}"], rows)
+
+    head = ["", "runs", *study.columns, f"{key} - {first}"]
+    return report.markdown([*head, f"samples to {first}'s end"] if over_samples else head, rows)
 
 
 def table_of_probes(files):

@@ -152,7 +152,7 @@ def not_written(folder, step, error):
     whole = checkpoints(folder)
     there = next(path for path in Path(folder).absolute().parents if path.exists())
     free_mb = shutil.disk_usage(there).free // 2 ** 20
-    go_on = f"{whole[-1].name} is whole: mend it, then --resume" if whole else "there is none yet"
+    go_on = f"{whole[-1].name} is whole: mend it, then go on" if whole else "there is none yet"
     return (f"checkpoint of step {step} not written ({reason(error)}; "
             f"{free_mb} MB are free there); {go_on}")
 

@@ -170,7 +170,7 @@ LAYOUTS = [         # TRL's: of text, of conversations beside a prompt, and of w
     {"prompt": "Which one, 3?", "chosen": "#### 0", "rejected": "#### 1"},
     {"prompt": [QUESTION], "chosen": [{"role": "assistant", "content": "#### 0"}], "rejected": [{"role": "assistant", "content": "#### 1"}]},
     {"chosen": [QUESTION, {"role": "assistant", "content": "#### 0"}], "rejected": [QUESTION, {"role": "assistant", "content": "#### 1"}]},
-    {"problem": "Which one, 3?", "answer": "0", "chosen": "#### 0", "rejected": "#### 1", "level": 2}]
+    {"problem": "Which one, 3?", "answer": ["0"], "chosen": "#### 0", "rejected": "#### 1", "level": 2, "id": None}]
 
 
 def pairs_file(path, rows):
@@ -194,7 +194,11 @@ def test_pairs_of_any_layout_are_the_same_tokens(start, tmp_path):
 @pytest.mark.parametrize("row, what", [
     ({"prompt": "a", "chosen": "b"}, 'no text in the field "rejected"'),
     ({"prompt": "a", "chosen": "b", "rejected": 3}, 'no text in the field "rejected"'),
-    ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, 'no text in the field "chosen"'),
+    ({"prompt": "a", "chosen": [{"role": "system", "content": "b"}], "rejected": "c"}, 'no text in the field "chosen"'),
+    ({"prompt": "a", "chosen": [QUESTION, {"role": "assistant", "content": "b"}], "rejected": "c"}, "chosen answers another question"),
+    ({"chosen": [QUESTION, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}]},
+     "rejected answers another question"),
+    ({"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "\ud800"}]}, "a lone surrogate"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same text"),
     ({"chosen": "b", "rejected": "c"}, "no text in the field \"problem\"")])
 def test_a_row_that_is_no_pair_is_one_line(row, what, start, tmp_path):

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 from safetensors.torch import load_file
-from test_train import equal, run_train, start         # start is a fixture
+from test_train import equal, fast, run_train, start         # start is a fixture
 
 import sft
+import train
 from engine.checkpoint import checkpoints
 
 SMALL = ["--data", "arithmetic", "--steps", "6", "--terse-steps", "4", "--problems", "100", "--hidden-size", "32", "--layers", "1",
@@ -39,12 +40,12 @@ def whole(tmp_path_factory):
 def test_the_log_has_a_line_a_step_of_both_stages_and_no_checkpoint_stays(whole):
     lines = log_of(whole)
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert [line["num_tokens"] for line in lines] == sorted({line["num_tokens"] for line in lines})
+    assert [line["trained_tokens"] for line in lines] == sorted({line["trained_tokens"] for line in lines})
     assert lines[0]["loss"] > lines[5]["loss"] > 0
     assert lines[5]["lr"] == pytest.approx(sft.share_of_peak(5, 6) * 2e-3)
     assert lines[6]["lr"] == pytest.approx(sft.share_of_peak(0, 4) * 2e-3 / 8)      # stage two: an eighth
     assert not (whole / "checkpoints").exists()
-    assert json.loads((whole / "sft.json").read_text())["muon_lr"] == 0.02
+    assert json.loads((whole / "sft.json").read_text())["--muon-lr"] == 0.02
 
 
 @pytest.mark.parametrize("step", [1, 6, 8])
@@ -80,11 +81,43 @@ def test_a_run_under_way_is_not_gone_on_with_by_other_settings_or_data(tmp_path,
         stop_after(patched, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         sft.main([*SMALL, "--out", str(tmp_path)])
 
-    for change, what in ((["--muon-lr", "0.01"], "muon_lr 0.02, not 0.01"), (["--data", "boolean"], "data 'arithmetic', not 'boolean'"),
-                         (["--problems", "99"], "problems ")):
+    for change, what in ((["--muon-lr", "0.01"], "--muon-lr 0.02, not 0.01"), (["--data", "boolean"], "--data 'arithmetic', not 'boolean'"),
+                         (["--template", "r1-zero"], "--template 'auto', not 'r1-zero'")):
         with pytest.raises(SystemExit, match=f"holds a run that began with {what}.*choose another folder"):
             sft.main([*SMALL, *change, "--out", str(tmp_path)])
     sft.main([*SMALL, "--save-every", "5", "--out", str(tmp_path)])         # this may change
+
+
+def test_a_run_under_way_is_not_gone_on_with_by_other_solutions_of_the_same_problems(tmp_path, monkeypatch):
+    """Their texts decide the tokenizer too, and so what each row of the embedding means."""
+    rows = [{"problem": f"Which, {i}?", "answer": str(i % 3), "solution": f"It is\n#### {i % 3}"} for i in range(40)]
+    file = tmp_path / "p.jsonl"
+    options = [*SMALL, "--data", str(file), "--hold-out", "0", "--out", str(tmp_path / "out")]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        sft.main(options)
+
+    file.write_text("\n".join(json.dumps({**row, "solution": "So:\n#### " + row["answer"]}) for row in rows))
+    with pytest.raises(SystemExit, match="began with examples '.*40 of them', not '"):
+        sft.main(options)
+
+
+def test_what_fails_while_the_model_is_written_goes_on_there(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(sft.prompts, "save_tokenizer", lambda *a: (_ for _ in ()).throw(OSError("No space left")))
+        sft.main([*SMALL, "--out", str(tmp_path)])
+    sft.main([*SMALL, "--out", str(tmp_path)])
+    assert log_of(tmp_path) == log_of(whole) and not (tmp_path / "checkpoints").exists()
+    assert equal(load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors"))
+
+
+def test_the_folder_of_another_program_s_run_is_left_alone(whole, start, tmp_path):
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start)])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="is not empty"):
+        sft.main([*SMALL, "--out", str(tmp_path / "run")])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_model_that_is_whole_is_not_trained_over(whole):

@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../jobs.sh"
 out=${1:-runs/template}; python=$(command -v python || command -v python3)
 mkdir -p "$out"
 [ -e "$out/corpus.jsonl" ] || "$python" results/template/make.py "$out/corpus.jsonl"
-[ -e "$out/start" ] || "$python" sft.py --data "$out/corpus.jsonl" --hold-out 0 --steps 700 \
+[ -e "$out/start/tokenizer.json" ] || "$python" sft.py --data "$out/corpus.jsonl" --hold-out 0 --steps 700 \
     --lr 4e-3 --muon-lr 0.02 --out "$out/start" --threads "${THREADS:-1}"
 
 run() {     # run NAME SEED FLAGS...
