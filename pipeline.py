@@ -6,9 +6,9 @@
 
 A pipeline is a list of stages, and a stage is the command line of a program with a folder of its
 own. A stage that is whole is skipped. One that was killed goes on from its checkpoint if it has
-one, so the end is the same. After each stage that makes a model, evaluate.py measures it on held-out
-puzzles. Below --gate nothing can be learned from it, so the pipeline stops and says so. At the end
-stand a table and a figure: accuracy after each stage.
+one, so the end is the same. After each stage that makes a model, evaluate.py measures it on
+held-out puzzles. Below --gate nothing can be learned from it, so the pipeline stops and says so. At
+the end stand a table and a figure: accuracy after each stage.
 
     r1                      base, cold start (SFT), GRPO, the RL model's right answers as a corpus,
                             SFT of the *base* on them, GRPO again (arXiv 2501.12948)
