@@ -295,7 +295,10 @@ def save_figure(figure, file):
     """Write a figure as an image, with a grid and a legend in each panel."""
     for axis in figure.axes:
         axis.grid(alpha=0.3)
-        if axis.lines:
+        names = axis.get_legend_handles_labels()[1]
+        if len(names) > 8:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))     # beside what it would cover
+        elif names:
             axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -457,7 +460,8 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
 
     A band around the mean is one standard error wide to each side. runs is {name: [lines of a run,
     ...]}, png the file, x_max the right end, logarithmic the keys with a logarithmic axis."""
-    figure, axes = new_figure(len(panels), width=5, height=4)
+    figure, axes = new_figure(len(panels), width=5 if len(runs) <= 8 else 7, height=4)
+    from matplotlib import colormaps
     for axis, y in zip(axes, panels):
         # a name has the same colour in every panel, also where others are missing
         for number, (name, logs) in enumerate(runs.items()):
@@ -465,10 +469,25 @@ def draw_runs(runs, x, panels, png, x_max=math.inf, logarithmic=()):
             if found is None:
                 continue
             grid, mean, error = found
-            color = f"C{number}"
+            color = f"C{number}" if len(runs) <= 10 else colormaps["tab20"](number % 20)
             axis.plot(grid, mean, label=name, color=color)
             axis.fill_between(grid, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel=x, ylabel=y, yscale="log" if y in logarithmic else "linear")
+    save_figure(figure, png)
+
+
+def draw_ends(lines, x, y, png):
+    """Draw what runs end at over a number that they differ in: mean and standard error over seeds.
+
+    lines is {name: {number: [a value a seed]}}; x and y say what they are."""
+    figure, (axis,) = new_figure(1, width=6, height=4)
+    for name, ends in lines.items():
+        means, errors = zip(*(mean_se(values) for values in ends.values()))
+        axis.errorbar(list(ends), means, errors, marker="o", capsize=3, label=name)
+    numbers = sorted({number for ends in lines.values() for number in ends})
+    axis.set(xlabel=x, ylabel=y, xscale="log")
+    axis.set_xticks(numbers, map(str, numbers), minor=False)
+    axis.minorticks_off()
     save_figure(figure, png)
 
 

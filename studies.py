@@ -34,6 +34,8 @@ class Study:
                                                                         # names of MEASURES
     panels: list = field(default_factory=lambda: ["eval_pass@1"])       # keys that are drawn
     against: tuple = ()             # two columns: (what theory says, what was measured), drawn too
+    ends: tuple = ()                # (a number that runs differ in, {line: {number: run}}): the
+                                    # first column at the end of these, drawn over the number
     after: dict = field(default_factory=dict)   # {folder or file that appears: command that makes
                                                 # it}, in this order; STUDY stands for the folder
 
@@ -187,12 +189,16 @@ def group_size(c):
             "probe.py", "--model", model, "--data", LEVELS, "--max-new-tokens", 128,
             "--prompts", 8 if c.quick else 128, "--group-size", 4 if c.quick else 16,
             "--json", f"STUDY/probe-{name}.json"]
+    ends = {"GRPO": {int(name[1:]): name for name in runs}}
     return Study(weak_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "frac_reward_zero_std"], after=after)
+                 columns=["eval_pass@1", "frac_reward_zero_std"], after=after,
+                 ends=("completions a prompt (G), 128 a step", ends))
 
 
 def batch_size(c):
-    runs = {}
+    kinds = {"": "lr 2e-4", "-scaled": "lr * sqrt(N / 16)", "-gtpo": "GTPO",
+             "-offpolicy": "off-policy"}
+    runs, ends = {}, {line: {} for line in kinds.values()}
     for N in (16, 4) if c.quick else (16, 4, 64, 128):
         steps = 3 if c.quick else 1536 // N
         settings = {"": []}
@@ -200,12 +206,18 @@ def batch_size(c):
             settings["-scaled"] = ["--lr", f"{2e-4 * math.sqrt(N / 16):.3g}"]
         if N != 64:                     # the others at the ends and in the middle
             settings |= {f"-{algo}": ["--algo", algo] for algo in ("gtpo", "offpolicy")}
+
         for kind, flags in settings.items():
-            runs[f"N{N}{kind}"] = [*YARDSTICK, *length(c, steps), "--prompts-per-step", N,
-                                   "--warmup-steps", max(1, 80 // N),
-                                   "--variance-every", max(1, steps // 50), *flags]
+            name = f"N{N}{kind}"
+            runs[name] = [*YARDSTICK, *length(c, steps), "--prompts-per-step", N,
+                          "--warmup-steps", max(1, 80 // N),
+                          "--variance-every", max(1, steps // 50), *flags]
+            ends[kinds[kind]][N] = name
+    ends[kinds["-scaled"]][16] = "N16"          # there the two rates are one
+
     return Study(weak_start(c), runs, x="num_samples",
-                 columns=["eval_pass@1", "fall", "reward swing", "noise scale", "seconds"])
+                 columns=["eval_pass@1", "fall", "reward swing", "noise scale", "seconds"],
+                 ends=("prompts a step (N), 1536 in all", ends))
 
 
 def reuse(c):

@@ -255,6 +255,13 @@ def show(name, study, logs, c, folder):
         by_name = {run: [logs[item] for item in sorted(logs) if item[0] == run]
                    for run in study.runs}
         report.draw_runs(by_name, study.x, study.panels, folder / "study.png")
+        if study.ends:
+            number, lines = study.ends
+            key = study.columns[0]
+            drawn = {line: {x: [run["last"][key] for run in runs if run["name"] == name]
+                            for x, name in sorted(members.items())}
+                     for line, members in lines.items()}
+            report.draw_ends(drawn, number, key, folder / "ends.png")
         if study.against:
             points = {name: [[run["last"][key] for key in study.against]
                              for run in runs if run["name"] == name] for name in study.runs}

@@ -32,6 +32,20 @@ def test_every_command_is_one_that_its_program_takes(name, quick, tmp_path):
         config.parse([*flags, "--out", str(tmp_path / "out")])
 
 
+def test_lines_over_a_number_name_runs_that_there_are():
+    """And the number is the run's own: at N = 16 the scaled learning rate is the usual one."""
+    for name, flag in (("group-size", "--group-size"), ("batch-size", "--prompts-per-step")):
+        for quick in (False, True):
+            made = STUDIES[name](StudyConfig(quick=quick))
+            for line, members in made.ends[1].items():
+                assert len(members) >= 2 or line == "lr 2e-4"
+                for number, run in members.items():
+                    flags = list(map(str, made.runs[run]))
+                    assert flags[len(flags) - 1 - flags[::-1].index(flag) + 1] == str(number)
+    scaled = STUDIES["batch-size"](StudyConfig()).ends[1]["lr * sqrt(N / 16)"]
+    assert scaled == {4: "N4-scaled", 16: "N16", 64: "N64-scaled", 128: "N128-scaled"}
+
+
 def test_fixed_budgets_are_fixed():
     """Group sizes share 128 completions a step; batch sizes 1,536 prompts a run."""
     def value(flags, name):
