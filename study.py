@@ -42,7 +42,7 @@ class StudyConfig:
     seeds: int = setting(5, least=1)        # runs of each setting
     jobs: int = setting(1, least=1)         # runs side by side
     base: str = ""                          # of lora: the pretrained checkpoint
-    quick: bool = False                     # two seeds of a few steps: to see that it works
+    quick: bool = False                     # one seed, a few steps: to see that it works
     keep_models: bool = False               # of the runs; else only their logs stay
 
 
@@ -66,14 +66,25 @@ def claim(folder, name, study):
     write_whole(file, json.dumps({**theirs, **mine}, indent=1) + "\n")
 
 
-def make_start(folder, name, flags, threads):
-    """Make a start, unless it is there: it appears when it is whole."""
+def make_start(folder, name, flags, threads, beside=()):
+    """Make a start, unless it is there: it appears when it is whole.
+
+    beside: folders of other studies of the same call, from which an equal start is copied."""
     target = folder / "start" / name
     if target.exists():
         return
     part = target.with_name("." + name)
     shutil.rmtree(part, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+
+    for other in beside:
+        twin, which = other / "start" / name, other / "which.json"
+        said = json.loads(which.read_text()) if twin.exists() else {}
+        if said.get(f"start {name}") == shlex.join(map(str, flags)):
+            shutil.copytree(twin, part)
+            os.replace(part, target)
+            return
+
     command = ["sft.py", *map(str, flags), "--out", str(part), "--threads", str(threads)]
     call(command, folder / "start" / f"{name}.txt", "the same command", bars=False)
     os.replace(part, target)
@@ -101,11 +112,12 @@ def run_study(name, c, folder):
     """Run a study, --jobs runs side by side. Returns (Study, {(run, seed): lines of its log})."""
     study = STUDIES[name](c)
     every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    beside = [Path(c.out) / other for other in STUDIES] if folder != Path(c.out) else []
     for start, flags in study.starts.items():
         print(f"{name}: warm start {start}", flush=True)
-        make_start(folder, start, flags, len(every) or 1)
+        make_start(folder, start, flags, len(every) or 1, beside)
 
-    seeds = 2 if c.quick else c.seeds
+    seeds = 1 if c.quick else c.seeds
     todo = [(run, seed) for seed in range(seeds) for run in study.runs]
     threads = max(1, len(every) // c.jobs)
     places = [every[i * threads:(i + 1) * threads] for i in range(c.jobs)]

@@ -2,10 +2,12 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,17 @@ def test_lines_over_a_number_name_runs_that_there_are():
                     assert flags[len(flags) - 1 - flags[::-1].index(flag) + 1] == str(number)
     scaled = STUDIES["batch-size"](StudyConfig()).ends[1]["lr * sqrt(N / 16)"]
     assert scaled == {4: "N4-scaled", 16: "N16", 64: "N64-scaled", 128: "N128-scaled"}
+
+
+def test_an_equal_start_of_another_study_is_copied_and_another_one_is_not(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(study, "call", lambda command, *a, **k: (made.append(command), Path(command[-3]).mkdir(parents=True)))
+    for name, flags in (("one", ["--steps", 3]), ("two", ["--steps", 3]), ("three", ["--steps", 4])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which.json").write_text(json.dumps({"start weak": shlex.join(map(str, flags))}))
+        study.make_start(tmp_path / name, "weak", flags, 1, [tmp_path / other for other in ("one", "two", "three", "none")])
+        assert (tmp_path / name / "start" / "weak").is_dir()
+    assert [command[2] for command in made] == ["3", "4"]
 
 
 def test_fixed_budgets_are_fixed():
@@ -171,6 +184,6 @@ def test_a_killed_study_goes_on_and_a_folder_is_of_one_study(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / "runs" / "grpo-s0" / "log.jsonl").stat().st_mtime == whole        # not made again
     found = json.loads((out / "study.json").read_text())
-    assert len(found["runs"]) == 8 and (out / "study.png").exists() and "| dpo | 2 |" in (out / "table.md").read_text()
-    with pytest.raises(SystemExit, match="holds another study"):
+    assert len(found["runs"]) == 6 and (out / "study.png").exists() and "| dpo | 1 |" in (out / "table.md").read_text()
+    with pytest.raises(SystemExit, match="holds other runs"):
         study.main(["reuse", "--quick", "--out", str(out)])
