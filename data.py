@@ -325,14 +325,15 @@ def normalize(row, name, answered=True):
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
     problem = {**others, **problem}     # reward functions of the user's may read them
     for field, text in problem.items():
-        if isinstance(text, str) and half_a_character(text):
-            raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')
+        if isinstance(text, str):
+            check_characters(field, text)
     return problem
 
 
-def half_a_character(text):
-    """Whether a text holds a lone surrogate, which UTF-8 cannot say."""
-    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+def check_characters(field, text):
+    """Raise ValueError where a text holds a lone surrogate, which UTF-8 cannot say."""
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f'half of a character (a lone surrogate) in the field "{field}"')
 
 
 def system_of(problem):

@@ -254,61 +254,54 @@ def means_of_pairs(logged):
 # ------------------------------------------------------------------- pairs that are in a file
 
 class OfAFile:
-    """The objective of sft.py --preference. It has the calls of an objective (learner.py).
-
-    A pair is a dict with "problem" and two texts, "chosen" and "rejected"."""
+    """The objective of sft.py --preference. It has the calls of an objective (learner.py)."""
     METRICS = METRICS
     loss = staticmethod(loss)
 
     def __init__(self, reference):
         self.reference = reference
 
-    def corpus(self, pairs, tokenizer, config, encode):
-        """Returns [(prompt, chosen, rejected)] in token ids. Raises ValueError for a row that lacks
-        a text, or has the same one twice.
+    def update(self, learner, batch, rows):
+        """One update on the rows of some pairs: chosen, rejected, chosen, rejected ...
 
-        encode: of sft.py, which turns problems and the texts of their completions into ids."""
-        texts = {}
-        for side in ("chosen", "rejected"):
-            texts[side] = [text_of(pair, side) for pair in pairs]
-        for pair, better, worse in zip(pairs, texts["chosen"], texts["rejected"]):
-            if better == worse:
-                raise ValueError(f"{pair['id']}: chosen and rejected are the same text")
-
-        first = encode(pairs, texts["chosen"], tokenizer, config)
-        second = encode(pairs, texts["rejected"], tokenizer, config)
-        return [(prompt, better, worse) for (prompt, better), (_, worse) in zip(first, second)]
-
-    def step(self, learner, pairs, collate):
-        """One update on some pairs. Returns its sums, and means for the log.
-
-        collate: of sft.py, which makes a batch of [(prompt, completion)]."""
-        rows = [(prompt, text) for prompt, *both in pairs for text in both]
+        Returns its sums, and means for the log."""
         numbers = torch.arange(len(rows), device=learner.device)
-        batch = Batch(**{**vars(collate(rows, learner.device)),
-                         "partner": numbers ^ 1, "chosen": numbers % 2 == 0,
+        batch = Batch(**{**vars(batch), "partner": numbers ^ 1, "chosen": numbers % 2 == 0,
                          "active": numbers >= 0})
         complete(learner, batch)
 
         sums = refresh(batch, learner.score(batch)[0], learner.config)
         sums = dist.all_reduce(sums, learner.device)
-        return {**learner.update(batch, numbers.tolist()), **means_of_pairs([sums])}
+        return {**learner.update(batch, rows), **means_of_pairs([sums])}
+
+
+def texts_of(pair):
+    """The two completions (chosen, rejected) of a row of a file, a problem in the sense of data.py.
+
+    Raises ValueError, with the row's name, where one is missing or both are the same."""
+    try:
+        chosen, rejected = text_of(pair, "chosen"), text_of(pair, "rejected")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same text")
+    except ValueError as error:
+        raise ValueError(f"{pair.get('id') or '--data'}: {error}") from None
+    return chosen, rejected
 
 
 def text_of(pair, side):
     """A completion of a pair: text, or the assistant's message of a conversation.
 
     Raises ValueError where it is neither, or of several turns."""
-    name, text = pair.get("id") or "--data", pair.get(side)
+    text = pair.get(side)
     if isinstance(text, list):
         said = data.said_in([{"role": "user", "content": pair["problem"]}, *text]
                             if len(text) == 1 else text)
         if said["user"] != pair["problem"]:
-            raise ValueError(f"{name}: {side} answers another question")
+            raise ValueError(f"{side} answers another question")
         text = said.get("assistant")
+
     if not isinstance(text, str):
-        raise ValueError(f'{name}: no text in the field "{side}"; --preference needs a file of '
-                         'pairs: a question, "chosen" and "rejected"')
-    if data.half_a_character(text):
-        raise ValueError(f'{name}: half of a character (a lone surrogate) in the field "{side}"')
+        raise ValueError(f'no text in the field "{side}"; --preference needs a file of pairs: '
+                         'a question, "chosen" and "rejected"')
+    data.check_characters(side, text)
     return text

@@ -318,10 +318,8 @@ def run_stage(stage, config):
     # what a killed program left is taken up again, or begins anew
     target = folder / MAKES[stage.program]
     command = [stage.program, *stage.args, "--out", str(target)]
-    if stage.program == "train.py":
+    if stage.program in MODELS:
         command = going_on(target, command)
-    elif (target / "config.json").exists() and not checkpoints(target / "checkpoints"):
-        shutil.rmtree(target)           # a model of sft.py that was whole, but not yet said to be
 
     seconds = 0.0               # of a corpus that was whole, but not yet said to be
     if not target.is_file():
@@ -333,12 +331,16 @@ def run_stage(stage, config):
 
 
 def going_on(out, command):
-    """The command that goes on with a run of train.py, or `command` where it has no checkpoint.
+    """The command that goes on with a run of train.py or sft.py: for the first one another than
+    `command`, if it has a checkpoint.
 
-    What the run left before its first checkpoint is removed."""
-    if any((out / "checkpoints").glob("step-*")):
-        return ["train.py", "--resume", "--out", str(out)]
-    shutil.rmtree(out, ignore_errors=True)
+    What is there without a checkpoint is removed: of train.py all, of sft.py a model that is whole,
+    but that nobody has taken yet. What else it has left sft.py knows itself."""
+    of_train = command[0] == "train.py"
+    if checkpoints(out / "checkpoints"):
+        return ["train.py", "--resume", "--out", str(out)] if of_train else command
+    if of_train or (out / "config.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
     return command
 
 

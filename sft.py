@@ -183,24 +183,22 @@ def corpus(problems, tokenizer, config, terse_share=0.0):
 
     Raises ValueError where no id ends a completion, or every solution is too long."""
     rng = random.Random(f"terse/{config.seed}")
-    texts = [completion_text(p, rng.random() < terse_share) for p in problems]
-    return short_enough(encode(problems, texts, tokenizer, config), config)
+    texts = [(completion_text(p, rng.random() < terse_share),) for p in problems]
+    return encode(problems, texts, tokenizer, config)
 
 
 def encode(problems, texts, tokenizer, config):
-    """Returns [(prompt ids, completion ids with their end)] of problems and what is to be written.
+    """Returns [(prompt ids, completion ids with their end, ...)] of those that are short enough.
 
-    Raises ValueError where no id ends a completion."""
+    texts holds a tuple for each problem: its completions, one or, of a pair, two. Raises ValueError
+    where no id ends a completion, or every one is too long."""
     questions = prompts.encode_prompts(problems, tokenizer, config.template)
-    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
     end = prompts.end_id(tokenizer, config.template)
-    return [(q, c + [end]) for q, c in zip(questions, completions)]
+    sides = [tokenizer(list(side), add_special_tokens=False)["input_ids"] for side in zip(*texts)]
+    items = [(q, *(c + [end] for c in completions)) for q, *completions in zip(questions, *sides)]
 
-
-def short_enough(items, config):
-    """Those of [(prompt ids, completion ids, ...)] whose every completion fits into max_length."""
-    kept = [(q, *texts) for q, *texts in items
-            if len(q) + max(map(len, texts)) <= config.max_length]
+    kept = [(q, *completions) for q, *completions in items
+            if len(q) + max(map(len, completions)) <= config.max_length]
     if len(kept) < len(items) and dist.rank() == 0:
         tqdm.write(f"sft: dropped {len(items) - len(kept)} of {len(items)} examples "
                    f"longer than {config.max_length} tokens")
@@ -209,8 +207,8 @@ def short_enough(items, config):
     return kept
 
 
-def batches(pairs, size, steps, seed):
-    """Yield `steps` batches of `size` pairs: all in random order, then again in another.
+def batches(examples, size, steps, seed):
+    """Yield `steps` batches of `size` examples: all in random order, then again in another.
 
     They are not sorted by length. No padding reaches the model anyway, and terse and full solutions
     shall meet in every batch."""
@@ -218,18 +216,19 @@ def batches(pairs, size, steps, seed):
     order = []
     for _ in range(steps):
         while len(order) < size:
-            order += rng.sample(range(len(pairs)), len(pairs))
+            order += rng.sample(range(len(examples)), len(examples))
         batch, order = order[:size], order[size:]
-        yield [pairs[i] for i in batch]
+        yield [examples[i] for i in batch]
 
 
-def collate(pairs, device):
-    """Turn [(prompt, completion)] into a Batch that trains the completions."""
-    prompt_lengths = torch.tensor([len(p) for p, _ in pairs], dtype=torch.int64)
-    lengths = torch.tensor([len(p) + len(c) for p, c in pairs], dtype=torch.int64)
-    T = int(lengths.max()) if pairs else 1
-    tokens = torch.zeros(len(pairs), T, dtype=torch.int64)
-    for row, (p, c) in enumerate(pairs):
+def collate(examples, device):
+    """Turn [(prompt, completion, ...)] into a Batch that trains the completions, a row each."""
+    rows = [(p, c) for p, *completions in examples for c in completions]
+    prompt_lengths = torch.tensor([len(p) for p, _ in rows], dtype=torch.int64)
+    lengths = torch.tensor([len(p) + len(c) for p, c in rows], dtype=torch.int64)
+    T = int(lengths.max()) if rows else 1
+    tokens = torch.zeros(len(rows), T, dtype=torch.int64)
+    for row, (p, c) in enumerate(rows):
         tokens[row, :len(p) + len(c)] = torch.tensor(p + c)
 
     mask = Rollout(tokens, prompt_lengths, lengths, None, None).completion_mask()
@@ -278,30 +277,32 @@ def make_optimizer(model, config):
                     Muon(matrices, config.muon_lr))
 
 
-def train(model, pairs, config, progress=True, objective=None, keeper=None):
+def train(model, examples, config, progress=True, objective=None, keeper=None):
     """Minimise the loss in place. Every rank enters, each with its share of every batch.
 
-    objective: another one than this module's, cross-entropy. keeper: of the checkpoints and the
-    log, if there are to be any. Returns the mean loss of the last tenth of the steps."""
-    tokens = sum(len(text) for _, *texts in pairs for text in texts)
-    config.batch_tokens = config.batch_size * tokens / len(pairs)
+    objective: another one than this module's, cross-entropy; it may have an update(learner, batch,
+    rows) of its own. keeper: of the checkpoints and the log, if there are to be any. Returns the
+    mean loss of the last tenth of the steps."""
+    tokens = sum(len(c) for _, *completions in examples for c in completions)
+    config.batch_tokens = config.batch_size * tokens / len(examples)
     objective = objective or sys.modules[__name__]
     optimizer = make_optimizer(model, config)
     peaks = [(group, group["lr"]) for group in optimizer.param_groups]
     learner = Learner(config=config, objective=objective, model=model, optimizer=optimizer,
                       progress=Progress(), reference=getattr(objective, "reference", None))
-    update = getattr(objective, "step", step_on_solutions)
+    update = getattr(objective, "update", Learner.update)
 
     losses = keeper.restore(learner) if keeper else []
     made = len(losses)
-    todo = islice(batches(pairs, config.batch_size, config.steps, config.seed), made, None)
+    todo = islice(batches(examples, config.batch_size, config.steps, config.seed), made, None)
     bar = tqdm(todo, total=config.steps, initial=made, disable=not progress or dist.rank() > 0,
                desc="sft" if keeper else "warm start")
     for step, chosen in enumerate(bar, made):
         for group, peak in peaks:
             group["lr"] = peak * share_of_peak(step, config.steps)
 
-        sums = update(learner, [chosen[i] for i in dist.split(len(chosen))], collate)
+        batch = collate([chosen[i] for i in dist.split(len(chosen))], model.device)
+        sums = update(learner, batch, list(range(len(batch.mask))))
         learner.progress.step += 1
         losses.append(sums["loss"])
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -310,11 +311,6 @@ def train(model, pairs, config, progress=True, objective=None, keeper=None):
 
     last = losses[-max(1, config.steps // 10):]
     return sum(last) / len(last)
-
-
-def step_on_solutions(learner, pairs, collate):
-    """One update on [(prompt, completion)]. Returns its sums."""
-    return learner.update(collate(pairs, learner.device), list(range(len(pairs))))
 
 
 class Keeper:
@@ -357,12 +353,12 @@ class Keeper:
 
     @classmethod
     def check_free(cls, folder):
-        """Raise ValueError where a folder holds anything else than a run of sft.py under way."""
-        if checkpoints(folder / "checkpoints") and (folder / "sft.json").exists():
-            return
-        others = [x.name for x in folder.glob("*") if not x.name.startswith(".")
-                  and (x.name not in cls.FILES or x.name == "checkpoints")]
-        if others:
+        """Raise ValueError where a folder holds anything else than a run of sft.py under way.
+
+        Of one that has no checkpoint, or whose model is whole, nothing is written over."""
+        names = {x.name for x in folder.glob("*") if not x.name.startswith(".")}
+        no_model_yet = names <= set(cls.FILES) or checkpoints(folder / "checkpoints")
+        if names and not (no_model_yet and "sft.json" in names):
             raise ValueError(f"--out {folder} is not empty: choose another folder")
 
     def restore(self, learner):
@@ -469,7 +465,7 @@ def warm_start(config, progress=True, interrupt=None):
     if of_pairs:
         import dpo
         objective = dpo.OfAFile(policies.reference)
-        shown = short_enough(objective.corpus(problems, tokenizer, config, encode), config)
+        shown = encode(problems, list(map(dpo.texts_of, problems)), tokenizer, config)
     else:
         objective = from_teacher(model, tokenizer, config) if config.teacher else None
         shown = corpus(problems, tokenizer, config)

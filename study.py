@@ -10,8 +10,9 @@ about as many seeds of everything. --jobs runs go side by side, each on cores of
 
 studies.py says which studies there are and what each runs. What is left behind: study.json (every
 run with its curve, none dropped), table.md (mean and standard error over seeds, and the paired
-difference to the first row), study.png and, where theory foretells a number, against.png. `theory`
-runs nothing: it draws the exact curves of theory.py. Needs train.py, sft.py and report.py.
+difference to the first row), study.png and, where runs differ in a number, ends.png, where theory
+foretells one, against.png. `theory` runs nothing: it draws the exact curves of theory.py. Needs
+train.py, sft.py, report.py and pipeline.py, which calls programs.
 """
 import json
 import math
@@ -33,6 +34,7 @@ from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
 from pipeline import call, going_on, named_command
+from sft import copy_whole
 from studies import MEASURES, STUDIES
 
 
@@ -73,20 +75,16 @@ def make_start(folder, name, flags, threads, beside=()):
     target = folder / "start" / name
     if target.exists():
         return
-    part = target.with_name("." + name)
-    shutil.rmtree(part, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-
     for other in beside:
         twin, which = other / "start" / name, other / "which.json"
         said = json.loads(which.read_text()) if twin.exists() else {}
         if said.get(f"start {name}") == shlex.join(map(str, flags)):
-            shutil.copytree(twin, part)
-            os.replace(part, target)
-            return
+            return copy_whole(twin, target)
 
+    part = target.with_name("." + name)
     command = ["sft.py", *map(str, flags), "--out", str(part), "--threads", str(threads)]
-    call(command, folder / "start" / f"{name}.txt", "the same command", bars=False)
+    call(going_on(part, command), folder / "start" / f"{name}.txt", "the same command", bars=False)
     os.replace(part, target)
 
 
@@ -207,8 +205,11 @@ def table(study, runs):
 
     The differences are those of the first column to the first row's run of the same seed: at the
     end and, over samples, in what it takes to get where that one ends."""
+    def runs_of(name):
+        return [run for run in runs if run["name"] == name]
+
     def values(name, key):
-        return [run["last"][key] for run in runs if run["name"] == name]
+        return [run["last"][key] for run in runs_of(name)]
 
     first = next(iter(study.runs))
     key = study.columns[0]
@@ -217,7 +218,6 @@ def table(study, runs):
         found = [run["first"][column] for run in runs if column.startswith("eval_")]
         before.append(f"{sum(found) / len(found):.3f}" if found else "")
     over_samples = study.x == "num_samples"
-    first_runs = [run for run in runs if run["name"] == first]
     rows = [["start", "", *before, *[""] * (1 + over_samples)]]
     for name in study.runs:
         cells = [name, str(len(values(name, key)))]
@@ -226,8 +226,8 @@ def table(study, runs):
         gaps = [a - b for a, b in zip(values(name, key), values(first, key))]
         cells.append("" if name == first else report.cell_text(report.mean_se(gaps)))
         if over_samples:
-            shares = [share_to_end(run, other, key) for run, other in zip(
-                [run for run in runs if run["name"] == name], first_runs)]
+            shares = [share_to_end(run, other, key)
+                      for run, other in zip(runs_of(name), runs_of(first))]
             cells.append("" if name == first else report.cell_text(report.mean_of_all(shares)))
         rows.append(cells)
 

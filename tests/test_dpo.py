@@ -182,9 +182,14 @@ def pairs_of(path):
     return data.load_problems(path, answered=False, report=lambda line: None)
 
 
+def test_sft_offers_the_losses_that_there_are():
+    assert sft.PREFERENCES == ("", *dpo.KINDS)
+
+
 def test_pairs_of_any_layout_are_the_same_tokens(start, tmp_path):
     tokenizer = prompts.load_tokenizer(start)
-    found = dpo.OfAFile(None).corpus(pairs_of(pairs_file(tmp_path / "p.jsonl", LAYOUTS)), tokenizer, sft.SFTConfig(), sft.encode)
+    pairs = pairs_of(pairs_file(tmp_path / "p.jsonl", LAYOUTS))
+    found = sft.encode(pairs, list(map(dpo.texts_of, pairs)), tokenizer, sft.SFTConfig())
     prompt, chosen, rejected = found[0]
     assert found == [found[0]] * 4
     assert tokenizer.decode(prompt) == "Which one, 3?\n"
@@ -200,11 +205,12 @@ def test_pairs_of_any_layout_are_the_same_tokens(start, tmp_path):
      "rejected answers another question"),
     ({"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "\ud800"}]}, "a lone surrogate"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same text"),
+    ({"prompt": "a", "chosen": "b", "rejected": [QUESTION, {"role": "assistant", "content": "c"}, QUESTION]}, "a conversation of several turns"),
     ({"chosen": "b", "rejected": "c"}, "no text in the field \"problem\"")])
-def test_a_row_that_is_no_pair_is_one_line(row, what, start, tmp_path):
+def test_a_row_that_is_no_pair_is_one_line(row, what, tmp_path):
     file = pairs_file(tmp_path / "p.jsonl", [LAYOUTS[0], row])
     with pytest.raises(ValueError, match=f"p.jsonl:2: .*{what}"):
-        dpo.OfAFile(None).corpus(pairs_of(file), prompts.load_tokenizer(start), sft.SFTConfig(), sft.encode)
+        list(map(dpo.texts_of, pairs_of(file)))
 
 
 @pytest.mark.parametrize("options, what", [
@@ -228,15 +234,14 @@ def test_the_gradient_of_pairs_of_a_file_is_that_of_the_definition(kind, sft_wei
     pairs = [([1, 2], [3, 4, 7], [5, 7]), ([6], [4, 7], [4, 5, 6, 7]), ([2, 3, 4], [5, 5, 7], [6, 7])]
 
     twin = copy.deepcopy(model)
-    rows = [(q, text) for q, *both in pairs for text in both]
-    batch = sft.collate(rows, torch.device("cpu"))
+    batch = sft.collate(pairs, torch.device("cpu"))
     batch.chosen = torch.tensor([True, False] * 3)
     batch.active, batch.partner = torch.ones(6, dtype=torch.bool), torch.tensor([1, 0, 3, 2, 5, 4])
     value, expected = gradient_by_autograd(twin, reference, batch, c)
 
     found = {}
     monkeypatch.setattr(one, "descend", lambda loss: found.update(loss=loss, grads=[p.grad.clone() for p in trainable(model)]) or 0.0)
-    sums = offline.step(one, pairs, sft.collate)
+    sums = offline.update(one, sft.collate(pairs, torch.device("cpu")), list(range(6)))
     assert found["loss"] == pytest.approx(value, rel=1e-5)
     largest = max(1.0, max(want.abs().max().item() for want in expected))
     for got, want in zip(found["grads"], expected, strict=True):

@@ -112,6 +112,19 @@ def test_what_fails_while_the_model_is_written_goes_on_there(whole, tmp_path, mo
     assert equal(load_file(tmp_path / "model.safetensors"), load_file(whole / "model.safetensors"))
 
 
+def test_a_crash_in_the_first_checkpoint_begins_anew(whole, tmp_path, monkeypatch):
+    """What it leaves is half a checkpoint, under a hidden name."""
+    def crash():
+        (tmp_path / "checkpoints" / ".part-000002").mkdir(parents=True)
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 2, crash)
+        sft.main([*SMALL, "--out", str(tmp_path)])
+    sft.main([*SMALL, "--out", str(tmp_path)])
+    assert log_of(tmp_path) == log_of(whole)
+
+
 def test_the_folder_of_another_program_s_run_is_left_alone(whole, start, tmp_path):
     train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start)])
     before = sorted(tmp_path.rglob("*"))
