@@ -265,14 +265,27 @@ class OfAFile:
         """One update on the rows of some pairs: chosen, rejected, chosen, rejected ...
 
         Returns its sums, and means for the log."""
-        numbers = torch.arange(len(rows), device=learner.device)
+        batch, sums = self.weighted(learner, batch)
+        return {**learner.update(batch, rows), **means_of_pairs([sums])}
+
+    def held_out(self, learner, batch):
+        """Loss and rewards of pairs that are not trained on, for the log."""
+        batch, sums = self.weighted(learner, batch)
+        total = dist.all_reduce({"loss": batch.value.sum()}, learner.device)["loss"]
+        found = {"loss": total / sums["pairs"], **means_of_pairs([sums])}
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    @staticmethod
+    def weighted(learner, batch):
+        """The batch with its pairs, reference and weights, and what `refresh` summed, of all ranks.
+
+        Its rows are chosen, rejected, chosen, rejected ..."""
+        numbers = torch.arange(len(batch.mask), device=learner.device)
         batch = Batch(**{**vars(batch), "partner": numbers ^ 1, "chosen": numbers % 2 == 0,
                          "active": numbers >= 0})
         complete(learner, batch)
-
         sums = refresh(batch, learner.score(batch)[0], learner.config)
-        sums = dist.all_reduce(sums, learner.device)
-        return {**learner.update(batch, rows), **means_of_pairs([sums])}
+        return batch, dist.all_reduce(sums, learner.device)
 
 
 def texts_of(pair):

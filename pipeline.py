@@ -78,10 +78,16 @@ class PipelineConfig:
 
     sft_flags: str = ""                     # the same of each sft.py
     ranks: int = setting(1, least=1)        # processes of each program, by torchrun
-    gate: float = setting(0.01, least=0, most=1)    # held-out pass@1 that a stage must reach
+    gate: float = setting(-1.0, least=-1, most=1)   # held-out pass@1 that a stage must reach;
+                                            # -1: 0.01, and 0 with --quick
+
     seed: int = setting(0, least=0)
     threads: int = setting(2, least=1)      # CPU threads of each program
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
+
+    def __post_init__(self):
+        if self.gate < 0:
+            self.gate = 0.0 if self.quick else 0.01
 
 
 # what each program makes in the folder of its stage, and where in it a model lies

@@ -60,6 +60,7 @@ TO_LEARN_FROM = (lambda c: c.model, "--model: a new random model has nothing to 
 SOLUTIONS = (lambda c: not c.preference, "solutions: leave --preference out")
 WITH_TERSE = (lambda c: c.terse_steps, "--terse-steps")
 A_NEW_MODEL = (lambda c: not c.model, "a new model: leave --model out")
+WITH_EVAL = (lambda c: c.eval_data, "--eval-data")
 WITH_PAIRS = (lambda c: c.preference, "--preference")
 WITH_TEACHER = (lambda c: c.teacher, "--teacher")
 OF_A_FILE = (lambda c: any(not tasks.known(part.source) and part.source not in data.HUB
@@ -98,6 +99,12 @@ class SFTConfig:
 
     levels: str = ""                                # of built-in tasks, easiest-hardest;
                                                     # empty: the usual ones
+    eval_data: str = ""                             # solutions, or pairs, that are not trained on:
+                                                    # eval_loss in the log; empty: none
+
+    eval_problems: int = setting(200, least=1, needs=[WITH_EVAL])   # of them, at most
+    eval_every: int = setting(100, least=1, needs=[WITH_EVAL], on_resume=True)      # steps; also
+                                                    # after the last
     steps: int = setting(1000, least=1)             # optimizer steps on full solutions
     batch_size: int = setting(16, least=1)          # completions, or pairs, an optimizer step, over
                                                     # all ranks
@@ -192,6 +199,8 @@ def encode(problems, texts, tokenizer, config):
 
     texts holds a tuple for each problem: its completions, one or, of a pair, two. Raises ValueError
     where no id ends a completion, or every one is too long."""
+    if not problems:
+        return []
     questions = prompts.encode_prompts(problems, tokenizer, config.template)
     end = prompts.end_id(tokenizer, config.template)
     sides = [tokenizer(list(side), add_special_tokens=False)["input_ids"] for side in zip(*texts)]
@@ -277,12 +286,21 @@ def make_optimizer(model, config):
                     Muon(matrices, config.muon_lr))
 
 
-def train(model, examples, config, progress=True, objective=None, keeper=None):
+def held_out(learner, batch):
+    """Cross-entropy of examples that are not trained on, {"eval_loss": nats a token}."""
+    logp = learner.score(batch, list(range(len(batch.mask))))[0]
+    sums = dist.all_reduce({"loss": -(logp * batch.mask).sum(), "tokens": batch.mask.sum()},
+                           learner.device)
+    return {"eval_loss": sums["loss"] / sums["tokens"]}
+
+
+def train(model, examples, config, progress=True, objective=None, keeper=None, unseen=()):
     """Minimise the loss in place. Every rank enters, each with its share of every batch.
 
     objective: another one than this module's, cross-entropy; it may have an update(learner, batch,
-    rows) of its own. keeper: of the checkpoints and the log, if there are to be any. Returns the
-    mean loss of the last tenth of the steps."""
+    rows) and a held_out(learner, batch) of its own. keeper: of the checkpoints and the log, if
+    there are to be any. unseen: held-out examples. Returns the mean loss of the last tenth of the
+    steps."""
     tokens = sum(len(c) for _, *completions in examples for c in completions)
     config.batch_tokens = config.batch_size * tokens / len(examples)
     objective = objective or sys.modules[__name__]
@@ -291,12 +309,14 @@ def train(model, examples, config, progress=True, objective=None, keeper=None):
     learner = Learner(config=config, objective=objective, model=model, optimizer=optimizer,
                       progress=Progress(), reference=getattr(objective, "reference", None))
     update = getattr(objective, "update", Learner.update)
+    measure = getattr(objective, "held_out", held_out)
 
     losses = keeper.restore(learner) if keeper else []
     made = len(losses)
     todo = islice(batches(examples, config.batch_size, config.steps, config.seed), made, None)
     bar = tqdm(todo, total=config.steps, initial=made, disable=not progress or dist.rank() > 0,
                desc="sft" if keeper else "warm start")
+    shown = {}
     for step, chosen in enumerate(bar, made):
         for group, peak in peaks:
             group["lr"] = peak * share_of_peak(step, config.steps)
@@ -305,7 +325,12 @@ def train(model, examples, config, progress=True, objective=None, keeper=None):
         sums = update(learner, batch, list(range(len(batch.mask))))
         learner.progress.step += 1
         losses.append(sums["loss"])
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        shown["loss"] = f"{losses[-1]:.3f}"
+        if unseen and (learner.progress.step % config.eval_every == 0 or step + 1 == config.steps):
+            mine = [unseen[i] for i in dist.split(len(unseen))]
+            sums |= measure(learner, collate(mine, model.device))
+            shown["eval_loss"] = f"{sums['eval_loss']:.3f}"
+        bar.set_postfix(shown)
         if keeper:
             keeper.after_step(learner, sums, losses)
 
@@ -390,7 +415,8 @@ class Keeper:
         seconds = progress.seconds + time.perf_counter() - self.begin
         more = {name: sums[name] / max(sums[unit], 1)
                 for name, unit in learner.objective.METRICS.items()}
-        more |= {name: value for name, value in sums.items() if "/" in name}        # of pairs
+        more |= {name: value for name, value in sums.items()
+                 if "/" in name or name.startswith("eval_")}        # of pairs, and held-out
         report.write_line(self.folder, {
             "step": progress.step, "loss": sums["loss"], "grad_norm": sums["grad_norm"],
             "lr": learner.optimizer.param_groups[0]["lr"], "seconds": seconds,
@@ -450,6 +476,13 @@ def warm_start(config, progress=True, interrupt=None):
     problems = data.load_problems(config.data, "train", config.seed, parse_levels(config.levels),
                                   config.problems, say, fill=True, answered=not of_pairs,
                                   spare=0 if of_pairs else config.hold_out)
+    unseen = []
+    if config.eval_data:
+        levels = parse_levels(config.levels) if data.takes_levels(config.eval_data) else None
+        unseen = data.load_problems(config.eval_data, "test", 0, levels, config.eval_problems, say,
+                                    whole=False, answered=not of_pairs)
+        problems = data.without(problems, unseen, say)
+
     if config.model:
         policies = load_policies(config, device, config.model, config.model)
         model = policies.pi
@@ -465,19 +498,20 @@ def warm_start(config, progress=True, interrupt=None):
     if of_pairs:
         import dpo
         objective = dpo.OfAFile(policies.reference)
-        shown = encode(problems, list(map(dpo.texts_of, problems)), tokenizer, config)
+        shown, unseen = (encode(rows, list(map(dpo.texts_of, rows)), tokenizer, config)
+                         for rows in (problems, unseen))
     else:
         objective = from_teacher(model, tokenizer, config) if config.teacher else None
-        shown = corpus(problems, tokenizer, config)
+        shown, unseen = (corpus(rows, tokenizer, config) for rows in (problems, unseen))
     keeper = Keeper(config, model, shown, interrupt) if interrupt else None
-    last_loss = train(model, shown, config, progress, objective, keeper)
+    last_loss = train(model, shown, config, progress, objective, keeper, unseen)
     if config.teacher:
         objective.remove(model)
     if config.terse_steps:
         # without Muon: terse answers cannot be learned, and it would step as far along their noise
         second = replace(config, steps=config.terse_steps, lr=config.lr / 8, muon_lr=0.0)
         mixed = corpus(problems, tokenizer, config, config.terse_share)
-        last_loss = train(model, mixed, second, progress, keeper=keeper)
+        last_loss = train(model, mixed, second, progress, keeper=keeper, unseen=unseen)
 
     prompts.name_end(model, prompts.end_id(tokenizer, config.template))
     write_weights(config, model, config.out, Path(config.out) / "adapter", config.model)

@@ -260,7 +260,13 @@ def file_run(start, tmp_path, *options):
 @pytest.mark.parametrize("options", [["--lr", "2e-3"], ["--lr", "5e-3", "--lora-rank", "4", "--beta", "0.2"]])
 def test_pairs_of_a_file_are_learned_with_all_weights_and_with_lora(options, start, tmp_path):
     """At the start pi is the reference, also through the adapter that has just been attached."""
-    lines = file_run(start, tmp_path, *options)
+    held_out = pairs_file(tmp_path / "e.jsonl", [{"prompt": "Which one, 99?", "chosen": "#### 0", "rejected": "#### 1"}] * 2)
+    lines = file_run(start, tmp_path, *options, "--eval-data", held_out, "--eval-every", "19")
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [19, 20]
+    margin = evaluated[-1]["eval_rewards/margins"]
+    assert evaluated[-1]["eval_loss"] == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)     # both pairs are the same
+    assert margin > 0.1 and evaluated[-1]["eval_rewards/accuracies"] == 1
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(lines[0]["rewards/margins"]) < 1e-5
     assert lines[-1]["rewards/accuracies"] == 1 and lines[-1]["rewards/margins"] > 0.3 and lines[-1]["loss"] < 0.6
     assert lines[-1]["logps/chosen"] > lines[-1]["logps/rejected"]

@@ -4,12 +4,14 @@ import os
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_train import equal, fast, run_train, start         # start is a fixture
 
 import sft
 import train
 from engine.checkpoint import checkpoints
+from model import Transformer
 
 SMALL = ["--data", "arithmetic", "--steps", "6", "--terse-steps", "4", "--problems", "100", "--hidden-size", "32", "--layers", "1",
          "--heads", "2", "--vocab-size", "280", "--muon-lr", "0.02", "--save-every", "3", "--threads", "1", "--device", "cpu"]
@@ -136,6 +138,37 @@ def test_the_folder_of_another_program_s_run_is_left_alone(whole, start, tmp_pat
 def test_a_model_that_is_whole_is_not_trained_over(whole):
     with pytest.raises(SystemExit, match="is not empty"):
         sft.main([*SMALL, "--out", str(whole)])
+
+
+def test_the_held_out_loss_is_that_of_problems_not_trained_on_and_changes_nothing(start, tmp_path, monkeypatch):
+    """Three of five held-out problems are training problems too; then three steps of the rest are trained."""
+    rows = [{"problem": f"{a} + 1 = ?", "answer": str(a + 1), "solution": f"{a} + 1 = {a + 1}.\n#### {a + 1}"} for a in range(20)]
+    for name, part in (("train", rows[:15]), ("test", rows[12:17])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    options = ["--data", str(tmp_path / "train.jsonl"), "--model", str(start), "--hold-out", "0", "--steps", "3", "--threads", "1",
+               "--device", "cpu", "--eval-data", str(tmp_path / "test.jsonl"), "--eval-every", "2"]
+    seen, usual = [], sft.train
+    monkeypatch.setattr(sft, "train", lambda model, examples, *more: seen.append((len(examples), more[-1])) or usual(model, examples, *more))
+    sft.main([*options, "--out", str(tmp_path / "out")])
+
+    lines = log_of(tmp_path / "out")
+    assert ["eval_loss" in line for line in lines] == [False, True, True]       # every two steps, and the last
+    (trained, unseen), = seen
+    assert trained == 12 and len(unseen) == 5
+
+    model = Transformer.from_pretrained(tmp_path / "out")
+    total = count = 0
+    with torch.no_grad():
+        for prompt, completion in unseen:
+            tokens = torch.tensor(prompt + completion)
+            logp = model(tokens[None])[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+            total -= logp[len(prompt) - 1:].sum().item()
+            count += len(completion)
+    assert lines[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+    sft.main([*options, "--eval-every", "1", "--out", str(tmp_path / "again")])
+    one, two = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert equal(one, two)
 
 
 @pytest.mark.slow
