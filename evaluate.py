@@ -344,8 +344,11 @@ class Kept:
             self.parts.add(rows)
 
 
-FIRST_BATCH = 64        # completions; later batches grow until one takes BATCH_SECONDS
-BATCH_SECONDS = 30.0
+# Completions of the first batch; later ones grow until one takes BATCH_SECONDS, which a stop can
+# lose. Few batches waste less: in the tail of each few rows are left, and all weights are read for
+# them.
+FIRST_BATCH = 64
+BATCH_SECONDS = 200.0
 
 
 def complete(config, sampler, tokenizer, problems, samples, temperature, kept, bar):

@@ -20,7 +20,7 @@ train() {
 }
 measure() {     # measure NAME MODEL
     "$python" evaluate.py --model "$2" --data "$test" --limit 400 --samples 4 --temperature 0.7 \
-        --max-new-tokens 640 --also-at 320 --rows-at-once 128 --json "$out/$1.json"
+        --max-new-tokens 640 --also-at 320 --rows-at-once 256 --json "$out/$1.json"
 }
 for part in ${PARTS:-train after before}; do
     case $part in
