@@ -231,6 +231,9 @@ class Common:
 
     out: str = ""                       # run folder; empty: runs/ALGO-DATA-seedS
     resume: bool = False                # go on from the last checkpoint in --out
+    config: str = ""                    # a run's config.json: its settings, where no flag says
+                                        # otherwise
+
     seed: int = setting(0, least=0)
     # rollouts (rollout.py)
     prompts_per_step: int = setting(32, least=1)        # N, over all ranks
@@ -376,10 +379,11 @@ def parse(argv=None, description=""):
     With --resume the run's own config.json counts; only --steps and settings that change no result
     may be given beside it. Raises ValueError, one line, for settings that cannot work or would do
     nothing."""
-    first = argparse.Namespace(algo=None, out="", resume=False, help=False)
+    first = argparse.Namespace(algo=None, out="", config="", resume=False, help=False)
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--algo")
     early.add_argument("--out")
+    early.add_argument("--config")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
     early.add_argument("--help", "-h", action="store_true")
     early.parse_known_args(argv, first)         # which flags there are depends on these
@@ -391,8 +395,35 @@ def parse(argv=None, description=""):
         if first.algo not in (None, stored.algo):
             resumed(stored, {"algo": first.algo})       # raises
         return resumed(stored, flags_of(stored.algo, description, argv))
-    given = flags_of(first.algo or "grpo", description, argv)
-    return refuse_idle(check(Config(**given)), given)
+    other = settings_of(first.config) if first.config else {}
+    algo = first.algo or other.get("algo", "grpo")
+    given = flags_of(algo, description, argv)
+    known = {f.name for f in fields(config_class(algo))}
+    taken = {name: value for name, value in other.items() if name in known}
+    return refuse_idle(check(Config(**{**taken, **given, "algo": algo})), given)
+
+
+# of a run, where it is and on what: not for another run
+NOT_TAKEN = ("out", "resume", "config", "device", "threads")
+
+
+def settings_of(file):
+    """The settings in a config.json, for another run, perhaps with another objective.
+
+    Raises ValueError, one line, where it is none, or of another version."""
+    try:
+        stored = json.loads(Path(file).read_text())
+        if not isinstance(stored, dict):
+            raise ValueError("no settings")
+        types = {f.name: f.type for f in fields(config_class(str(stored.get("algo", "grpo"))))}
+        for name, value in stored.items():
+            if name not in types:
+                raise ValueError(f"{name} is no setting of this version")
+            if type(value) is not types[name] and (type(value), types[name]) != (int, float):
+                raise ValueError(f"{name} must be {types[name].__name__}, not {value!r}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--config {file}: {error}") from None
+    return {name: value for name, value in stored.items() if name not in NOT_TAKEN}
 
 
 def flags_of(algo, description, argv):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,32 @@ def test_the_learning_rate_follows_from_the_model(start):
     assert lr("--model", "Qwen/Qwen3-4B", "--data", "gsm8k", "--lr", "3e-6") == 3e-6
     with pytest.raises(ValueError, match="--lr -1"):
         lr("--lr", "-1")
+
+
+def test_a_run_takes_the_settings_of_another_where_no_flag_says_otherwise(tmp_path):
+    """All but where it is and on which machine; with another objective those that both have."""
+    file = tmp_path / "config.json"
+    other = parse(["--algo", "gtpo", "--lr", "3e-4", "--levels", "4-5", "--gtpo-gamma", "0.01", "--threads", "1", "--out", "there"])
+    file.write_text(json.dumps(asdict(other)))
+
+    again = parse(["--config", str(file), "--seed", "3"])
+    assert asdict(again) == {**asdict(other), "config": str(file), "seed": 3, "threads": 0, "out": ""}
+    grpo_run = parse(["--config", str(file), "--algo", "grpo", "--lr", "1e-4"])
+    assert (grpo_run.algo, grpo_run.lr, grpo_run.levels) == ("grpo", 1e-4, "4-5")
+    assert not hasattr(grpo_run, "gtpo_gamma") and grpo_run.clip_low == Config().clip_low
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "No such file"), ("[1]", "no settings"), ("{", "Expecting"), ('{"speed": 1}', "speed is no setting of this version"),
+    ('{"steps": "5"}', "steps must be int, not '5'"), ('{"algo": "ppo"}', "choose grpo"), ('{"algo": ["grpo"]}', "choose grpo"),
+    ('{"steps": true}', "steps must be int, not True"), ('{"steps": 0}', "--steps 0")])
+def test_settings_of_another_run_that_are_none_are_refused_in_one_line(text, says, tmp_path):
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=says) as refused:
+        parse(["--config", str(file)])
+    assert "\n" not in str(refused.value)
 
 
 def test_only_matrices_decay():
