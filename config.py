@@ -323,7 +323,7 @@ class Common:
     dtype: str = setting("", choices=DTYPES)        # of computation, master weights are float32;
                                                     # empty: float32 on cpu, else bfloat16
 
-    threads: int = setting(0, least=0)              # CPU threads; 0: measured
+    threads: int = setting(0, least=0, on_resume=True)      # CPU threads; 0: measured
     # several processes (torchrun)
     shard: int = setting(0, least=0, on_resume=True)    # ranks that hold one copy of weights and
                                                         # optimizer together; 0: all
@@ -343,11 +343,15 @@ class Common:
 
 def default_lr(model, lora=False):
     """The learning rate that follows from --model: what moves a small model ruins a large one."""
-    weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")] if model else []
-    is_small = not model or 0 < sum(weights) < 4 * 10 ** 7        # bytes of 10 million parameters
-    if is_small:
+    if is_small(model):
         return 2e-3 if lora else 2e-4
     return 1e-5 if lora else 1e-6
+
+
+def is_small(model):
+    """Whether --model has less than 10 million parameters, as the built-in one, which "" is."""
+    weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")] if model else []
+    return not model or 0 < sum(weights) < 4 * 10 ** 7      # bytes
 
 
 def objective(algo):

@@ -47,7 +47,7 @@ import prompts
 import reward
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
-                    command_line, parse_levels, parse_template_kwargs, setting)
+                    command_line, is_small, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
@@ -257,7 +257,7 @@ def start(config):
     kept = prompts.tokenize_prompts(
         problems, tokenizer, config.template, config.max_prompt_tokens, warn)
 
-    config.threads = config.threads or machine.choose_threads()
+    config.threads = config.threads or machine.choose_threads(not is_small(config.model))
     torch.set_num_threads(config.threads)
     sampler = Sampler(model, prompts.stop_ids(model, tokenizer), config.rows_at_once)
     return sampler, tokenizer, kept, len(problems) - len(kept)

@@ -27,7 +27,7 @@ from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
-from config import free_on_resume, is_file
+from config import free_on_resume, is_file, is_small
 from dist import Agreed, barrier, gather_objects, rank, together, world
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
@@ -88,7 +88,8 @@ def open_run(c, restarted):
                          f"or go on with it: {hint}")
     if resume:
         lock(folder)
-    return {"out": out, "resume": resume, "threads": threads or choose_threads()}
+    threads = threads or choose_threads(not is_small(c.model))
+    return {"out": out, "resume": resume, "threads": threads}
 
 
 def lock(folder):
@@ -194,7 +195,9 @@ def check_run(progress, c, folder, say):
 
 
 def check_data(c, folder, train, held_out):
-    """Raise ValueError when the problems are not those that the run in the folder began with."""
+    """Raise ValueError when the problems are not those that the run in the folder began with.
+
+    Of all problems, before any is left out as too long or too many. Returns their fingerprints."""
     known = together(lambda: sources_of(folder))
     now = {"data": fingerprint_of_problems(train), "eval_data": fingerprint_of_problems(held_out)}
     for name, source in (("data", c.data), ("eval_data", c.eval_data or c.data)):
@@ -203,6 +206,7 @@ def check_data(c, folder, train, held_out):
             raise Agreed(f"--resume: the {which} problems of {source} have changed since the run "
                          f"began ({known[name]}; now {now[name]}): put the old ones back, or start "
                          f"another --out from {folder}/model")
+    return now
 
 
 def check_model(c, folder, source, needed, say):
@@ -230,10 +234,11 @@ def check_model(c, folder, source, needed, say):
         "checkpoint")
 
 
-def remember(c, folder, model, source, train, held_out):
+def remember(c, folder, model, source, problems):
     """Write what the run is started from, once. Every rank enters.
 
-    Returns fingerprint_of_run, which each checkpoint keeps."""
+    problems: their fingerprints, of check_data. Returns fingerprint_of_run, which each checkpoint
+    keeps."""
     def write():
         with open(folder / "made_by.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(makers()) + "\n")
@@ -243,8 +248,7 @@ def remember(c, folder, model, source, train, held_out):
         part = folder / ".start"
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder / "start", ignore_errors=True)
-        sources = {"model": fingerprint_of_model(source), "data": fingerprint_of_problems(train),
-                   "eval_data": fingerprint_of_problems(held_out)}
+        sources = {"model": fingerprint_of_model(source), **problems}
         try:
             model.save_description(part)
             os.replace(part, folder / "start")

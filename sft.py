@@ -40,7 +40,8 @@ import prompts
 import report
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, WITH_LORA, Config, check_settings, command_line,
-                    default_lr, flag, parse_levels, parse_template_kwargs, refuse_idle, setting)
+                    default_lr, flag, is_small, parse_levels, parse_template_kwargs, refuse_idle,
+                    setting)
 from dist import together
 from engine.checkpoint import (Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of,
                                write_whole)
@@ -149,7 +150,7 @@ class SFTConfig:
     # machine
     seed: int = setting(0, least=0)
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
-    threads: int = setting(0, least=0)              # CPU threads; 0: measured
+    threads: int = setting(0, least=0, on_resume=True)      # CPU threads; 0: measured
     dtype: str = setting("", choices=DTYPES)        # of computation; empty: float32 on cpu, else
                                                     # bfloat16
     shard: int = setting(0, least=0, on_resume=True)    # ranks that hold one copy together; 0: all
@@ -615,7 +616,8 @@ def main(argv=None):
     with machine.program(lambda: "interrupted: the same command goes on"):
         config = parse(argv)
         config.device = str(dist.setup(config.device))
-        torch.set_num_threads(config.threads or machine.choose_threads())
+        threads = config.threads or machine.choose_threads(not is_small(config.model))
+        torch.set_num_threads(threads)
         with machine.Interrupt() as interrupt:
             try:
                 warm_start(config, interrupt=interrupt)

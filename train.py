@@ -258,7 +258,7 @@ def start(c, folder, device):
     functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
 
     train, held_out = data.load_split(c, say)
-    check_data(c, folder, train, held_out)
+    fingerprints = check_data(c, folder, train, held_out)
     if not c.model:
         claim(c, folder)            # before the warm start, which takes a while
     goes_on = is_under_way(folder)          # then a checkpoint brings the weights
@@ -279,7 +279,7 @@ def start(c, folder, device):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
     claim(c, folder)
-    started_with = remember(c, folder, model, source, train, held_out)
+    started_with = remember(c, folder, model, source, fingerprints)
 
     module = objective(c.algo)
     learner = Learner(

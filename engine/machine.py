@@ -107,36 +107,37 @@ def give_memory_back():
         pass
 
 
-def choose_threads():
-    """The fastest CPU thread count, by a short measurement.
+def choose_threads(large=False):
+    """The fastest CPU thread count, by a short measurement of a small or a large model's work.
 
-    On a busy machine two threads can be slower than one. At most PyTorch's own choice, which
-    follows OMP_NUM_THREADS (torchrun sets it to 1)."""
+    More threads are taken only for a clear gain: they lose most when others compute. At most
+    PyTorch's own choice, which follows OMP_NUM_THREADS (torchrun sets it to 1)."""
     limit = torch.get_num_threads()
-    powers = [2 ** k for k in range(1, 7) if 2 ** k <= limit]
-    best, best_time = 1, float("inf")
-
-    for threads in sorted({1, *powers, limit}):
+    counts = [2 ** k for k in range(7) if 2 ** k < limit] + [limit]
+    seconds = dict.fromkeys(counts, float("inf"))
+    for threads in 3 * counts:          # in turns: others may compute for a moment
         torch.set_num_threads(threads)
-        seconds = median_seconds()
-        # more threads only for a clear gain: they lose most when others compute
-        if seconds < 0.75 * best_time:
-            best, best_time = threads, seconds
+        seconds[threads] = min(seconds[threads], median_seconds(large))
 
+    best = 1
+    for threads in counts:
+        if seconds[threads] < 0.75 * seconds[best]:
+            best = threads
     torch.set_num_threads(best)
     return best
 
 
-def median_seconds():
-    """Seconds of a little work such as a small model's, the median of ten measurements."""
-    x, w = torch.randn(2048, 128), torch.randn(128, 384)
+def median_seconds(large=False):
+    """Seconds of a little work such as a model's, the median of five measurements."""
+    rows, width = (128, 1024) if large else (2048, 128)
+    x, w = torch.randn(rows, width), torch.randn(width, 3 * width)
     times = []
-    for _ in range(12):
+    for _ in range(6):
         start = time.perf_counter()
         for _ in range(4):
             (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
         times.append(time.perf_counter() - start)
-    return sorted(times[2:])[5]
+    return sorted(times[1:])[2]
 
 
 @contextmanager

@@ -259,6 +259,17 @@ def test_data_that_changed_are_refused(change, begun):
     assert log_of(folder / "run")[-1]["step"] == 2
 
 
+def test_a_run_goes_on_that_leaves_problems_out(begun, start):
+    """A file of more held-out problems than --eval-problems, and one of each too long: it could not be gone on with."""
+    rows = [json.loads(line) for line in (start.parent / "problems.jsonl").read_text().splitlines()]
+    longer = {"problem": "Which one? " * 60, "answer": "1", "solution": "#### 1"}
+    for name, part in (("more", [longer, *rows[:150]]), ("held-out", [*rows[150:], longer])):
+        (start.parent / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    folder = begun("--data", str(start.parent / "more.jsonl"), "--eval-data", str(start.parent / "held-out.jsonl"), "--max-prompt-tokens", "64")
+    assert json.loads((folder / "run" / "sources.json").read_text())["eval_data"].endswith(", 51 problems")
+    assert [line["step"] for line in go_on(folder)] == [0, 1, 2, 3, 4]
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):
     folder = begun("--save-every", "2")
     shutil.rmtree(folder / "run" / "checkpoints")

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K from a pretrained model, then 400 test problems before and after.
-# From the repository's root:  bash results/gsm8k-qwen/run.sh MODEL TRAIN.jsonl TEST.jsonl [FOLDER]
-# Each part goes on where it was stopped, by the same command. PARTS="train after" runs those alone.
+# From the repository's root:
+#     bash results/gsm8k-qwen/run.sh MODEL TRAIN.jsonl TEST.jsonl [FOLDER] [FLAGS...]
+# Each part goes on where it was stopped, by the same command. PARTS="train after" does those alone.
+# NAME=gtpo ... FOLDER --algo gtpo --lr 3e-4 is another run, in FOLDER/gtpo.
 set -euo pipefail
-model=$1 train=$2 test=$3 out=${4:-runs/gsm8k-qwen}
+model=$1 train=$2 test=$3 out=${4:-runs/gsm8k-qwen} name=${NAME:-grpo}
+flags=("${@:5}")
 python=$(command -v python || command -v python3)
 mkdir -p "$out"
 
@@ -12,20 +15,22 @@ levels=$out/levels.jsonl
 
 train() {
     local again=()
-    if [ -e "$out/grpo/config.json" ]; then again=(--resume); fi
+    [ -e "$out/$name/model" ] && return
+    if [ -e "$out/$name/config.json" ]; then again=(--resume); fi
     "$python" train.py --model "$model" --data "$levels" --eval-data "$test" --curriculum adaptive \
         --prompts-per-step 8 --group-size 8 --max-new-tokens 320 --temperature 0.7 \
-        --lora-rank 4 --lr 3e-4 --warmup-steps 2 --steps "${STEPS:-16}" --micro-batch-tokens 2048 \
-        --eval-every 1000 --eval-problems 1 --eval-samples 1 --save-every 1 --out "$out/grpo" "${again[@]}"
+        --lora-rank 4 --lr 1e-4 --warmup-steps 2 --steps 16 --micro-batch-tokens 2048 \
+        --eval-every 1000 --eval-problems 1 --eval-samples 1 --save-every 2 --keep-checkpoints 8 \
+        --out "$out/$name" "${again[@]}" "${flags[@]}"
 }
-measure() {     # measure NAME MODEL
-    "$python" evaluate.py --model "$2" --data "$test" --limit 400 --samples 4 --temperature 0.7 \
-        --max-new-tokens 640 --also-at 320 --rows-at-once 256 --json "$out/$1.json"
+measure() {     # measure FILE MODEL
+    [ -e "$1" ] || "$python" evaluate.py --model "$2" --data "$test" --limit 400 --samples 4 \
+        --temperature 0.7 --max-new-tokens 640 --also-at 320 --rows-at-once 256 --json "$1"
 }
 for part in ${PARTS:-train after before}; do
     case $part in
         train) train ;;
-        after) measure after "$out/grpo/model" ;;
-        before) measure before "$model" ;;
+        after) measure "$out/$name-after.json" "$out/$name/model" ;;
+        before) measure "$out/before.json" "$model" ;;
     esac
 done
