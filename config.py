@@ -416,18 +416,27 @@ def settings_of(file):
 
     Raises ValueError, one line, where it is none, or of another version."""
     try:
-        stored = json.loads(Path(file).read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("no settings")
-        types = {f.name: f.type for f in fields(config_class(str(stored.get("algo", "grpo"))))}
-        for name, value in stored.items():
-            if name not in types:
-                raise ValueError(f"{name} is no setting of this version")
-            if type(value) is not types[name] and (type(value), types[name]) != (int, float):
-                raise ValueError(f"{name} must be {types[name].__name__}, not {value!r}")
-    except (OSError, ValueError, TypeError) as error:
+        stored = settings_in(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {file}: {error}") from None
     return {name: value for name, value in stored.items() if name not in NOT_TAKEN}
+
+
+def settings_in(file):
+    """What a config.json holds: {name: value}, settings of its objective in this version.
+
+    Raises ValueError, one line, for anything else."""
+    stored = json.loads(Path(file).read_text())
+    if not isinstance(stored, dict):
+        raise ValueError("no settings")
+
+    types = {f.name: f.type for f in fields(config_class(str(stored.get("algo", "grpo"))))}
+    for name, value in stored.items():
+        if name not in types:
+            raise ValueError(f"{name} is no setting of this version")
+        if type(value) is not types[name] and (type(value), types[name]) != (int, float):
+            raise ValueError(f"{name} must be {types[name].__name__}, not {value!r}")
+    return stored
 
 
 def flags_of(algo, description, argv):
@@ -466,8 +475,8 @@ def stored_config(out):
     if not file.exists():
         raise ValueError(f"--resume: {out} holds no run (no config.json)")
     try:
-        return check(Config(**json.loads(file.read_text())))
-    except (TypeError, ValueError, AttributeError) as error:
+        return check(Config(**settings_in(file)))
+    except ValueError as error:
         raise ValueError(f"{file} is not a run of this version: {error}") from None
 
 

@@ -383,9 +383,7 @@ def load_split(c, report=print):
     parts = parts_of(c.data, levels)
     if c.eval_data:
         alone = len(parts_of(c.eval_data)) == 1
-        levels = levels if takes_levels(c.eval_data) else None
-        held_out = load_problems(c.eval_data, "test", 0, levels, eval_count, report, whole=alone,
-                                 answered=answered)
+        held_out = load_held_out(c, report, alone, answered)
         return without(train, held_out, report), held_out
 
     # what has a test split, and files, of which a part is held out
@@ -400,6 +398,13 @@ def load_split(c, report=print):
         kept += mine
         held_out += theirs if len(parts) == 1 else theirs[:share]
     return kept, held_out
+
+
+def load_held_out(c, report, whole, answered):
+    """Returns the problems of --eval-data; see load_problems for whole and answered."""
+    levels = parse_levels(c.levels) if takes_levels(c.eval_data) else None
+    return load_problems(c.eval_data, "test", 0, levels, c.eval_problems, report, whole=whole,
+                         answered=answered)
 
 
 def check_curriculum(c, kinds, problems):

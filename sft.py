@@ -479,9 +479,7 @@ def warm_start(config, progress=True, interrupt=None):
                                   spare=0 if of_pairs else config.hold_out)
     unseen = []
     if config.eval_data:
-        levels = parse_levels(config.levels) if data.takes_levels(config.eval_data) else None
-        unseen = data.load_problems(config.eval_data, "test", 0, levels, config.eval_problems, say,
-                                    whole=False, answered=not of_pairs)
+        unseen = data.load_held_out(config, say, whole=False, answered=not of_pairs)
         problems = data.without(problems, unseen, say)
 
     if config.model:

@@ -10,7 +10,7 @@ import re
 import resource
 import signal
 import sys
-import time
+import timeit
 import traceback
 from contextlib import contextmanager
 
@@ -131,13 +131,10 @@ def median_seconds(large=False):
     """Seconds of a little work such as a model's, the median of five measurements."""
     rows, width = (128, 1024) if large else (2048, 128)
     x, w = torch.randn(rows, width), torch.randn(width, 3 * width)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(4):
-            (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[2]
+
+    def work():
+        return (torch.nn.functional.silu(x @ w) @ w.T).softmax(-1)
+    return sorted(timeit.repeat(work, number=4, repeat=6)[1:])[2]
 
 
 @contextmanager
