@@ -249,12 +249,21 @@ def test_a_library_that_is_missing_is_one_line(module, words):
             worker.start({})
 
 
-def test_variables_that_the_user_has_set_stay(monkeypatch):
-    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+def test_variables_that_the_user_has_set_stay(monkeypatch, tmp_path):
+    """The environment of vLLM brings Intel's OpenMP, wherever this test runs."""
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    python = tmp_path / "bin" / "python"
+
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = vllm.environment(sys.executable, 2)
-    assert found["LD_PRELOAD"] == "mine.so"
+    found = vllm.environment(python, 2)
+    assert str(library) in found["LD_PRELOAD"].split(":")
     assert found["OMP_NUM_THREADS"] == "2"
+
+    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+    assert vllm.environment(python, 2)["LD_PRELOAD"] == "mine.so"
 
 
 def test_queries_in_llama_cpps_order_by_hand():
