@@ -26,7 +26,7 @@ unequal length teach length, and pairs that share nearly all tokens teach noise:
 pairs the closest in length come first, and similar ones are left out.
 
     python train.py --algo dpo --beta 0.1
-    python sft.py --preference sigmoid --data PAIRS.jsonl --model DIR --out DIR
+    python sft.py --preference sigmoid --data PAIRS.jsonl --model START --out DIR
 
 The reference is the starting model. pipeline.py builds self-training rounds on it (DPO-ST, arXiv
 2407.18248). The second command learns from pairs that were chosen before, as by people: `OfAFile`,

@@ -21,8 +21,8 @@ Both train pi on tokens of mu. There are two forms of the loss, with a ratio a t
 
 The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu.
 Sequence weights are exact, but their variance grows like exp(2 KL) of the whole completion; token
-weights are biased but tame. Truncating at 2 had the smallest error of all in an exact comparison on
-8-token sequences. For long completions watch `ess`.
+weights are biased but tame. Truncating at 2 keeps most of the correction (tests/test_offpolicy.py).
+For long completions watch `ess`.
 
 Three refinements, each off by default: --ess-lr (a smaller step where few samples count),
 --weighted-baseline (the baseline of least variance), --prox loglinear (prox without its forward).

@@ -122,9 +122,11 @@ class Plan:
         self.width = 64 if quick else 128
         self.tokens = config.max_new_tokens
 
-        # more flags of each SFT on solutions, and of each run of train.py
+        # more flags of each SFT on solutions, of each run of train.py, and of those with DPO,
+        # which falls at the rate that is good for GRPO
         self.of_sft = ["--problems", self.problems, "--lr", 1e-3, "--max-length", 400]
         self.of_train = ["--problems", self.problems, "--lr", 5e-4]
+        self.of_dpo = ["--algo", "dpo", "--sft-weight", 1, "--lr", 1e-4]
 
     def path(self, stage):
         """The model that a stage makes. Raises ValueError where that stage was left out."""
@@ -201,6 +203,7 @@ class OnProblems(Plan):
         super().__init__(config, without)
         self.of_sft = ["--max-length", self.tokens + 512]
         self.of_train = ["--eval-data", config.eval_data] if config.eval_data else []
+        self.of_dpo = ["--algo", "dpo", "--sft-weight", 1]
 
     def path(self, stage):
         return self.c.model if stage == "base" else super().path(stage)
@@ -233,7 +236,7 @@ def dpo_self_training(plan):
     now = plan.sft("sft", start, plan.levels("2-3"))
     for number in (1, 2, 3):
         now = plan.train(f"dpo-{number}", now, plan.levels("2-5"), plan.grpo_steps // 3,
-                         "--algo", "dpo", "--sft-weight", 1)
+                         *plan.of_dpo)
         corpus = plan.right_answers(f"right-answers-{number}", now, plan.levels("2-5"))
         if corpus == f"right-answers-{number}":
             now = plan.sft(f"sft-{number}", start,
@@ -265,7 +268,7 @@ def multitask_dpo(plan):
     hard = [plan.levels("2-5"), f"{others[0]}:2-6", f"{others[1]}:2-3"]
 
     now = plan.sft("sft", plan.base(), ",".join(easy))
-    plan.train("dpo", now, ",".join(hard), plan.grpo_steps, "--algo", "dpo", "--sft-weight", 1)
+    plan.train("dpo", now, ",".join(hard), plan.grpo_steps, *plan.of_dpo)
 
 
 def distill_grpo(plan):

@@ -8,7 +8,7 @@ solutions are cut down to their last line ("#### 12"), the rest is told step by 
 earns rewards is left for train.py to discover.
 
     python sft.py --data gsm8k_train.jsonl --out runs/warm      a new small model, its own tokenizer
-    python sft.py --data FILE.jsonl --model DIR --out DIR       or an existing checkpoint
+    python sft.py --data FILE.jsonl --model START --out DIR     or an existing checkpoint
     python sft.py --data PAIRS.jsonl --preference sigmoid ...   DPO on pairs of a file (dpo.py)
     torchrun --nproc-per-node 4 sft.py ...                      the same on several devices
 

@@ -27,7 +27,7 @@ def completion(habit, problem, rng):
     return RAMBLE * rng.randint(4, 6)
 
 
-def main(out, count=6000, seed=0):
+def main(out, count=20000, seed=0):
     rng = random.Random(seed)
     problems = data.load_problems("arithmetic", "train", int(seed), (2, 4), int(count))
     with open(out, "w") as file:
