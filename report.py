@@ -5,9 +5,9 @@ beginner should see at once. The second half is a program that compares finished
 
     python report.py runs/grpo-s* runs/reuse-s* --x num_samples --reach 0.9 --png compare.png
 
-Runs whose names differ only in the seed (NAME-s0, NAME-seed1) are one line, their mean and standard
-error over seeds. A run is its folder, or its log.jsonl under another name. Needs matplotlib, which
-is imported only when something is drawn.
+Runs of one folder whose names differ only in the seed (NAME-s0, NAME-seed1) are one line, their
+mean and standard error over seeds. A run is its folder, or its log.jsonl under another name. Needs
+matplotlib, which is imported only when something is drawn.
 """
 import argparse
 import json
@@ -335,9 +335,10 @@ def read_lines(file):
 def read_log(path):
     """Read a run folder or log file. Returns its name without the seed, and its lines.
 
-    Each line gets a key "seconds", the time of all steps so far without evaluation. Raises
-    ValueError for a file that is empty or no log, OSError for one that cannot be read."""
-    path = Path(path)
+    Each line gets a key "seconds", the time of all steps so far without evaluation, where the log
+    (that of sft.py) does not say it. Raises ValueError for a file that is empty or no log, OSError
+    for one that cannot be read."""
+    path = run_of(path)
     file = path / "log.jsonl" if path.is_dir() else path
     try:
         lines = read_lines(file)
@@ -349,18 +350,47 @@ def read_log(path):
 
     seconds = 0.0
     for line in lines:
-        seconds += line.get("step_time", 0.0)
-        line["seconds"] = seconds
-    lines[0].setdefault("num_samples", 0)       # the line before the first step has none
+        seconds += line.get("step_time") or 0.0
+        line.setdefault("seconds", seconds)
+    if lines[0]["step"] == 0:
+        lines[0].setdefault("num_samples", 0)       # the line before the first step has none
 
     name = path.name if path.is_dir() else path.stem
     return re.sub(r"-s(eed)?\d+$", "", name), lines
 
 
+def run_of(path):
+    """The absolute path of a run: its folder, or its log under another name than log.jsonl."""
+    path = Path(path).resolve()
+    return path.parent if path.name == "log.jsonl" and path.is_file() else path
+
+
+def read_runs(paths):
+    """Read several runs. Returns {name: [lines of a run, ...]}.
+
+    Only runs of one folder are seeds of each other: where several folders hold the same name, it
+    begins with the folder. Raises ValueError for a run that is given twice."""
+    found = {}          # {name: {folder: [lines, ...]}}
+    seen = set()
+    for path in map(run_of, paths):
+        if path in seen:
+            raise ValueError(f"{path} is given twice")
+        seen.add(path)
+        name, lines = read_log(path)
+        found.setdefault(name, {}).setdefault(path.parent, []).append(lines)
+
+    runs = {}
+    for name, folders in found.items():
+        shared = os.path.commonpath(folders)
+        for folder, logs in folders.items():
+            runs[name if len(folders) == 1 else os.path.relpath(folder / name, shared)] = logs
+    return runs
+
+
 def curve(lines, x, y):
-    """Returns the points (x, y) of the lines that have both keys."""
+    """Returns the points (x, y) of the lines that have numbers for both keys."""
     points = [(line.get(x), line.get(y)) for line in lines]
-    return [point for point in points if None not in point]
+    return [point for point in points if all(isinstance(value, (int, float)) for value in point)]
 
 
 def first_reach(points, level):
@@ -528,12 +558,14 @@ def parse(argv=None):
 def main(argv=None):
     try:
         args = parse(argv)
-        runs = {}
-        for path in args.runs:
-            name, lines = read_log(path)
-            runs.setdefault(name, []).append(lines)
-
+        runs = read_runs(args.runs)
         print(text_table(compare(runs, args.x, args.y[0], args.reach)))
+        for name, logs in runs.items():
+            ends = sorted({lines[-1]["step"] for lines in logs})
+            if len(ends) > 1:
+                steps = ", ".join(map(str, ends))
+                print(f"warning: runs of {name} end at steps {steps}: their mean is of unequal "
+                      "lengths, its curve ends with the shortest", file=sys.stderr)
         if args.png:
             draw_runs(runs, args.x, args.y, args.png, args.x_max, args.log)
     except (ValueError, OSError) as error:

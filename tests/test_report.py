@@ -155,6 +155,43 @@ def test_curves_are_drawn_for_every_key_that_some_run_has(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_different_folders_are_no_seeds_of_each_other(tmp_path, capsys):
+    """And where the names differ, no folder is named."""
+    for folder, end in (("x", .2), ("y", .6)):
+        write(tmp_path / folder / "run-s0" / "log.jsonl", [0., end])
+        write(tmp_path / folder / "run-s1" / "log.jsonl", [0., end])
+    write(tmp_path / "y" / "other.jsonl", [0., 1.])
+    report.main([str(tmp_path / name) for name in
+                 ("x/run-s0", "x/run-s1/log.jsonl", "y/run-s0", "y/run-s1", "y/other.jsonl")])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[2:] == ["| x/run | 2 | 0.200 ± 0.000 |", "| y/run | 2 | 0.600 ± 0.000 |",
+                                         "| other | 1 | 1.000 |"]
+    assert said.err == ""
+
+
+def test_a_run_that_is_given_twice_is_named(tmp_path):
+    write(tmp_path / "a" / "log.jsonl", [0., .2])
+    with pytest.raises(SystemExit, match="a is given twice"):
+        report.main([str(tmp_path / "a"), str(tmp_path / "a" / "log.jsonl")])
+
+
+def test_seeds_that_end_at_different_steps_are_said(tmp_path, capsys):
+    write(tmp_path / "a-s0.jsonl", [0., .2, .8])
+    write(tmp_path / "a-s1.jsonl", [0., .2])
+    report.main([str(tmp_path / "a-s0.jsonl"), str(tmp_path / "a-s1.jsonl")])
+    assert "warning: runs of a end at steps 1, 2" in capsys.readouterr().err
+
+
+def test_the_log_of_sft_keeps_its_own_seconds_and_has_no_samples(tmp_path):
+    file = tmp_path / "warm.jsonl"
+    file.write_text('{"step": 1, "loss": 6.0, "seconds": 2.5}\n{"step": 2, "loss": "x", "seconds": 4}\n'
+                    '{"step": 3, "loss": 3.0, "seconds": 5, "step_time": null}\n')
+    _, lines = report.read_log(file)
+    assert report.curve(lines, "seconds", "loss") == [(2.5, 6.0), (5, 3.0)]
+    with pytest.raises(SystemExit, match="no line with both num_samples and loss"):
+        report.main([str(file), "--x", "num_samples", "--y", "loss"])
+
+
 @pytest.mark.parametrize("content, message", [
     ("", "is empty"), ("{", "is not a log of train.py"), ("[1]\n", "is not a log of train.py"),
     ('{"step": 0}\n', "no line with both"), (None, "No such file")])

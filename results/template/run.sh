@@ -13,7 +13,7 @@ mkdir -p "$out"
 start() {   # start STEPS
     [ -e "$out/start-$1/tokenizer.json" ] || "$python" sft.py --data "$out/corpus.jsonl" \
         --hold-out 0 --steps "$1" --lr 4e-3 --muon-lr 0.02 --out "$out/start-$1" \
-        --threads "${THREADS:-1}" > "$out/start-$1.txt" 2>&1
+        --threads "${THREADS:-1}" > "$out/sft-$1.txt" 2>&1
 }
 run() {     # run NAME START SEED FLAGS...
     local folder="$out/$1-$2-s$3"
@@ -39,5 +39,6 @@ done
 wait_below 1
 for steps in $starts; do
     "$python" report.py "$out"/*-"$steps"-s? --x num_samples --y eval_pass@1 reward \
-        completion_length entropy --reach 0.5 --png "$out/start-$steps.png" | tee "$out/start-$steps.md"
+        completion_length entropy --png "$out/start-$steps.png" > "$out/start-$steps.txt"
 done
+"$python" results/template/table.py "$out"
