@@ -117,6 +117,7 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
                          "built-in tasks that name no levels")
 
     problems = []
+    tested = set()          # texts that are left out of a file, and so of all others
     for part, share in zip(parts, shares(parts, count)):
         loaded = load_part(part, split, seed, share, report, answered)
         if spare and is_file(part.source) and len({p["problem"] for p in loaded}) >= 10:
@@ -124,6 +125,7 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
             report(f"data: left {len(held_out)} of {len(loaded)} problems of {part.source} out, "
                    "which a run on this file is tested on")
             loaded = used
+            tested |= {p["problem"] for p in held_out}
         if fill and len(parts) > 1:
             loaded = list(itertools.islice(itertools.cycle(loaded), max(share, len(loaded))))
         if not whole:
@@ -131,7 +133,7 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
                 loaded = random.Random(f"part/{seed}").sample(loaded, len(loaded))
             loaded = loaded[:share]
         problems += loaded
-    return problems
+    return [p for p in problems if p["problem"] not in tested]
 
 
 def shares(parts, count):
@@ -300,7 +302,9 @@ def normalize(row, name, answered=True):
     if isinstance(answer, str) and "####" in answer:
         solution = answer
         answer = None
-    if isinstance(solution, str):
+    if not isinstance(solution, (str, type(None))):
+        raise ValueError('no text in the field "solution"')
+    if solution:
         solution = CALCULATOR.sub("", solution)
     # MATH: the answer stands in the solution's box only
     if (answer is None or answer == "") and isinstance(solution, str):
@@ -397,7 +401,8 @@ def load_split(c, report=print):
             mine, theirs = hold_out(mine, share)
         kept += mine
         held_out += theirs if len(parts) == 1 else theirs[:share]
-    return kept, held_out
+    # files of a mix may share problems
+    return without(kept, held_out, report) if len(parts) > 1 else kept, held_out
 
 
 def load_held_out(c, report, whole, answered):

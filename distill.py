@@ -32,6 +32,7 @@ tokens at a time, forward and backward, so memory does not grow with B x T x V. 
 with another tokenizer; the top-k form, which is unstable with the reverse KL (verl issue 5041).
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -228,7 +229,9 @@ class State:
     """The teacher. It is no part of a checkpoint: a run that goes on loads it anew."""
 
     def __init__(self, config):
-        same_tokens(prompts.load_tokenizer(config.model), config.teacher)
+        start = Path(config.out) / "start"      # of a run that goes on
+        tokenizer = prompts.load_tokenizer(start if start.is_dir() else config.model)
+        same_tokens(tokenizer, config.teacher)
         self.teacher = None
 
     def load(self, learner):
@@ -316,8 +319,7 @@ class OffPolicy:
             raise ValueError("--features and --relations run in one process and in float32: leave "
                              "torchrun out, and give --dtype float32")
         if config.features > 0:
-            model.projection = torch.nn.Linear(model.config.hidden_size, teacher.config.hidden_size,
-                                               bias=False, device=model.device)
+            model.projection = projection(model, teacher, config.seed)
 
     def remove(self, model):
         if hasattr(model, "projection"):
@@ -364,6 +366,16 @@ class OffPolicy:
         return total, {"tokens": batch.mask.sum(), "rows": (batch.mask.sum(1) > 0).sum(),
                        "divergence": (values.detach() * batch.mask).sum(),
                        "ratio_max_dev": nothing, "ratio_mean_dev": nothing}
+
+
+def projection(student, teacher, seed):
+    """A linear map of the student's hidden states to the teacher's width, drawn from the seed."""
+    width = student.config.hidden_size
+    layer = torch.nn.Linear(width, teacher.config.hidden_size, bias=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.weight.uniform_(-width ** -0.5, width ** -0.5, generator=generator)
+    return layer.to(student.device)
 
 
 def positions_of(batch):

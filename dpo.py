@@ -86,7 +86,7 @@ def pairs(rewards, per_prompt=1, seed=0, lengths=None, allowed=None, first=0):
     for n in range(N):
         candidates = [(i, j) for i in right[n].nonzero()[:, 0].tolist()
                       for j in wrong[n].nonzero()[:, 0].tolist()]
-        of_prompt = torch.Generator().manual_seed(seed * 1_000_003 + first + n)
+        of_prompt = torch.Generator().manual_seed((seed * 1_000_003 + first + n) % 2 ** 63)
         order = torch.randperm(len(candidates), generator=of_prompt).tolist()
         candidates = [candidates[k] for k in order]
         if lengths is not None:

@@ -109,6 +109,18 @@ def lock(folder):
         pass
 
 
+def in_use(folder):
+    """Whether a run that is alive, of this process or another, holds the folder."""
+    try:
+        with open(folder / ".lock", "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:         # no such file, or a file system without locks
+        pass
+    return False
+
+
 def release():
     """Let another run of this process have the folder."""
     _lock.clear()
@@ -153,9 +165,13 @@ def fingerprint_of_problems(problems):
 
 
 def fingerprint_of_model(folder):
-    """A checksum of a checkpoint's shapes and weights."""
+    """A checksum of a checkpoint's shapes and weights, or of an adapter."""
     folder, crc = find_checkpoint(folder), 0
-    for file in (folder / "config.json", *weight_files(folder)):
+    if (folder / "adapter_config.json").exists():
+        files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    else:
+        files = [folder / "config.json", *weight_files(folder)]
+    for file in files:
         crc = checksum(file, crc)
     return f"{crc:08x}"
 
@@ -168,7 +184,7 @@ def sources_of(folder):
     if not file.exists():
         return {}
     found = read_json(file)
-    if set(found) != {"model", "data", "eval_data"}:
+    if set(found) - {"teacher"} != {"model", "data", "eval_data"}:
         raise ValueError(f"{file} is not what a run has written: start another --out")
     return found
 
@@ -234,6 +250,18 @@ def check_model(c, folder, source, needed, say):
         "checkpoint")
 
 
+def check_teacher(c, folder):
+    """Raise ValueError when --teacher is not the one that the run in the folder began with."""
+    def look():
+        known = sources_of(folder).get("teacher")
+        return known, known and fingerprint_of_model(c.teacher)
+
+    known, now = together(look)
+    if known != now:
+        raise Agreed(f"--resume: the teacher {c.teacher} has changed since the run began: put it "
+                     "back, or start another --out")
+
+
 def remember(c, folder, model, source, problems):
     """Write what the run is started from, once. Every rank enters.
 
@@ -249,6 +277,8 @@ def remember(c, folder, model, source, problems):
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder / "start", ignore_errors=True)
         sources = {"model": fingerprint_of_model(source), **problems}
+        if getattr(c, "teacher", ""):           # a setting of --algo distill
+            sources["teacher"] = fingerprint_of_model(c.teacher)
         try:
             model.save_description(part)
             os.replace(part, folder / "start")
@@ -313,13 +343,15 @@ class Parts:
     """Lines of a result, written as they come, so that a program that was stopped goes on.
 
     Each rank has a file of its own beside the target, .TARGET.part-RANK, so that a crash leaves no
-    more than half a line. The first line says what the parts belong to: settings and problems.
-    `found` holds what earlier starts left, of any number of ranks. Every rank enters."""
+    more than half a line. The first line says what the parts belong to: settings, of which "model"
+    names the weights, those weights, and problems. `found` holds what earlier starts left, of any
+    number of ranks. Every rank enters."""
 
     def __init__(self, target, settings, problems, what, flag):
         """Raises ValueError where the parts are of another `what`; flag: of the target."""
         self.target = Path(target)
-        header = json.dumps([settings, fingerprint_of_problems(problems)])
+        weights = together(lambda: fingerprint_of_model(settings["model"]))
+        header = json.dumps([settings, weights, fingerprint_of_problems(problems)])
         lines = {}          # each once, though several ranks may have written it anew
         for path in self.files():
             first, *others = path.read_text(encoding="utf-8").split("\n")

@@ -357,6 +357,8 @@ def parse(argv=None):
         raise ValueError(f"give --judge: {config.principles} has sentences")
     check_new_file("--json", config.json)
     check_new_file("--revise", config.revise)
+    if config.json and Path(config.json).resolve() == Path(config.revise).resolve():
+        raise ValueError("--json and --revise are the same file: name two")
     return config
 
 
@@ -383,11 +385,11 @@ def examine(config):
 
         # what the judge itself says of texts that are no answers, without the guard
         result["hostile"] = {}
-        for text in HOSTILE:
+        for text in HOSTILE if judge.sentences else ():
             asked = [judge.question(problems[0]["problem"], text, sentence, words)
                      for sentence in judge.sentences for words in ("yes or no", "no or yes")]
             each = judge.yes_scores(asked)
-            result["hostile"][text] = sum(each) / len(each) if each else None
+            result["hostile"][text] = sum(each) / len(each)
 
         rows = []
         if config.revise:

@@ -50,10 +50,10 @@ from pathlib import Path
 
 import report
 from config import DEVICES, check_settings, command_line, is_file, parse, setting
-from data import HUB, from_jsonl
-from engine.checkpoint import checkpoints, write_whole
+from data import HUB, from_jsonl, load_problems
+from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import program
-from folder import lock
+from folder import fingerprint_of_model, in_use, lock
 
 HERE = Path(__file__).resolve().parent
 
@@ -139,6 +139,9 @@ class Plan:
         """Add a stage, unless it is left out. Returns the name of the stage to go on from."""
         if name == self.without:
             return after
+        if "--steps" in args and not args[args.index("--steps") + 1]:
+            of = "--sft-steps" if program == "sft.py" else "--grpo-steps"
+            raise ValueError(f"{of}: too few: stage {name} would make no step")
         # others draw other problems at each stage; models of the same solutions share a tokenizer
         other = 1000 * (1 + zlib.crc32(name.encode()) % 1000)
         seed = self.c.seed + (0 if program == "sft.py" else other)
@@ -344,8 +347,12 @@ def going_on(out, command):
     `command`, if it has a checkpoint.
 
     What is there without a checkpoint is removed: of train.py all, of sft.py a model that is whole,
-    but that nobody has taken yet. What else it has left sft.py knows itself."""
+    but that nobody has taken yet. What else it has left sft.py knows itself. Raises ValueError
+    where the run is alive: the program that began it was killed, and it was not."""
     of_train = command[0] == "train.py"
+    if in_use(out):
+        raise ValueError(f"{out}: another run is writing there: stop it, or let it end, and "
+                         "go on then")
     if checkpoints(out / "checkpoints"):
         return ["train.py", "--resume", "--out", str(out)] if of_train else command
     if of_train or (out / "config.json").exists():
@@ -368,16 +375,32 @@ def call(command, log, again, cores=None, bars=None, ranks=1):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     shown = sys.stderr.isatty() if bars is None else bars
     with open(log, "ab") as file:
-        done = subprocess.run([sys.executable, *launcher, str(HERE / command[0]), *command[1:]],
-                              stdout=file, stderr=None if shown else subprocess.PIPE,
-                              preexec_fn=pinned)
-    if done.returncode:
-        said = (done.stderr or b"").decode(errors="replace").replace("\r", "\n").strip()
-        lines = said.split("\n")
+        child = subprocess.Popen([sys.executable, *launcher, str(HERE / command[0]), *command[1:]],
+                                 stdout=file, stderr=None if shown else subprocess.PIPE,
+                                 preexec_fn=pinned)
+        said = wait_for(child)
+    if child.returncode:
+        lines = said.decode(errors="replace").replace("\r", "\n").strip().split("\n")
         own = [line for line in lines if line.startswith("error: ")]        # torchrun says more
-        raise ValueError(f"{command[0]} ended with status {done.returncode}: "
+        raise ValueError(f"{command[0]} ended with status {child.returncode}: "
                          f"{(own or lines)[-1]} (its output: {log}); "
                          f"mend it, then go on with {again}")
+
+
+def wait_for(child):
+    """Returns what a program writes to a piped stderr, in bytes, when it has ended.
+
+    Ctrl-C reaches the program too, and it is given the time to save; a second one ends both."""
+    try:
+        return child.communicate()[1] or b""
+    except KeyboardInterrupt:
+        print("\ninterrupted: waiting until this stage is saved (Ctrl-C again to stop at once)",
+              file=sys.stderr)
+        try:
+            child.communicate()
+        except KeyboardInterrupt:
+            child.terminate()
+        raise
 
 
 def model_of(stage, config):
@@ -459,8 +482,8 @@ def check_problems(name, config):
     if is_file(config.data):
         if Path(config.data).name == "corpus.jsonl":
             raise ValueError(f"{given}: rename it, stages have files of that name")
-        trained, tested = ({p["problem"] for p in from_jsonl(file, answered=False)}
-                           for file in (config.data, config.eval_data))
+        trained = {p["problem"] for p in from_jsonl(config.data, answered=False)}
+        tested = {p["problem"] for p in load_problems(config.eval_data, "test", answered=False)}
         if trained & tested:
             raise ValueError(f"{given}: {len(trained & tested)} of its problems stand in "
                              "--eval-data too, and SFT would show their solutions")
@@ -527,6 +550,10 @@ def named_command(argv, what, names, config_class, description):
     check_settings(config)
     if not config.out:
         raise ValueError("give --out, a folder")
+    for name_of in ("out", "data"):         # both are parts of other flags: --data A,B --reward A=1
+        path = getattr(config, name_of, "")
+        if set(",=") & set(path) and (name_of == "out" or is_file(path)):
+            raise ValueError(f"--{name_of} {path}: choose a path without a comma or =")
 
     # so that --resume finds them from another folder too
     for name_of in ("out", "base", "model", "data", "eval_data"):
@@ -537,11 +564,22 @@ def named_command(argv, what, names, config_class, description):
     return name, config
 
 
+def sources_of(config):
+    """Checksums of the checkpoint and of the files that a pipeline works on, by their flags."""
+    found = {}
+    if config.model:
+        found["model"] = fingerprint_of_model(config.model)
+    for name, path in (("data", config.data), ("eval_data", config.eval_data)):
+        if is_file(path):
+            found[name] = f"{checksum(path):08x}"
+    return found
+
+
 def claim(name, config):
     """Take the folder. Raises ValueError where it is another pipeline's, or not asked to go on."""
     folder = Path(config.out)
     file = folder / "pipeline.json"
-    mine = {"name": name, **asdict(config), "resume": False}
+    mine = {"name": name, **asdict(config), "resume": False, "sources": sources_of(config)}
 
     if file.exists():
         theirs = json.loads(file.read_text())
@@ -550,7 +588,11 @@ def claim(name, config):
                              "another folder")
         # neither the gate nor the number of processes decides what is learned
         before = {**asdict(PipelineConfig()), **theirs}         # of an older version, too
-        differ = [key for key in mine if key not in ("gate", "ranks") and mine[key] != before[key]]
+        if before.get("sources", mine["sources"]) != mine["sources"]:
+            raise ValueError("--resume: --model, --data or --eval-data hold something else than "
+                             "when the pipeline began: put it back, or choose another --out")
+        free = ("gate", "ranks", "sources")
+        differ = [key for key in mine if key not in free and mine[key] != before[key]]
         if differ:
             raise ValueError(f"--resume goes on as it was: {differ[0]} was "
                              f"{theirs.get(differ[0])!r}, not {mine[differ[0]]!r}")

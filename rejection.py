@@ -257,11 +257,13 @@ def main(argv=None):
     with machine.program(lambda: "interrupted: the same command goes on"):
         config = parse(argv)
         rows, count, parts = sample(config)
+        if dist.rank() == 0:
+            if rows:
+                write_whole(Path(config.out), "".join(json.dumps(row) + "\n" for row in rows))
+            parts.remove()
         if not rows:
             raise ValueError(f"no completion of {count} problems was right: nothing to keep")
         if dist.rank() == 0:
-            write_whole(Path(config.out), "".join(json.dumps(row) + "\n" for row in rows))
-            parts.remove()
             solved = len({row["problem"] for row in rows})
             print(f"{len(rows)} solutions of {solved} problems, out of {count}, in {config.out}")
         dist.barrier()

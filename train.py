@@ -33,8 +33,8 @@ import reward
 import sft
 from config import objective, parse, parse_template_kwargs
 from engine.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of
-from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
-                    release, remember, stopped_line)
+from folder import (agree_on_run, check_data, check_model, check_run, check_teacher, claim, cut_log,
+                    is_under_way, release, remember, stopped_line)
 from learner import Learner, adamw
 from model import trainable
 from policies import load_policies, needs_source, save_model
@@ -278,15 +278,17 @@ def start(c, folder, device):
     for problems in (train, held_out):
         check_request([p["prompt"] for p in problems], c.group_size, c.max_new_tokens,
                       c.temperature, model.config)
+    module = objective(c.algo)
+    state = module.State(c) if hasattr(module, "State") else None
+    check_teacher(c, folder)
     claim(c, folder)
     started_with = remember(c, folder, model, source, fingerprints)
 
-    module = objective(c.algo)
     learner = Learner(
         config=c, objective=module, model=model, progress=Progress(run=started_with), say=say,
         reference=policies.reference, behaviour=policies.behaviour,
         optimizer=adamw(model, c.lr, c.weight_decay),
-        state=module.State(c) if hasattr(module, "State") else None)
+        state=state)
 
     # the samplers: with --sync-every above 1 older weights draw
     room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),

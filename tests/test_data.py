@@ -71,6 +71,8 @@ def test_what_gsm8k_writes_for_a_calculator_is_left_out(tmp_path):
     ('{"problem": "x", "solution": "no end"}', 'no "answer"'),
     ('{"problem": "", "answer": "1"}', "no text"),
     ('{"problem": "x", "answer": true}', 'no "answer"'),
+    ('{"problem": "x", "answer": "4", "solution": 5}', 'no text in the field "solution"'),
+    ('{"problem": "x", "answer": "4", "solution": ["a"]}', 'no text in the field "solution"'),
 ])
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, reason):
     file = write(tmp_path, {"problem": "1?", "answer": "1"}, "", line)
@@ -639,6 +641,22 @@ def test_a_token_weighs_the_same_in_a_batch_of_terse_solutions():
         total.backward()
         torch.testing.assert_close(logp.grad, batch.mask / -5)
         assert total.item() == pytest.approx(.5 * length / 5) and sums["tokens"] == length
+
+
+def test_files_of_a_mix_that_share_problems_train_on_none_that_is_tested(tmp_path):
+    """The second file repeats half of the first: neither train.py nor sft.py learns what is held out of the other."""
+    def write(name, numbers):
+        rows = [{"problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in numbers]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    mix = f"{write('a.jsonl', range(400))},{write('b.jsonl', range(200, 600))}"
+    training, held_out = data.load_split(Config(data=mix, eval_problems=80), lambda line: None)
+    tested = {p["problem"] for p in held_out}
+    assert len(held_out) == 80 and not tested & {p["problem"] for p in training}
+    spared = data.load_problems(mix, spare=40)
+    out = {p["problem"] for part in mix.split(",") for p in data.hold_out(data.load_problems(part), 40)[1]}
+    assert 40 < len(out) <= 80 and {p["problem"] for p in spared} == {f"What is {i} + 1?" for i in range(600)} - out
 
 
 def test_a_warm_start_on_a_file_never_sees_what_a_run_on_it_is_tested_on(tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import distill
 import learner
@@ -19,6 +21,7 @@ from model import Transformer, trainable
 from prompts import load_tokenizer
 from rollout import Sampler
 from test_decode import normal, small_model
+from test_model import own_model
 from test_train import fast, log_of, same_on_ranks, same_when_resumed, start        # start is a fixture
 
 torch.set_num_threads(1)
@@ -267,6 +270,31 @@ def test_a_wrong_teacher_is_one_line_and_nothing_is_written(start, teacher, tmp_
     options = [{"T": str(teacher), "OTHER": str(other)}.get(word, word) for word in options]
     with pytest.raises(SystemExit, match=message):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--algo", "distill", *options])
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_teacher_is_no_way_to_go_on_and_the_students_folder_is_not_needed(start, teacher, tmp_path):
+    student, theirs, run = tmp_path / "student", tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(start, student)
+    shutil.copytree(teacher, theirs)
+    train.main(["--model", str(student), "--out", str(run), *fast(start), "--algo", "distill", "--teacher", str(theirs),
+                "--save-every", "1", "--steps", "1"])
+    shutil.rmtree(student)
+    shutil.move(theirs / "model.safetensors", tmp_path / "kept")
+    tensors = load_file(tmp_path / "kept")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, theirs / "model.safetensors")
+    with pytest.raises(SystemExit, match="the teacher .* has changed since the run began"):
+        train.main(["--resume", "--out", str(run), "--steps", "2"])
+    shutil.move(tmp_path / "kept", theirs / "model.safetensors")
+    train.main(["--resume", "--out", str(run), "--steps", "2"])
+    assert log_of(run)[-1]["step"] == 2
+
+
+def test_the_projection_follows_from_the_seed():
+    student, teacher = own_model(), own_model(hidden_size=48)
+    one, same, other = (distill.projection(student, teacher, seed).weight.detach() for seed in (3, 3, 4))
+    assert one.shape == (48, 32) and torch.equal(one, same) and not torch.equal(one, other)
+    assert one.abs().max() <= 32 ** -0.5 and one.std() == pytest.approx((3 * 32) ** -0.5, rel=0.1)
 
 
 def test_settings_of_a_teacher_without_one_are_one_line(start, tmp_path):

@@ -71,6 +71,10 @@ def test_the_closest_in_length_come_first_and_similar_ones_are_left_out():
     assert dpo.overlap([1, 2, 3, 3], [2, 3, 4]) == 0.5 and dpo.overlap([], []) == 0
 
 
+def test_every_seed_is_one():
+    assert len(dpo.pairs(torch.tensor([[1., 0., 0.]]), 1, 2 ** 63 - 1)[0]) == 1
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=5, max_size=5), min_size=1, max_size=6),
        st.integers(1, 4), st.integers(0, 99))

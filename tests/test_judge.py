@@ -162,6 +162,7 @@ SAID = ["--judge", "a", "--model", "b", "--principles"]
 
 
 @pytest.mark.parametrize("options, message", [
+    (["--judge", "a", "--model", "b", "--principles", "p.txt", "--json", "x.json", "--revise", "./x.json"], "are the same file"),
     ([], "give --principles and --model"), (["--model", "b", "--principles", "p.txt"], "give --judge: p.txt has sentences"),
      (["--limit", "0"], "at least 1"), ([*SAID, "nowhere.txt"], "nowhere.txt"),
     ([*SAID, "p.txt", "--json", "nowhere/j.json"], "nowhere/j.json: its folder does not exist")])

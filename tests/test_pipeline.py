@@ -1,4 +1,5 @@
 """Pipelines: every command parses, stages are skipped or go on, a gate stops, kill -9 changes nothing."""
+import fcntl
 import json
 import os
 import signal
@@ -75,7 +76,8 @@ def test_r1_without_each_stage():
 @pytest.mark.parametrize("argv, message", [
     ([], "give a pipeline, one of r1"), (["r2", "--out", "X"], "one of r1"), (["r1"], "give --out"),
     (["r1", "--out", "X", "--without", "sft"], "r1 has the stages cold-start"),
-    (["distill-grpo", "--out", "X", "--without", "student-base"], "what comes behind it needs it")])
+    (["distill-grpo", "--out", "X", "--without", "student-base"], "what comes behind it needs it"),
+    (["r1", "--out", "a,b"], "choose a path without a comma or ="), (["principles-curriculum", "--out", "a=1"], "--out a=1: choose a path")])
 def test_wrong_commands_are_one_line_and_write_nothing(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
@@ -121,6 +123,45 @@ def test_a_whole_stage_is_skipped_and_a_failing_one_says_why(tmp_path):
     assert not (tmp_path / "bad" / "stage.json").exists()
     (tmp_path / "bad" / "stage.json").write_text("{}")
     pipeline.run_stage(bad, c)                      # does not run again
+
+
+def test_a_run_that_outlived_its_pipeline_is_left_alone(tmp_path):
+    """Nothing of it is removed: it has no checkpoint yet."""
+    (tmp_path / "config.json").write_text("{}")
+    with open(tmp_path / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for program in ("train.py", "sft.py"):
+            with pytest.raises(ValueError, match="another run is writing there"):
+                pipeline.going_on(tmp_path, [program])
+    assert (tmp_path / "config.json").exists()
+    assert pipeline.going_on(tmp_path, ["train.py"]) == ["train.py"] and not tmp_path.exists()
+
+
+CTRL_C = """
+import subprocess, sys, pipeline
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+pipeline.wait_for(child)
+"""
+SLOW_TO_SAVE = """
+import pathlib, time
+pathlib.Path("begun").touch()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+"""
+
+
+def test_ctrl_c_gives_a_stage_the_time_to_save(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", CTRL_C, SLOW_TO_SAVE], cwd=tmp_path, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(HERE)}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode and "waiting until this stage is saved" in said and (tmp_path / "saved").exists()
 
 
 QUICK = ["curriculum-grpo", "--quick", "--threads", "1"]
@@ -196,7 +237,8 @@ def test_real_problems_begin_at_the_checkpoint_and_go_by_the_programs_own_rates(
     ("r1", {"data": "gsm9k"}, "must be family, truth, arithmetic, gsm8k, math"), ("r1", {"train_flags": "--learning 1"}, "unrecognized arguments"),
     ("r1", {"sft_flags": "--lora-rang 1"}, "stage cold-start: unrecognized arguments: --lora-rang"),
     ("dpo-self-training", {"train_flags": "--clip-low 1"}, "stage dpo-1: .*--clip-low"), ("r1", {"train_flags": "--group-size 1"}, "--group-size 1"),
-    ("r1", {"grpo_steps": 1}, "stage grpo: --steps 0"), ("progressive", {"data": "", "grpo_steps": 3}, "--steps 0")])
+    ("r1", {"grpo_steps": 1}, "--grpo-steps: too few: stage grpo would make no step"),
+    ("progressive", {"data": "", "grpo_steps": 3}, "--grpo-steps: too few"), ("r1", {"data": "", "sft_steps": 1}, "--sft-steps: too few: stage base")])
 def test_what_cannot_run_is_said_at_once(name, changes, message, start, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.check_stages(pipeline.build(name, on_problems(start, tmp_path, **changes)))
@@ -212,11 +254,25 @@ def test_files_that_share_problems_or_are_called_as_ours_are_refused(start, tmp_
         pipeline.build("r1", on_problems(start, tmp_path, data=str(ours)))
 
 
+def test_other_contents_of_a_file_or_checkpoint_are_no_way_to_go_on(start, tmp_path):
+    c = on_problems(start, tmp_path)
+    pipeline.claim("r1", c)
+    c.resume = True
+    pipeline.claim("r1", c)
+    file = tmp_path / "test.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace("Which", "What"))
+    with pytest.raises(ValueError, match="hold something else than when the pipeline began"):
+        pipeline.claim("r1", c)
+    file.write_text(before)
+    pipeline.claim("r1", c)
+
+
 def test_a_folder_of_an_older_version_goes_on_and_with_other_processes(tmp_path):
     first = PipelineConfig(out=str(tmp_path / "p"))
     pipeline.claim("r1", first)
     file = tmp_path / "p" / "pipeline.json"
-    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("eval_data", "ranks", "sft_flags")}
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("eval_data", "ranks", "sft_flags", "sources")}
     file.write_text(json.dumps(old))
     pipeline.claim("r1", PipelineConfig(out=first.out, resume=True, ranks=2))
 

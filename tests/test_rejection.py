@@ -1,6 +1,7 @@
 """Rejection sampling: what is kept, equations that hold, a corpus that sft.py reads and that goes on after a crash."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import data
 import rejection
@@ -178,4 +180,27 @@ def test_nothing_right_is_said(start, tmp_path):
     file.write_text('{"problem": "Which one?", "answer": "77"}')
     with pytest.raises(SystemExit, match="no completion of 1 problems was right"):
         rejection.main(options(start, tmp_path / "c.jsonl", "--data", str(file)))
-    assert not (tmp_path / "c.jsonl").exists()
+    assert not list(tmp_path.glob("*c.jsonl*"))
+
+
+def test_other_weights_in_the_same_folder_do_not_go_on(start, tmp_path, monkeypatch):
+    """What one model drew never becomes a part of another's corpus."""
+    model, out = tmp_path / "model", tmp_path / "c.jsonl"
+    same = ["--data", str(start.parent / "problems.jsonl")]
+    shutil.copytree(start, model)
+    draw = rejection.draw_groups
+    drawn = []
+
+    def stops(*arguments):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(draw(*arguments))
+        return drawn[0]
+
+    monkeypatch.setattr(rejection, "draw_groups", stops)
+    with pytest.raises(SystemExit):
+        rejection.main(options(model, out, *same))
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, model / "model.safetensors")
+    with pytest.raises(SystemExit, match="a part of another corpus"):
+        rejection.main(options(model, out, *same))
