@@ -4,7 +4,7 @@
 # What is finished is not run again. QUICK=1 runs a few steps of everything.
 #
 # Self-training: 12,288 completions for each way, from the same weak start.
-#     grpo          96 steps of 16 x 8
+#     grpo          96 steps of 16 x 8 (grpo-1 and grpo-2: the first 32 and 64 of them)
 #     rejection     three rounds: draw 512 x 8, keep the right ones, SFT of the start on all so far
 #     dpo-st        three rounds: DPO 16 steps of 16 x 8, draw 256 x 8, SFT of the start, as above
 # Distillation: a wider teacher, trained by SFT and GRPO; 6,400 sequences for the student.
@@ -72,6 +72,11 @@ rounds() {      # rounds NAME SEED PROBLEMS STEPS_OF_DPO
 of_seed() {     # of_seed SEED
     local s=$1 sft=(--model "$out/weak" --data "$out/teacher.jsonl" --steps "$(few 400 5)"
                     --lr 1e-3 --seed "$1" --hold-out 0 "${tuning[@]}")
+    for third in 1 2; do
+        once "$out/grpo-$third-s$s" train.py --model "$out/weak" "${training[@]}" \
+            --steps "$(few "$((32 * third))" 1)" --seed "$s"
+        measure "grpo-$third-s$s" "$out/grpo-$third-s$s/model"
+    done
     once "$out/grpo-s$s" train.py --model "$out/weak" "${training[@]}" --steps "$(few 96 2)" --seed "$s"
     measure "grpo-s$s" "$out/grpo-s$s/model"
     rounds rejection "$s" "$(few 512 60)" 0

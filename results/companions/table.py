@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import report
 
-ORDER = ("start", "grpo", "rejection-1", "rejection-2", "rejection-3", "dpo-st-1", "dpo-st-2",
-         "dpo-st-3", "teacher", "response", "logits", "relations", "on-policy")
+ORDER = ("start", "grpo-1", "grpo-2", "grpo", "rejection-1", "rejection-2", "rejection-3", "dpo-st-1",
+         "dpo-st-2", "dpo-st-3", "teacher", "response", "logits", "relations", "on-policy")
 
 
 def main(folder):
