@@ -403,7 +403,7 @@ def parse(argv=None, description=""):
     algo = first.algo or other.get("algo", "grpo")
     given = flags_of(algo, description, argv)
     known = {f.name for f in fields(config_class(algo))}
-    taken = {name: value for name, value in other.items() if name in known}
+    taken = {name: value for name, value in chosen(other).items() if name in known}
     return refuse_idle(check(Config(**{**taken, **given, "algo": algo})), given)
 
 
@@ -420,6 +420,18 @@ def settings_of(file):
     except (OSError, ValueError) as error:
         raise ValueError(f"--config {file}: {error}") from None
     return {name: value for name, value in stored.items() if name not in NOT_TAKEN}
+
+
+def chosen(settings):
+    """Those of a run's settings, {name: value}, that do not follow from the others.
+
+    What an objective, or another setting, has filled in must not bind a run of other settings."""
+    found = {}
+    for name in set(settings) - {"algo"}:
+        rest = {other: value for other, value in settings.items() if other != name}
+        if getattr(Config(**rest), name) != settings[name]:
+            found[name] = settings[name]
+    return found
 
 
 def settings_in(file):

@@ -96,8 +96,8 @@ def find_source(args):
         c = Config("grpo", model=str(folder), data=args.data or "arithmetic", seed=args.seed or 0)
         prompts.follow_run(c)
         return Source(folder, one_update(c), str(folder), False)
-    if args.data:
-        raise ValueError("--data is for a model folder: a run has its own problems")
+    if args.data or args.seed is not None:
+        raise ValueError("--data and --seed are for a model folder: a run has its own")
     c = stored_config(folder)
     start = c.model or str(folder / "warm_start")
     return Source(folder, one_update(c), start, True)

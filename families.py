@@ -34,6 +34,8 @@ def read_config(raw):
     Raises ValueError with one line for a value that is none, and for anything that model.py does
     not compute."""
     kind = raw.get("model_type")
+    if kind is None and "algo" in raw:
+        raise ValueError("this config.json is that of a run of train.py: give its model/ folder")
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"model_type {shown(kind)} is not supported; "
                          f"supported: {', '.join(DEFAULTS)}")

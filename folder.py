@@ -74,10 +74,11 @@ def open_run(c, restarted):
     out = c.out or f"runs/{c.algo}-{data}-seed{c.seed}"
     folder, config = Path(out), Path(out) / "config.json"
     resume, threads = c.resume, c.threads
+    places = {} if resume else absolute(c)
 
     if restarted and not resume and config.exists():
         stored = json.loads(config.read_text())
-        mine = {**asdict(c), "out": out, "threads": stored.get("threads")}
+        mine = {**asdict(c), **places, "out": out, "threads": stored.get("threads")}
         if stored == mine:
             resume, threads = True, stored["threads"]
 
@@ -89,7 +90,18 @@ def open_run(c, restarted):
     if resume:
         lock(folder)
     threads = threads or choose_threads(not is_small(c.model))
-    return {"out": out, "resume": resume, "threads": threads}
+    return {**places, "out": out, "resume": resume, "threads": threads}
+
+
+def absolute(c):
+    """Settings that name a file or folder here, as absolute paths: a run may go on elsewhere."""
+    found = {}
+    for name in ("model", "teacher", "data", "eval_data"):
+        text = getattr(c, name, "")
+        is_folder = "data" not in name and text and Path(text).is_dir()
+        if is_file(text) or is_folder:
+            found[name] = str(Path(text).resolve())
+    return found
 
 
 def lock(folder):
@@ -133,9 +145,21 @@ def claim(c, folder):
     def write():
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
+        set_aside(c, folder)
         settings = {**asdict(c), "resume": False}
         write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     together(write)
+
+
+def set_aside(c, folder):
+    """Rename model/ of a run that had ended and goes on: where model/ is, a run has ended."""
+    saved = checkpoints(folder / "checkpoints")
+    step = int(saved[-1].name.removeprefix("step-")) if saved else c.steps
+    if step < c.steps and (folder / "model").exists():
+        aside = folder / f"model-at-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder / "model", aside)
+        print(f"the run goes on: its model of step {step} is {aside} now", file=sys.stderr)
 
 
 def stopped_line(c):
@@ -229,7 +253,9 @@ def check_model(c, folder, source, needed, say):
     """Compare the model at `source` with the one that the run in the folder began from.
 
     Raises ValueError when it is another, or gone, and is needed, as with --beta. Otherwise only
-    says so."""
+    says so. The teacher of --algo distill is always needed."""
+    check_teacher(c, folder)
+
     def look():
         known = sources_of(folder).get("model")
         if known is None:

@@ -55,7 +55,7 @@ class ProbeConfig:
     model: str = ""                             # checkpoint folder or hub id
     data: str = "arithmetic"                    # as in train.py: a task, a file or a mix
     levels: str = ""                            # of built-in tasks, easiest-hardest
-    prompts: int = setting(32, least=2)         # N; the error of G* falls with their number
+    prompts: int = setting(32, least=3)         # N; the error of G* falls with their number
     group_size: int = setting(16, least=4)      # G of the probe; any G gives the same on average
     max_new_tokens: int = setting(256, least=1)
     temperature: float = setting(1.0, above=0)

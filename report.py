@@ -369,16 +369,20 @@ def read_runs(paths):
     """Read several runs. Returns {name: [lines of a run, ...]}.
 
     Only runs of one folder are seeds of each other: where several folders hold the same name, it
-    begins with the folder. Raises ValueError for a run that is given twice."""
+    begins with the folder. Raises ValueError for a run that is given twice, or without any."""
     found = {}          # {name: {folder: [lines, ...]}}
     seen = set()
     for path in map(run_of, paths):
+        if path.suffix == ".txt":       # what study.py leaves beside its runs
+            continue
         if path in seen:
             raise ValueError(f"{path} is given twice")
         seen.add(path)
         name, lines = read_log(path)
         found.setdefault(name, {}).setdefault(path.parent, []).append(lines)
 
+    if not found:
+        raise ValueError("no run was given")
     runs = {}
     for name, folders in found.items():
         shared = os.path.commonpath(folders)

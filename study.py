@@ -17,6 +17,7 @@ train.py, sft.py, report.py and pipeline.py, which calls programs.
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -98,11 +99,14 @@ def run_one(folder, name, seed, flags, threads, cores, keep_models):
                    "--save-every", "20", "--out", str(out)]
         out.parent.mkdir(parents=True, exist_ok=True)
         call(going_on(out, command), out.with_suffix(".txt"), "the same command", cores, bars=False)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        if not keep_models:
+            for file in (out / "model").glob("*.safetensors"):
+                file.unlink()
+    elif keep_models and not list((out / "model").glob("*.safetensors")):
+        print(f"warning: {out} was made without --keep-models, so its weights are gone",
+              file=sys.stderr)
 
-    if not keep_models:
-        for file in (out / "model").glob("*.safetensors"):
-            file.unlink()
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return report.read_log(out)[1]
 
 
@@ -146,7 +150,8 @@ def run_study(name, c, folder):
 def run_after(study, folder, threads):
     """Make what a study wants besides its runs, unless it is there."""
     def text(word):
-        return str(word).replace("START", str(folder / "start")).replace("STUDY", str(folder))
+        places = {"START": str(folder / "start"), "STUDY": str(folder)}
+        return re.sub("START|STUDY", lambda found: places[found.group()], str(word))
 
     for made, command in study.after.items():
         if not Path(text(made)).exists():

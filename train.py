@@ -33,8 +33,8 @@ import reward
 import sft
 from config import objective, parse, parse_template_kwargs
 from engine.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of
-from folder import (agree_on_run, check_data, check_model, check_run, check_teacher, claim, cut_log,
-                    is_under_way, release, remember, stopped_line)
+from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
+                    release, remember, stopped_line)
 from learner import Learner, adamw
 from model import trainable
 from policies import load_policies, needs_source, save_model
@@ -280,7 +280,6 @@ def start(c, folder, device):
                       c.temperature, model.config)
     module = objective(c.algo)
     state = module.State(c) if hasattr(module, "State") else None
-    check_teacher(c, folder)
     claim(c, folder)
     started_with = remember(c, folder, model, source, fingerprints)
 

@@ -82,10 +82,12 @@ def save_checkpoint(folder, progress, tensors, extra=None, keep=2):
     """Write folder/step-NNNNNN, whole or not at all. Every rank enters.
 
     tensors: {name: tensor, sharded or the same on every rank}. extra: a dict of tensors, lists and
-    numbers, of which rank 0's is written. The newest `keep` checkpoints stay. Raises ValueError on
-    every rank when it cannot be written."""
+    numbers, of which rank 0's is written. The newest `keep` checkpoints stay, and so does one of
+    this step that is there. Raises ValueError on every rank when it cannot be written."""
     step = progress.step
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".part-{step:06d}"
+    if together(final.is_dir):
+        return
     try:
         together(lambda: make_part(folder, part))
         sees = gather_objects(part.is_dir())

@@ -293,7 +293,7 @@ def test_the_largest_page_is_below_three_megabytes(html):
     (["--step", "9"], "has the weights of steps 0, 1, 2, 3"), (["--steps", "0,x"], "give steps of the run"),
     (["--steps", "0,7"], "--steps 7: "), (["--groups", "0"], "--groups 0: must be from 1"),
     (["--updates", "-1"], "--updates -1: must be from 0"), (["--lr", "nan"], "--lr nan: must be from 0"),
-    (["--data", "truth"], "--data is for a model folder"), (["--nonsense"], "unrecognized")])
+    (["--data", "truth"], "--data and --seed are for a model folder"), (["--nonsense"], "unrecognized")])
 def test_wrong_input_is_one_line(more, message, folder, tmp_path):
     with pytest.raises(SystemExit, match=re.escape(message)):
         explain.main([str(folder), "--html", str(tmp_path / "x.html"), *more])

@@ -242,6 +242,9 @@ def test_the_hub_gives_config_json_first_and_then_what_is_read(tmp_path, monkeyp
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "config.json").write_text('{"algo": "grpo", "lr": 1e-4}')
+    with one_line("that of a run of train.py: give its model/ folder", error=ValueError):
+        Transformer.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     with one_line("mistral", error=ValueError):
         Transformer.from_pretrained("some/mistral")

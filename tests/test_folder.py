@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train
 from engine import checkpoint
 from engine.checkpoint import Progress
 from model import Transformer
-from test_train import fast, log_of, run_train, start, stored, whole       # fixtures among them
+from test_train import equal, fast, log_of, run_train, start, stored, whole      # fixtures among them
 
 torch.set_num_threads(1)
 TENSORS = {"model.a": torch.arange(600.0).view(20, 30), "exp_avg.a": torch.ones(20, 30)}
@@ -268,6 +269,41 @@ def test_a_run_goes_on_that_leaves_problems_out(begun, start):
     folder = begun("--data", str(start.parent / "more.jsonl"), "--eval-data", str(start.parent / "held-out.jsonl"), "--max-prompt-tokens", "64")
     assert json.loads((folder / "run" / "sources.json").read_text())["eval_data"].endswith(", 51 problems")
     assert [line["step"] for line in go_on(folder)] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_had_ended_and_goes_on_has_no_model_until_it_ends_again(begun, monkeypatch, capsys):
+    """Else explain.py, study.py and a user would take an old model for that of the end."""
+    folder = begun()
+    run, old = folder / "run", load_file(folder / "run" / "model" / "model.safetensors")
+    step, calls = train.train_step, []
+
+    def fails(run):
+        calls.append(run)
+        if len(calls) == 2:
+            raise ValueError("power cut")
+        return step(run)
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(SystemExit, match="power cut"):
+        go_on(folder)
+    assert "its model of step 2 is" in capsys.readouterr().err and not (run / "model").exists()
+    assert equal(load_file(run / "model-at-2" / "model.safetensors"), old)
+    go_on(folder)
+    assert not equal(load_file(run / "model" / "model.safetensors"), old)
+    train.main(["--resume", "--out", str(run)])         # nothing is left to do: the model stays
+    assert (run / "model").exists()
+
+
+def test_a_run_is_gone_on_with_from_another_folder(start, tmp_path, monkeypatch):
+    """Its checkpoint and its problems were named from where it began; LoRA needs them all the time."""
+    shutil.copytree(start, tmp_path / "model")
+    shutil.copy(start.parent / "problems.jsonl", tmp_path / "problems.jsonl")
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", "model", "--out", "run", *fast(start), "--data", "problems.jsonl", "--steps", "2", "--lora-rank", "2"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [line["step"] for line in go_on(tmp_path)] == [0, 1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):

@@ -161,8 +161,9 @@ def test_runs_of_different_folders_are_no_seeds_of_each_other(tmp_path, capsys):
         write(tmp_path / folder / "run-s0" / "log.jsonl", [0., end])
         write(tmp_path / folder / "run-s1" / "log.jsonl", [0., end])
     write(tmp_path / "y" / "other.jsonl", [0., 1.])
+    (tmp_path / "y" / "run-s1.txt").write_text("what a study writes beside its runs")
     report.main([str(tmp_path / name) for name in
-                 ("x/run-s0", "x/run-s1/log.jsonl", "y/run-s0", "y/run-s1", "y/other.jsonl")])
+                 ("x/run-s0", "x/run-s1/log.jsonl", "y/run-s0", "y/run-s1", "y/run-s1.txt", "y/other.jsonl")])
     said = capsys.readouterr()
     assert said.out.splitlines()[2:] == ["| x/run | 2 | 0.200 ± 0.000 |", "| y/run | 2 | 0.600 ± 0.000 |",
                                          "| other | 1 | 1.000 |"]

@@ -229,6 +229,24 @@ def test_a_run_takes_the_settings_of_another_where_no_flag_says_otherwise(tmp_pa
     assert not hasattr(grpo_run, "gtpo_gamma") and grpo_run.clip_low == Config().clip_low
 
 
+def test_what_another_run_has_only_filled_in_is_not_taken(tmp_path):
+    """Defaults of its objective, and what followed from its other settings."""
+    def beside(base, *flags):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(asdict(parse(base))))
+        return parse(["--config", str(file), *flags])
+
+    for algo in ("gtpo", "dpo", "offpolicy"):
+        with_file, plain = asdict(beside(["--clip-low", "0.1"], "--algo", algo)), asdict(parse(["--algo", algo]))
+        own = {name for name in plain if with_file[name] != plain[name]}
+        assert own <= {"config", "clip_low"}
+    assert beside(["--algo", "dpo"], "--algo", "grpo").beta == 0
+    assert beside([], "--lora-rank", "4").lr == parse(["--lora-rank", "4"]).lr
+    off = ["--algo", "offpolicy", "--prompts-per-step", "3"]
+    assert beside(off, "--prompts-per-step", "60").buffer_groups == parse([*off, "--prompts-per-step", "60"]).buffer_groups
+    assert beside(off, "--steps", "7").prompts_per_step == 3
+
+
 @pytest.mark.parametrize("text, says", [
     (None, "No such file"), ("[1]", "no settings"), ("{", "Expecting"), ('{"speed": 1}', "speed is no setting of this version"),
     ('{"steps": "5"}', "steps must be int, not '5'"), ('{"algo": "ppo"}', "choose grpo"), ('{"algo": ["grpo"]}', "choose grpo"),

@@ -123,6 +123,11 @@ def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_
     with pytest.raises(SystemExit, match="reward length: .*mine.py:7: KeyError: 'gold'"):
         train.main(arguments)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000003"]
+
+    # again in the first step after the checkpoint, which needs no saving: the message is the same
+    mine.write_text("def length(completions, **columns):\n    return 1 / 0\n")
+    with pytest.raises(SystemExit, match="reward length: .*mine.py:2: ZeroDivisionError"):
+        train.main(["--resume", "--out", str(out)])
     mine.write_text("def length(completions, **columns):\n    return [len(text) for text in completions]\n")
     train.main(["--resume", "--out", str(out)])
     train.main([*arguments[:3], str(tmp_path / "whole"), *arguments[4:]])
