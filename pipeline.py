@@ -45,7 +45,7 @@ import sys
 import tempfile
 import time
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import report
@@ -66,12 +66,13 @@ class PipelineConfig:
     without: str = ""                       # a stage that is left out
     data: str = ""                          # family, truth or arithmetic (docs/tasks.md); with
                                             # --model also gsm8k, math, or a file with solutions;
-                                            # empty: family, of principles-curriculum arithmetic
+                                            # empty: family; of r1 and principles-curriculum
+                                            # arithmetic
 
     eval_data: str = ""                     # held-out problems; a file as --data needs one
     model: str = ""                         # the base; empty: a new small one
     sft_steps: int = setting(0, least=0)    # of each SFT; 0: 1,000
-    grpo_steps: int = setting(0, least=0)   # of all GRPO stages together; 0: 60
+    grpo_steps: int = setting(0, least=0)   # of all GRPO stages together; 0: 100
     max_new_tokens: int = setting(128, least=1)
     train_flags: str = ""                   # more flags of each train.py, as one word:
                                             # --train-flags="--lora-rank 16 --lr 1e-4"
@@ -113,19 +114,20 @@ class Plan:
         self.c = config
         self.without = without
         self.out = Path(config.out)
-        self.task = config.data or "family"
+        self.task = config.data
         self.stages = []
         quick = config.quick
         self.sft_steps = config.sft_steps or (100 if quick else 1000)
-        self.grpo_steps = config.grpo_steps or (6 if quick else 60)     # of all stages together
+        self.grpo_steps = config.grpo_steps or (6 if quick else 100)    # of all stages together
         self.problems = 400 if quick else 8000
         self.width = 64 if quick else 128
         self.tokens = config.max_new_tokens
 
         # more flags of each SFT on solutions, of each run of train.py, and of those with DPO,
         # which falls at the rate that is good for GRPO
+        rate = 2e-4 if self.task == "arithmetic" else 5e-4
         self.of_sft = ["--problems", self.problems, "--lr", 1e-3, "--max-length", 400]
-        self.of_train = ["--problems", self.problems, "--lr", 5e-4]
+        self.of_train = ["--problems", self.problems, "--lr", rate]
         self.of_dpo = ["--algo", "dpo", "--sft-weight", 1, "--lr", 1e-4]
 
     def path(self, stage):
@@ -174,6 +176,17 @@ class Plan:
             "--model", self.path(after), "--data", data, "--steps", self.sft_steps,
             *self.of_sft, *all_of_it], now or after)
 
+    def cold_start(self, after):
+        """A short SFT that shows two habits: to tell the steps, or to guess.
+
+        GRPO chooses between them; a model that is sure of one habit has nothing to choose from.
+        No small model tells more steps than it was shown, so of arithmetic it sees all levels."""
+        data = self.levels("2-6" if self.task == "arithmetic" else "2-3")
+        return self.add("cold-start", "sft.py", [
+            "--model", self.path(after), "--data", data, "--steps", self.sft_steps // 5,
+            "--terse-steps", self.sft_steps // 20, "--problems", self.problems, "--lr", 4e-3,
+            "--muon-lr", 0.02, "--max-length", 400], after)
+
     def train(self, name, after, data, steps, *more, files=None):
         """GRPO, or with --algo another objective, from the model of another stage."""
         return self.add(name, "train.py", [
@@ -214,6 +227,9 @@ class OnProblems(Plan):
     def base(self, levels="2", name="base", width=None):
         return name                     # the checkpoint as it is
 
+    def cold_start(self, after):
+        return self.sft("cold-start", after, self.c.data)
+
     def levels(self, text):
         return self.c.data              # to evaluate.py, the test split of gsm8k and math
 
@@ -226,7 +242,7 @@ def r1(plan):
     both = plan.without not in ("grpo", "grpo-2")
     steps = first if both else plan.grpo_steps
     start = plan.base()
-    now = plan.sft("cold-start", start, plan.levels("2-3"))
+    now = plan.cold_start(start)
     now = plan.train("grpo", now, plan.levels("2-5"), steps)
     corpus = plan.right_answers("right-answers", now, plan.levels("2-5"))
     if corpus == "right-answers":
@@ -293,7 +309,6 @@ def principles_curriculum(plan):
     if plan.c.data not in ("", "arithmetic"):
         raise ValueError(f"--data {plan.c.data}: principles-curriculum is for arithmetic, whose "
                          "steps are equations that programs can check")
-    plan.task = "arithmetic"
     now = plan.sft("sft", plan.base(), plan.levels("2-3"))
     folder = plan.out / "grpo-principled"
     files = {"principles.txt": PRINCIPLES,
@@ -449,6 +464,8 @@ def run(name, config):
 
 def build(name, config):
     """Returns the plan of a pipeline. Raises ValueError for a stage to leave out that is none."""
+    usual = "arithmetic" if name in ("r1", "principles-curriculum") else "family"
+    config = replace(config, data=config.data or usual)
     kind = Plan if config.data in PUZZLES else OnProblems
     if kind is OnProblems:
         check_problems(name, config)

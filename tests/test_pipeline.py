@@ -62,7 +62,7 @@ def test_r1_without_each_stage():
         left = stages_of("r1", without=without)
         assert without not in [stage.name for stage in left]
         steps = sum(int(s.args[s.args.index("--steps") + 1]) for s in left if s.program == "train.py")
-        assert steps == 60                          # as many rollouts
+        assert steps == 100                         # as many rollouts
     by_name = {stage.name: stage for stage in stages_of("r1", without="right-answers")}
     assert by_name["grpo-2"].args[1] == "X/grpo/run/model" and "sft-of-base" not in by_name
     by_name = {stage.name: stage for stage in stages_of("r1", without="sft-of-base")}
