@@ -137,15 +137,18 @@ def test_a_run_that_outlived_its_pipeline_is_left_alone(tmp_path):
     assert pipeline.going_on(tmp_path, ["train.py"]) == ["train.py"] and not tmp_path.exists()
 
 
+# a shell's background jobs ignore SIGINT, and so would these
 CTRL_C = """
-import subprocess, sys, pipeline
+import signal, subprocess, sys, pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 pipeline.wait_for(child)
 """
 SLOW_TO_SAVE = """
-import pathlib, time
-pathlib.Path("begun").touch()
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
+    pathlib.Path("begun").touch()
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(1)
@@ -159,6 +162,7 @@ def test_ctrl_c_gives_a_stage_the_time_to_save(tmp_path):
     while not (tmp_path / "begun").exists():
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode and "waiting until this stage is saved" in said and (tmp_path / "saved").exists()
