@@ -183,7 +183,7 @@ class Plan:
         No small model tells more steps than it was shown, so of arithmetic it sees all levels."""
         data = self.levels("2-6" if self.task == "arithmetic" else "2-3")
         return self.add("cold-start", "sft.py", [
-            "--model", self.path(after), "--data", data, "--steps", self.sft_steps // 5,
+            "--model", self.path(after), "--data", data, "--steps", self.sft_steps // 4,
             "--terse-steps", self.sft_steps // 20, "--problems", self.problems, "--lr", 4e-3,
             "--muon-lr", 0.02, "--max-length", 400], after)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The R1 pipeline, whole and with each stage left out once, at as many rollouts of GRPO.
 # From the repository's root:  SEEDS="0 1 2" JOBS=2 bash results/r1/run.sh [FOLDER] [FLAGS...]
-# What is finished is not run again; what was killed goes on.
+# What is finished is not run again; what was killed goes on. (Without right-answers there is no
+# sft-of-base either, so that is one run.)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../jobs.sh"
 out=${1:-runs/r1}; python=$(command -v python || command -v python3)
@@ -17,7 +18,7 @@ one() {     # one STAGE SEED FLAGS...: STAGE is left out, "nothing" none
         >> "$folder.txt" 2>&1
 }
 for seed in ${SEEDS:-0 1 2}; do
-    for stage in nothing cold-start grpo right-answers sft-of-base grpo-2; do
+    for stage in nothing cold-start grpo sft-of-base grpo-2; do
         beside one "$stage" "$seed" "$@"
     done
 done

@@ -1,4 +1,7 @@
-"""The table of run.sh: python results/r1/table.py FOLDER, from the evaluations of each stage."""
+"""The table of run.sh, and its numbers in one file, from the evaluations of each stage:
+
+    python results/r1/table.py FOLDER       writes table.md and results.json there
+"""
 import json
 import sys
 from pathlib import Path
@@ -24,12 +27,16 @@ def cell(results):
 
 def main(folder):
     rows = []
-    for name in ("nothing", "cold-start", "grpo", "right-answers", "sft-of-base", "grpo-2"):
+    everything = {}
+    for name in ("nothing", "cold-start", "grpo", "sft-of-base", "grpo-2"):
         seeds = len(list(Path(folder).glob(f"without-{name}-s*/table.md")))
-        cells = [cell(of(folder, name, stage)) for stage in STAGES]
-        rows.append([name, str(seeds), *cells])
+        results = {stage: of(folder, name, stage) for stage in STAGES}
+        everything[name] = {stage: [r["strict"]["avg@2"]["mean"] for r in found]
+                            for stage, found in results.items()}
+        rows.append([name, str(seeds), *map(cell, results.values())])
     text = report.markdown(["left out", "runs", *(f"after {stage}" for stage in STAGES)], rows)
     (Path(folder) / "table.md").write_text(text + "\n")
+    (Path(folder) / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     print(text)
 
 
