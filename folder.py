@@ -96,7 +96,7 @@ def open_run(c, restarted):
 def absolute(c):
     """Settings that name a file or folder here, as absolute paths: a run may go on elsewhere."""
     found = {}
-    for name in ("model", "teacher", "data", "eval_data"):
+    for name in ("model", "base", "teacher", "data", "eval_data"):
         text = getattr(c, name, "")
         is_folder = "data" not in name and text and Path(text).is_dir()
         if is_file(text) or is_folder:

@@ -53,7 +53,7 @@ from config import DEVICES, check_settings, command_line, is_file, parse, settin
 from data import HUB, from_jsonl, load_problems
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import program
-from folder import fingerprint_of_model, in_use, lock
+from folder import absolute, fingerprint_of_model, in_use, lock
 
 HERE = Path(__file__).resolve().parent
 
@@ -234,7 +234,7 @@ class OnProblems(Plan):
         return self.c.data              # to evaluate.py, the test split of gsm8k and math
 
 
-PUZZLES = ("", "family", "truth", "arithmetic")
+PUZZLES = ("family", "truth", "arithmetic")
 
 
 def r1(plan):
@@ -306,7 +306,7 @@ REWARD = 'from judge import judged\n\nprincipled = judged("", {file!r})\n'
 
 
 def principles_curriculum(plan):
-    if plan.c.data not in ("", "arithmetic"):
+    if plan.task != "arithmetic":
         raise ValueError(f"--data {plan.c.data}: principles-curriculum is for arithmetic, whose "
                          "steps are equations that programs can check")
     now = plan.sft("sft", plan.base(), plan.levels("2-3"))
@@ -488,12 +488,12 @@ def check_problems(name, config):
     """Raise ValueError where a pipeline cannot run on problems that are no puzzles."""
     given = f"--data {config.data}"
     if name not in ("r1", "dpo-self-training"):
-        raise ValueError(f"{given}: {name} needs levels: choose {', '.join(PUZZLES[1:])}")
+        raise ValueError(f"{given}: {name} needs levels: choose {', '.join(PUZZLES)}")
     if not config.model:
         raise ValueError(f"{given} needs --model, a pretrained checkpoint: no new small model "
                          "learns it")
     if config.data not in HUB and not (is_file(config.data) and config.eval_data):
-        raise ValueError(f"{given} must be {', '.join(PUZZLES[1:])}, {', '.join(HUB)}, or a file "
+        raise ValueError(f"{given} must be {', '.join(PUZZLES)}, {', '.join(HUB)}, or a file "
                          "with solutions, and then --eval-data another with held-out problems")
 
     if is_file(config.data):
@@ -567,18 +567,14 @@ def named_command(argv, what, names, config_class, description):
     check_settings(config)
     if not config.out:
         raise ValueError("give --out, a folder")
-    for name_of in ("out", "data"):         # both are parts of other flags: --data A,B --reward A=1
-        path = getattr(config, name_of, "")
-        if set(",=") & set(path) and (name_of == "out" or is_file(path)):
-            raise ValueError(f"--{name_of} {path}: choose a path without a comma or =")
 
-    # so that --resume finds them from another folder too
-    for name_of in ("out", "base", "model", "data", "eval_data"):
-        path = getattr(config, name_of, "")
-        there = is_file(path) if "data" in name_of else Path(path).exists()
-        if path and (name_of == "out" or there):
-            setattr(config, name_of, str(Path(path).resolve()))
-    return name, config
+    # both become parts of other flags: --data A,B --reward A=1
+    whole = {**absolute(config), "out": str(Path(config.out).resolve())}
+    for flag in ("out", "data"):
+        if set(",=") & set(whole.get(flag, "")):
+            raise ValueError(f"--{flag} {getattr(config, flag)}: choose a path without a comma or "
+                             f"=, not {whole[flag]}")
+    return name, replace(config, **whole)       # --resume finds them from another folder too
 
 
 def sources_of(config):

@@ -260,12 +260,12 @@ def main(argv=None):
         if dist.rank() == 0:
             if rows:
                 write_whole(Path(config.out), "".join(json.dumps(row) + "\n" for row in rows))
+                solved = len({row["problem"] for row in rows})
+                print(f"{len(rows)} solutions of {solved} problems, out of {count}, "
+                      f"in {config.out}")
             parts.remove()
         if not rows:
             raise ValueError(f"no completion of {count} problems was right: nothing to keep")
-        if dist.rank() == 0:
-            solved = len({row["problem"] for row in rows})
-            print(f"{len(rows)} solutions of {solved} problems, out of {count}, in {config.out}")
         dist.barrier()
 
 

@@ -91,6 +91,12 @@ def test_a_tied_flag_beside_another_head_is_read_as_transformers_reads_it(tmp_pa
     assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), hf)
 
 
+def test_the_folder_of_a_run_is_not_that_of_its_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"algo": "grpo", "lr": 1e-4}')
+    with one_line("that of a run of train.py: give its model/ folder", error=ValueError):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_a_head_of_another_shape_is_named(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = torch.zeros(64, 32)
@@ -242,9 +248,6 @@ def test_the_hub_gives_config_json_first_and_then_what_is_read(tmp_path, monkeyp
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    (tmp_path / "config.json").write_text('{"algo": "grpo", "lr": 1e-4}')
-    with one_line("that of a run of train.py: give its model/ folder", error=ValueError):
-        Transformer.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     with one_line("mistral", error=ValueError):
         Transformer.from_pretrained("some/mistral")

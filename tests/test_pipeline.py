@@ -85,6 +85,14 @@ def test_wrong_commands_are_one_line_and_write_nothing(argv, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_comma_above_the_folder_is_found_too(tmp_path, monkeypatch):
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path / "a,b")
+    with pytest.raises(SystemExit, match="--out p: choose a path without a comma or =, not .*/a,b/p"):
+        pipeline.main(["r1", "--out", "p"])
+    assert not list((tmp_path / "a,b").iterdir())
+
+
 def test_a_folder_is_taken_once_and_goes_on_as_it_was(tmp_path):
     first = PipelineConfig(out=str(tmp_path / "p"), seed=1)
     pipeline.claim("r1", first)
