@@ -306,8 +306,8 @@ class Common:
     curriculum: str = setting("", choices=("", *CURRICULA))     # which levels come when: see
                                                                 # curriculum.py; empty: shuffled
 
-    curriculum_floor: float = setting(0.0, least=0, most=1, needs=[WITH_FLOOR])     # least share of
-                                                                # a level; 0: the schedule's own
+    curriculum_floor: float = setting(0.0, least=0, most=1, needs=[WITH_FLOOR])     # least weight
+                                                                # of a level; 0: the schedule's own
 
     warm_start_steps: int = setting(480, least=7, needs=[NO_MODEL])     # supervised steps before
                                                             # the default run

@@ -169,7 +169,7 @@ class Sharding:
             raise ValueError("--offload moves the optimizer's state from an accelerator to the "
                              "host: leave it out on the CPU")
 
-        # plain python in float32: the model is its own master
+        # one process in float32 needs no FSDP: the model's weights are its float32 masters
         self.active = c10d.is_initialized() or dtype != torch.float32 or offload
         if self.active:
             self.mesh = self.make_mesh(shard, timeout)

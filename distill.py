@@ -261,7 +261,8 @@ def prepare(rollout, rewards, config):
     mask = rollout.completion_mask()
     return Batch(tokens=rollout.tokens, prompt_lengths=rollout.prompt_lengths,
                  lengths=rollout.lengths, mask=mask, rewards=rewards.flatten(),
-                 advantages=rewards.flatten(), active=mask.sum(1) > 0, old_logp=rollout.logps)
+                 advantages=rewards.flatten(),          # nothing here reads them
+                 active=mask.sum(1) > 0, old_logp=rollout.logps)
 
 
 def complete(learner, batch):
@@ -326,7 +327,7 @@ class OffPolicy:
             del model.projection
 
     def forward(self, model, micro, rows, config):
-        micro.old_logp = micro.mask         # no ratio is taken here
+        micro.old_logp = micro.mask         # anything but None, which learner.py would fill in
         micro.inner = 0.0
         if self.inside and rows:
             micro.inner = self.inner(model, micro)
@@ -336,8 +337,8 @@ class OffPolicy:
     def inner(self, model, micro):
         """The terms on hidden states and attention relations of these rows: a scalar.
 
-        It is the sum over rows of the mean over a row's positions, times its trained tokens, and so
-        adds up over micro-batches as the divergence does."""
+        A row counts as its mean over positions times its trained tokens. Rows are summed, as the
+        divergence is over tokens, so micro-batches add up."""
         with torch.no_grad():
             theirs = look_inside(self.teacher, micro.tokens)
         ours = look_inside(model, micro.tokens)

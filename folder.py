@@ -94,14 +94,27 @@ def open_run(c, restarted):
 
 
 def absolute(c):
-    """Settings that name a file or folder here, as absolute paths: a run may go on elsewhere."""
+    """Settings that name files or folders here, as absolute paths: a run may go on elsewhere."""
     found = {}
-    for name in ("model", "base", "teacher", "data", "eval_data"):
+    for name in ("model", "base", "teacher"):
         text = getattr(c, name, "")
-        is_folder = "data" not in name and text and Path(text).is_dir()
-        if is_file(text) or is_folder:
+        if text and Path(text).is_dir():
             found[name] = str(Path(text).resolve())
+
+    for name in ("data", "eval_data", "reward"):
+        text = getattr(c, name, "")
+        if is_file(text):
+            found[name] = str(Path(text).resolve())
+        elif text:
+            found[name] = ",".join(map(absolute_item, text.split(",")))
     return found
+
+
+def absolute_item(item):
+    """The same for an item of --data or --reward, such as A.jsonl@2 or MINE.py:NAME=1."""
+    path, rest = re.fullmatch(r"(?s)(.*?)([@:][^@:/]*)?", item).groups("")
+    found = str(Path(path).resolve()) if is_file(path) else path
+    return item if set(",=") & set(found) else found + rest     # they part items and weights
 
 
 def lock(folder):

@@ -223,8 +223,8 @@ class GroupSettings:
 @dataclass
 class Settings(GroupSettings):
     # objective: clip and KL (grpo.py)
-    clip_low: float = setting(0.2, least=0)
-    clip_high: float = setting(0.2, least=0)            # 0.28: DAPO's clip-higher
+    clip_low: float = setting(0.2, least=0)             # how far below 1 a ratio still counts
+    clip_high: float = setting(0.2, least=0)            # how far above; 0.28: DAPO's clip-higher
     ratio_level: str = setting("token", choices=LEVELS) # token, sequence (GSPO: clip about 3e-4)
     dual_clip: float = setting(0.0, least=0)            # 3.0: verl's bound for negative advantages;
                                                         # 0: none
@@ -258,7 +258,7 @@ class Batch:
     advantages: torch.Tensor                # (B,)
     active: torch.Tensor                    # (B,) bool: the rows that carry a gradient
     old_logp: torch.Tensor | None           # (B, T) log mu, of the policy that drew the tokens;
-                                            # None: that is pi, and its first update says it
+                                            # None: mu is pi; `backward` then takes pi's logp
     drawn_logp: torch.Tensor | None = None  # (B, T) the sampler's log mu, if old_logp is not that
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
     pi_logp: torch.Tensor | None = None     # (B, T) an output: updates leave here the log-probs

@@ -14,9 +14,9 @@ maximises
     lambda   2 on a conflict token of a row with A > 0 (amplified), 0 in one with A < 0 (protected),
              1 elsewhere
     H_i      mean token entropy of completion i under pi, no gradient: a high one costs advantage
-    gate     0 for completions of H_i > ln 2 if the initial policy was below ln 2; else 1. At a
-             position of entropy below ln 2 some token has a probability above 1/2
-             (p_max >= exp(-H)), above it that is no longer guaranteed
+    gate     0 for completions of H_i > ln 2 if the initial policy was below ln 2; else 1. Below
+             ln 2 some token has a probability above 1/2 (p_max >= exp(-H)); above ln 2 that is
+             no longer certain
     rho      pi / mu, 1 at the first update; no clip
 
 and has no KL term, so no reference model. Function by function beside grpo.py:
@@ -27,7 +27,7 @@ and has no KL term, so no reference model. Function by function beside grpo.py:
     loss            without the KL
     aggregate       the same, by default within a completion first
 
-The official code (5d33811) is not its own objective. Each difference is a choice here.
+The official code (5d33811) does not compute this objective. Each difference is a choice here.
 `official=True` takes the code's side except in the last four lines (for gamma pass 0.1, for the
 groups give --zero-variance keep):
 
@@ -183,8 +183,8 @@ def gtpo_loss(logp, old_logp, advantages, mask, entropy, tokens, group_size, ini
 def row_scale(runs, group_size, divide_by_conflict, sum_over_group):
     """(B, 1): the factor of each row in the official code, 1 without its two choices.
 
-    Its n_conflict is the longer of the two runs, because it joins them without turning the second
-    one round again."""
+    Its n_conflict is the longer of the two runs: it joins the two masks while the second is still
+    reversed."""
     scale = torch.full_like(runs[0], group_size if sum_over_group else 1, dtype=torch.float32)
     if divide_by_conflict:
         scale = scale / torch.maximum(*runs).clamp(min=1)

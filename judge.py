@@ -56,7 +56,7 @@ from engine.kernels import Sequences
 from model import Transformer
 from progress import bar
 from puzzles.common import final_answer
-from rejection import equations, steps_hold
+from rejection import equation_holds, equations, steps_hold
 from rollout import draw_groups
 
 LONGEST = 6000          # characters of a completion that a judge reads: the end counts most
@@ -71,10 +71,14 @@ HOSTILE = ("", ":", ".", "Thought process:", "Let's solve this step by step.", "
 def consistent(text):
     """Whether no two equations of a text give one left side two different results."""
     results = {}
-    for left, right in equations(text):
-        if not reward.equal(results.setdefault(left, right), right):
-            return False
-    return True
+    return all(agree(results.setdefault(left, right), right) for left, right in equations(text))
+
+
+def agree(a, b):
+    """Whether two results are equal, or one of them is the other rounded to its own decimals."""
+    if reward.equal(a, b):
+        return True
+    return "%" not in a + b and (equation_holds(a, b) or equation_holds(b, a))
 
 
 def last_result(text):

@@ -14,7 +14,7 @@ Both train pi on tokens of mu. There are two forms of the loss, with a ratio a t
 
     bypass      - min(rho A, clip(rho) A)       rho = pi / mu; the clip is the only correction
                                                 (2505.22257)
-    decoupled   - W min(rho A, clip(rho) A)     rho = pi / prox, W = importance weight of prox / mu
+    decoupled   - W min(rho' A, clip(rho') A)   rho' = pi / prox, W = importance weight of prox / mu
                                                 without gradient; prox = pi at the start of the
                                                 pass, one more forward, for samples that are not
                                                 pi's (AReaL, arXiv 2505.24298; verl)
@@ -67,8 +67,9 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
     """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the
     mask. By default a run truncates at 2, at sequence level: begin with that line.
 
-    log_ratio (B, T) = log pi - log mu of the drawn tokens. level says whose ratio w it is: "token",
-    "sequence" (product over the row), "geometric" (its |y|-th root, GSPO). scheme:
+    log_ratio (B, T) = log prox - log mu of the drawn tokens, prox being pi when the pass began.
+    level says whose ratio w it is: "token", "sequence" (product over the row), "geometric" (its
+    |y|-th root, GSPO). scheme:
 
       none             1: biased, no variance
       standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about
@@ -354,13 +355,13 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # importance weights), bypass (ratio to mu)
 
     prox: str = setting("forward", choices=PROXIES, needs=[DECOUPLED, OLD])     # how prox is
-                                                # known: one more forward, or loglinear, none: pi
-                                                # where a pass is one update, else between mu and pi
+                                                # known. forward: one more pass measures it;
+                                                # loglinear: it is pi where a pass is one update,
+                                                # else between mu and pi
 
-    importance: str = setting("truncated", choices=SCHEMES,
-                                needs=[DECOUPLED, OLD])  # none, standard,
-                                                # clipped, truncated, masked, self_normalized,
-                                                # retrace, tempered
+    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED, OLD])     # none,
+                                                # standard, clipped, truncated, masked,
+                                                # self_normalized, retrace, tempered
 
     importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])
                                                 # token, sequence, geometric
@@ -502,9 +503,10 @@ def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda
     """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,), and with
     --weighted-baseline other advantages.
 
-    Without batch.prox_logp (on-policy, or bypass) only `weights` (B,), those of the replay buffer,
-    count. reduce sums a dict of numbers over ranks, gather joins a vector over ranks: means and
-    limits belong to the whole pass, never to a part of it."""
+    Without batch.prox_logp only `weights` (B,), those of the replay buffer, count here; with
+    --prox loglinear it is `loss` that makes the importance weights. reduce sums a dict of numbers
+    over ranks, gather joins a vector over ranks: means and limits belong to the whole pass, never
+    to a part of it."""
     mask = batch.mask * batch.active[:, None]           # of the rows that are trained
     batch.weight = mask
 
@@ -556,7 +558,7 @@ def loss(logp, entropy, batch, config, normalizer):
     if batch.prox_share is not None:
         anchor = loglinear_prox(logp, mu, batch.prox_share)
         log_ratio = torch.where(mask.bool(), anchor - mu, 0.0)
-        weight = configured_weights(log_ratio, weight, config)
+        weight = configured_weights(log_ratio, weight, config)      # weight was 0/1: trained tokens
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high, "level": config.ratio_level}
 
     if config.trust_region == "sequence":

@@ -71,8 +71,10 @@ class PipelineConfig:
 
     eval_data: str = ""                     # held-out problems; a file as --data needs one
     model: str = ""                         # the base; empty: a new small one
-    sft_steps: int = setting(0, least=0)    # of each SFT; 0: 1,000
-    grpo_steps: int = setting(0, least=0)   # of all GRPO stages together; 0: 100
+    sft_steps: int = setting(0, least=0)    # of each SFT, of a new base half of them, of r1's cold
+                                            # start on puzzles 3/10; 0: 1,000
+
+    grpo_steps: int = setting(0, least=0)   # of all GRPO or DPO stages together; 0: 100
     max_new_tokens: int = setting(128, least=1)
     train_flags: str = ""                   # more flags of each train.py, as one word:
                                             # --train-flags="--lora-rank 16 --lr 1e-4"
@@ -169,7 +171,7 @@ class Plan:
     def sft(self, name, after, data, now=""):
         """Cross-entropy on solutions, from the model of another stage, `after`.
 
-        now: the stage to go on from if this one is left out; empty: the same."""
+        now: what goes on where this stage is left out; empty: `after`."""
         # no file has a problem that is tested: neither a corpus of ours, nor one with --eval-data
         all_of_it = ["--hold-out", 0] if ".jsonl" in data or is_file(data) else []
         return self.add(name, "sft.py", [
@@ -245,7 +247,7 @@ def r1(plan):
     now = plan.cold_start(start)
     now = plan.train("grpo", now, plan.levels("2-5"), steps)
     corpus = plan.right_answers("right-answers", now, plan.levels("2-5"))
-    if corpus == "right-answers":
+    if corpus == "right-answers":       # a stage that was left out gives the one before it
         now = plan.sft("sft-of-base", start, plan.corpus(corpus), now)
     plan.train("grpo-2", now, plan.levels("2-6"), steps)
 
@@ -429,10 +431,11 @@ def measure(stage, plan):
     """Evaluate the model of a stage on held-out puzzles. Returns the result of evaluate.py."""
     c = plan.c
     file = Path(c.out) / stage.name / "eval.json"
+    device = ["--device", c.device] if c.device else []
     if not file.exists():
         call(["evaluate.py", "--model", str(model_of(stage, c)), "--data", plan.held_out(),
               "--limit", "60" if c.quick else "400", "--samples", "2",
-              "--max-new-tokens", str(plan.tokens), "--threads", str(c.threads),
+              "--max-new-tokens", str(plan.tokens), "--threads", str(c.threads), *device,
               "--json", str(file)], file.with_name("output.txt"), "--resume", ranks=c.ranks)
     return json.loads(file.read_text())
 
@@ -570,8 +573,8 @@ def named_command(argv, what, names, config_class, description):
 
     # both become parts of other flags: --data A,B --reward A=1
     whole = {**absolute(config), "out": str(Path(config.out).resolve())}
-    for flag in ("out", "data"):
-        if set(",=") & set(whole.get(flag, "")):
+    for flag in ("out", "data") if is_file(getattr(config, "data", "")) else ("out",):
+        if set(",=") & set(whole[flag]):
             raise ValueError(f"--{flag} {getattr(config, flag)}: choose a path without a comma or "
                              f"=, not {whole[flag]}")
     return name, replace(config, **whole)       # --resume finds them from another folder too

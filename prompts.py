@@ -116,12 +116,14 @@ def settings_of_run(model):
 
 
 def follow_run(config):
-    """Take over template and chat_template_kwargs of the run that wrote a model, if a run did.
+    """Take over template and chat_template_kwargs of the train.py or sft.py that wrote a model.
 
     config: the settings of evaluate.py, of which those that were given stay."""
-    settings = settings_of_run(config.model)
-    if not settings:
-        return
+    flags = Path(config.model) / "sft.json"         # sft.py leaves its flags beside the weights
+    if flags.exists():
+        settings = {flag[2:].replace("-", "_"): of for flag, of in read_json(flags).items()}
+    else:
+        settings = settings_of_run(config.model)
     if config.template == "auto":
         config.template = settings.get("template", "auto")
     if not config.chat_template_kwargs and config.template != "plain":

@@ -45,7 +45,7 @@ class RejectionConfig:
     samples: int = setting(8, least=1)      # completions a problem
     per_problem: int = setting(4, least=1)  # right ones that are kept of a problem, at most
     check_steps: bool = False               # only those whose written equations are true
-    problems: int = setting(2000, least=1)  # of the source, from its beginning
+    problems: int = setting(2000, least=1)  # how many; of a file, gsm8k or math, drawn by --seed
     levels: str = ""                        # of built-in tasks, easiest-hardest; empty: usual ones
     temperature: float = setting(1.0, above=0, least=1e-4, most=1e4)
     max_new_tokens: int = setting(256, least=1)
@@ -72,11 +72,12 @@ _MIXED = re.compile(r"[0-9] +[0-9]")                    # 1 1/2
 
 # words behind which numbers are no whole side, "half of 10", and before which, "3 remainder 2"
 _WORDS = frozenset("""
-    of mod times plus minus by over per root squared cdot div pm power twice double triple half step
-    day week month year""".split())
+    of mod times plus minus by over per to root squared cdot div pm power twice double triple half
+    square cube sqrt log ln sin cos tan gcd lcm abs negative choose step day week month
+    year""".split())
 _GOES_ON = re.compile(
-    r"(?:[a-z]|rem|remainder|mod|times|plus|minus|divided|hundred|[a-z]*thousand|[mb]illion|dozen"
-    r"|percent|per cent)\b", re.I)
+    r"(?:[a-z]|r[0-9]+|rem|remainder|mod|times|plus|minus|divided|hundred|[a-z]*thousand|[mb]illion"
+    r"|dozen|percent|per cent)\b", re.I)
 _OPERATORS = tuple("+-*/×÷·⋅−")
 
 
@@ -113,14 +114,17 @@ def left_side(before, in_chain):
     left = _REMAINS.sub("", left.translate(_SIGNS))
     while left.startswith("(") and left.count("(") > left.count(")"):       # "(3 + 4 = 7)"
         left = left[1:]
-    middle = in_chain and not rest          # of a chain: it may be a number, 2*3 = 6 = 12/2
+    middle = in_chain and not rest      # between two "=" a number is a side: 2*3 = 6 = 12/2
     return "" if _NUMBER.fullmatch(left) and not middle else left
 
 
 def begins(left, rest):
     """Tell whether numbers and operators begin a side behind the text `rest`.
 
-    They do behind an opening sign, and behind a word, "so 3 + 4": not "x + 3", "x1", "2^3"."""
+    They do behind an opening sign, and behind a word, "so 3 + 4": not "x + 3", "x1", "2^3", "9:30".
+    """
+    if rest[-1] == ":" and rest[-2:-1].isdigit() and left[:1].isdigit():
+        return False
     if rest[-1] in "\n,;:([{<>=\"'`“‘*" or rest[-1] == "\\" and left[:1] == "(":
         return True
     word = re.split(r"[^A-Za-z]", rest[-20:])[-1].lower()
@@ -143,6 +147,8 @@ def right_side(behind):
 
 def ends(raw, after):
     """Tell whether numbers and operators end a side before the text `after`: not "2 + y", "3²"."""
+    if after[:1] == ":" and after[1:2].isdigit():       # 11:30
+        return False
     if not after or after[0] in "\n;:?)]}<>=\"'`”’*" or after[:2] in ("\\)", "\\]", "\\\\"):
         return True
     goes_on = raw.rstrip().endswith(_OPERATORS) or _GOES_ON.match(after)
@@ -150,8 +156,8 @@ def ends(raw, after):
 
 
 def steps_hold(text):
-    """Tell whether every equation of a text is true: exact arithmetic, and rounding to the digits
-    that its right side shows. What is no number on a side is not judged."""
+    """Tell whether every equation of a text is true: exactly, or rounded to the decimals that its
+    right side shows, if any. What is no number on a side is not judged."""
     return all(equation_holds(left, right) for left, right in equations(text))
 
 

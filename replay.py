@@ -175,7 +175,8 @@ class ReplayBuffer:
         return priority / priority.sum()
 
     def sample(self, count, beta=1.0):
-        """Draw `count` groups, or all when there are fewer; drawing counts as a use.
+        """Draw `count` groups, or as many as there are, each draw a use; by priority one may come
+        twice.
 
         Returns (list of groups, their weights (count,) float32). The weights (n P)^-beta / max
         correct for drawing some groups more often: beta 1 fully, 0 not at all. For uniform draws

@@ -35,8 +35,8 @@ exact value. What is no expression is compared as words, without case.
            its right side is compared. Not so for an equation in letters: 3 does not answer x+y = 3.
   Bases    12_5 is equal to 12_5 alone, not to 12, 12_6 or 7.
 
-Left out: number words, unit conversion, limits, integrals, piecewise functions. This file needs
-extraction.py and verifier/ alone. train.py, evaluate.py and data.py need it.
+Left out: number words, unit conversion, limits, integrals, piecewise functions. Of this project,
+verifying needs this file, extraction.py and verifier/.
 """
 
 import math
@@ -247,7 +247,8 @@ def _labelled(s):
 
 def _may_label(word):
     """Return whether a word left of a value says nothing about it; xyz = 6 is a product."""
-    product = len(word) == 3 and sorted(set(word)) == list(word) and not set(word) & set("eio")
+    in_order = sorted(set(word)) == list(word)      # xyz, abc: letters of a product, no word
+    product = len(word) == 3 and in_order and not set(word) & set("eio")
     return word.isupper() or product or word.lower() in _LABELS
 
 
@@ -431,7 +432,7 @@ def weighted(text="", **weights):
         if ":" in name:
             from user_reward import load
             name, function = load(name)
-            if name in REWARDS:
+            if name in (*REWARDS, "overlong"):
                 raise ValueError(f"--reward {item}: {name} is the name of a function here; "
                                  "give yours another")
             functions.setdefault(name, function)

@@ -6,8 +6,8 @@
 same tokens by continuous batching over a preallocated KV cache (engine/batching.py): a completion
 that has finished makes room for the next, and a prompt goes through the model once for its group.
 
-The random numbers of a row are its own (engine/sampling.py). A completion does not depend on which
-other rows share its batch, on the batch size or on the number of ranks.
+The random numbers of a row are its own (engine/sampling.py). Up to the rounding of logits, a
+completion does not depend on the rows beside it, on the batch size or on the number of ranks.
 
 What is recorded is what was drawn: token ids (text is never tokenized again) and, in float32, the
 log-probability of each id under the very logits that it was drawn from. Training rollouts use
@@ -168,9 +168,10 @@ class Sampler:
             # refill lets the finished go and the waiting in, whose prompts go through the model
             # once and have a seat in the cache while any completion of theirs runs; advance draws a
             # token for every row that is running
-            checked, bar = False, RolloutBar(len(limits))
+            bar = RolloutBar(len(limits))
+            checked = False
             while batch.refill():
-                checked = checked or check_finite(batch.slots)      # once: a look waits
+                checked = checked or check_finite(batch.slots)      # once: reading it waits
                 bar.look(batch.schedule)
                 batch.advance()
             bar.close()

@@ -1,6 +1,7 @@
 """Supervised warm start: cross-entropy on the completion tokens of worked solutions, before any RL.
 
-    loss = - sum over completion tokens of log pi(token | what precedes it) / their number
+    loss = - sum over completion tokens of log pi(token | what precedes it)
+             / their number in the mean batch
 
 RL can only strengthen what the model already does now and then, so a random model has to be shown
 answers first. The default run shows it two habits (--terse-steps), all answers correct: most

@@ -161,7 +161,7 @@ def loop(run, interrupt):
             before = replace(learner.progress, stream=run.stream.state)
             try:
                 line = train_step(run)
-            except dist.Agreed:         # such as a reward that fails: the step before is saved
+            except dist.Agreed:         # of a reward, say; before an update the last step is saved
                 if before.step and learner.progress.updates == before.updates:
                     learner.progress, run.stream.state = before, before.stream
                     save(run)

@@ -100,7 +100,7 @@ class UserReward:
 def columns(problems, groups, ids):
     """The arguments of a function in TRL's signature: {name: list of N x G}."""
     found = {"prompts": [], "completions": [], "completion_ids": list(ids)}
-    names = {name for problem in problems for name in problem if name not in OURS}
+    names = {name for problem in problems for name in problem if name not in (*OURS, *found)}
     found |= {name: [] for name in names}
 
     for problem, texts in zip(problems, groups):
@@ -117,7 +117,7 @@ def columns(problems, groups, ids):
 def where(error, file):
     """One line: the error, and the last line of the file that it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if Path(frame.filename) == file]
+             if Path(frame.filename) == file.absolute()]
     place = f"{file}:{lines[-1]}: " if lines else f"{file}: "
     reason = (str(error).strip().splitlines() or [""])[0]
     return f"{place}{type(error).__name__}: {reason}"

@@ -18,7 +18,8 @@ from thoughts import tail
 NAMES = ("Ana", "Ben", "Cid", "Dora", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo",
          "Mia", "Nora", "Omar", "Pia", "Ruth", "Sam", "Tom", "Zoe")
 MAX_DRAWS = 10_000  # of structures, until one belongs to the split; one in ten is held out
-SALT = "facts"      # with this word the easiest levels hold out puzzles of nearly every answer
+SALT = "facts"      # goes into the checksum that decides the split: of the words tried, the one by
+                    # which the easiest levels hold out puzzles of nearly every answer
 LONGEST = 2000      # characters of an answer that a checker reads: completions are untrusted
 
 # behind "####" or a line "Final Answer", words at the very end: no code, no markup, no TeX

@@ -3,8 +3,8 @@
     Cid's father is Gus. Ben is the brother of Cid. Ana is Ben's mother. What is Ana to Gus?
 
 The level is the number of links, which is the number of sentences. At every level, so that a level
-means one thing, their order is random, and half of those behind the first link tell it from the
-other end ("Gus is the father of Cid" instead of "Cid is the son of Gus"). All people are different.
+means one thing, their order is random, and nearly half of those behind the first link tell it from
+the other end ("Gus is the father of Cid" instead of "Cid is the son of Gus"). All people differ.
 The answer is one of the 21 words of KINDS, drawn first, uniformly. Then a chain is drawn for it
 backward through the table of compositions: which two relations can have led to this one?
 
@@ -291,7 +291,8 @@ def draw(rng, level):
 def draw_chain(rng, level, answer):
     """Returns a chain that means `answer`, or None where the choices on the way lead to none.
 
-    The first link is divided in two until there are enough. It always tells the first sex."""
+    The first link, at first the answer alone, is replaced by two that compose to it, until there
+    are `level`. It always tells the first sex."""
     chain = ((answer, ">"),)
     for length in range(level, 1, -1):
         relation = chain[0][0]

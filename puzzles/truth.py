@@ -7,7 +7,7 @@ The answer is "Ana": if she were honest, Ben and so Cid would lie, but what Cid 
 What a truth-teller says is true, what a liar says is false (R. Smullyan, What Is the Name of This
 Book?, 1978; the puzzle of arXiv 2410.23123 and 2502.14768). A level is the number of people, n.
 A statement is about one person (a liar or not), about two (of the same kind or not), or about the
-number of liars (at least k, exactly k). Nobody names themselves.
+number of liars (at least k, exactly k). Of more than two people nobody names themselves.
 
 Who lies is drawn first, uniformly from all 2^n possibilities. Everybody then says something that
 agrees with their kind, drawn again until no other possibility fits. The answer is unique because

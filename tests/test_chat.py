@@ -363,6 +363,13 @@ def test_a_run_s_model_is_evaluated_as_it_was_trained(tmp_path):
     prompts.follow_run(given)
     assert (given.template, given.chat_template_kwargs) == ("reasoning", '{"enable_thinking": true}')
 
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "sft.json").write_text('{"--template": "r1-zero", "--chat-template-kwargs": ""}')
+    of_sft = evaluate.EvalConfig(model=str(tmp_path / "model"))
+    prompts.follow_run(of_sft)
+    assert (of_sft.template, of_sft.chat_template_kwargs) == ("r1-zero", "")
+    (tmp_path / "model" / "sft.json").unlink()
+
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     other = evaluate.EvalConfig(model=str(tmp_path / "model"))
     prompts.follow_run(other)

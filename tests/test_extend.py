@@ -132,6 +132,14 @@ def test_the_puzzle_of_the_page_is_whole(monkeypatch):
     assert found > 50
 
 
+def test_the_examples_of_the_page_are_drawn_as_it_says():
+    rows = re.findall(r"^\| `(\w+):(\d)` \| (.*) \| (.*) \|$", (HERE / "docs" / "tasks.md").read_text(), re.M)
+    assert len(rows) > 20
+    for name, level, problem, answer in rows:
+        shortest = min(tasks.problems(name, 5, level=int(level)), key=lambda p: len(p["problem"]))
+        assert (shortest["problem"], shortest["answer"]) == (problem, answer), f"{name}:{level}"
+
+
 def test_a_task_is_a_function_and_a_line(start, tmp_path, monkeypatch):
     """Say the first digit of a number, anywhere: not what reward.verify asks, so the task brings its own checker."""
     def first_digits(count, split, seed, levels):

@@ -11,7 +11,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+import folder
 import train
+from config import Config
 from engine import checkpoint
 from engine.checkpoint import Progress
 from model import Transformer
@@ -304,6 +306,20 @@ def test_a_run_is_gone_on_with_from_another_folder(start, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert [line["step"] for line in go_on(tmp_path)] == [0, 1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+def test_files_in_a_list_become_absolute_too(tmp_path, monkeypatch):
+    """Of a mix with shares, and of --reward; what is no file stays, and so does a path that would part the list."""
+    (tmp_path / "a,b").mkdir()
+    for name in ("p.jsonl", "mine.py", "a,b/q.jsonl"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    config = Config(data="truth:2-4@2,p.jsonl@3,gsm8k", eval_data="p.jsonl", reward="format=0.5,mine.py:f=1,no.py:g")
+    found = folder.absolute(config)
+    assert found == {"data": f"truth:2-4@2,{tmp_path}/p.jsonl@3,gsm8k", "eval_data": f"{tmp_path}/p.jsonl",
+                     "reward": f"format=0.5,{tmp_path}/mine.py:f=1,no.py:g"}
+    monkeypatch.chdir(tmp_path / "a,b")
+    assert folder.absolute(Config(data="q.jsonl,truth"))["data"] == "q.jsonl,truth"
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):

@@ -53,6 +53,8 @@ def test_a_wrong_file_is_one_line(tmp_path, text, message):
 @pytest.mark.parametrize("name, text, holds", [
     ("equations", "2+3=5\n#### 5", True), ("equations", "2+3=6\n#### 6", False),
     ("consistent", "2+3=5, 2+3 = 5.0", True), ("consistent", "2+3=5, no, 2+3=6", False), ("consistent", "", True),
+    ("consistent", "2/3 = 0.67, more exactly 2/3 = 0.667", True), ("consistent", "2/3 = 0.667, 2/3 = 0.68", False),
+    ("consistent", "1/2 = 50%, 1/2 = 60%", False), ("consistent", "1/2 = 0.5, 1/2 = 50%", True),
     ("last-result", "2+3=5\n#### 5", True), ("last-result", "2+3=5\n#### 6", False)])
 def test_programs_by_hand(name, text, holds):
     assert judge.CHECKS[name](text) is holds

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -180,6 +181,20 @@ QUICK = ["curriculum-grpo", "--quick", "--threads", "1"]
 
 
 @pytest.mark.slow
+def test_a_stage_is_measured_on_the_device_that_was_asked_for(tmp_path, monkeypatch):
+    calls = []
+
+    def call(args, *rest, **more):
+        calls.append(args)
+        Path(args[args.index("--json") + 1]).write_text("{}")
+    monkeypatch.setattr(pipeline, "call", call)
+    for device in ("cpu", ""):
+        plan = pipeline.build("r1", PipelineConfig(out=str(tmp_path / f"x{device}"), data="truth", device=device))
+        (tmp_path / f"x{device}" / "base").mkdir(parents=True)
+        pipeline.measure(plan.stages[0], plan)
+    assert calls[0][calls[0].index("--device") + 1] == "cpu" and "--device" not in calls[1]
+
+
 def test_a_gate_stops(tmp_path):
     with pytest.raises(SystemExit, match="stage base: held-out pass@1 0.* is below --gate 0.99"):
         pipeline.main([*QUICK, "--out", str(tmp_path / "p"), "--gate", "0.99"])

@@ -77,6 +77,8 @@ def test_equations_by_hand(text, pairs, hold):
     ('3/4 * 2 = 1 1/2 feet', True),
     ('2+2 = 5 cats', False),
     ('<<2+2=5>>5', False),
+    ("sqrt 16 + 2 = 6", True), ("negative 3 + 5 = 2", True), ("ln 1 + 5 = 5", True), ("add 2 to 3 + 4 = 9", True),
+    ("10:30 + 1 = 11:30", True), ("at 5 + 6 = 11:30", True), ("Step 1: 3+4 = 8", False), ("17 / 5 = 3 R2", True),
     ("\u221a(144) = 12", True), ("1.5 is 1/4 + 1 = 1.25 cups", True)])
 def test_only_what_is_read_whole_is_judged(text, hold):
     assert rejection.steps_hold(text) is hold

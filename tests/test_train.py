@@ -1,6 +1,7 @@
 """The loop from the command line: contract of the run folder, resume bit for bit, world size, bad input."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -284,6 +285,20 @@ def test_help_is_help_also_beside_other_flags(capsys):
             train.main(args)
         out = capsys.readouterr().out
         assert stop.value.code == 0 and "--lr" in out and ("--gtpo-gamma" in out) == ("gtpo" in args)
+
+
+@pytest.mark.parametrize("file", ["config.py", "grpo.py", "gtpo.py", "offpolicy.py", "dpo.py", "distill.py", "sft.py", "evaluate.py", "judge.py",
+                                  "pipeline.py", "probe.py", "rejection.py", "study.py"])
+def test_no_comment_on_a_setting_is_lost_to_its_help(file):
+    """Help is read from comments behind a field, and from lines that hold nothing else below it."""
+    setting = ""
+    for line in (HERE / file).read_text().split("\n"):
+        if re.match(r"    \w+: .* = ", line):
+            setting = line
+        elif not re.match(r" {5,}\S", line):
+            setting = ""
+        elif setting and not line.strip().startswith("#"):
+            assert "  # " not in line, line
 
 
 def test_a_run_goes_on_with_its_own_objective(whole):

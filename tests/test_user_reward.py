@@ -113,6 +113,26 @@ def test_a_function_that_fails_is_one_line_with_its_place(body, message, tmp_pat
     assert "\n" not in str(stop.value)
 
 
+def test_a_relative_file_is_named_with_its_line_too(tmp_path, monkeypatch):
+    (tmp_path / "bad.py").write_text("def f(completions, **kwargs):\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"reward f: bad\.py:2: ZeroDivisionError"):
+        parts("bad.py:f")
+
+
+def test_no_column_of_the_data_takes_the_place_of_an_argument(tmp_path):
+    mine = {"completions": ["x"], "completion_ids": [9], "prompts": "y", "kind": "word"}
+    found = user_reward.columns([{**PROBLEMS[0], **mine}], [["2", "3"]], [[5], [6]])
+    assert found["completions"] == ["2", "3"] and found["completion_ids"] == [[5], [6]]
+    assert found["prompts"] == ["1 + 1?"] * 2 and found["kind"] == ["word"] * 2
+
+
+def test_the_name_of_the_punishment_is_no_function_of_the_users(tmp_path):
+    (tmp_path / "mine.py").write_text("def overlong(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    with pytest.raises(ValueError, match="overlong is the name of a function here"):
+        reward.weighted(f"{tmp_path}/mine.py:overlong")
+
+
 def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_path):
     """What was learned before is saved, and the run goes on when the function is mended."""
     mine = tmp_path / "mine.py"
