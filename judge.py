@@ -87,10 +87,11 @@ def last_result(text):
 
 
 CHECKS = {"equations": steps_hold, "consistent": consistent, "last-result": last_result}
+NAME_OF = {program: f"check: {name}" for name, program in CHECKS.items()}
 
 
 def read_principles(file):
-    """Returns (programs, sentences) of a file of principles. A "#" at the beginning
+    """Returns (programs, sentences) of a file of principles, each once. A "#" at the beginning
     of a line or between blanks begins a comment.
 
     Raises ValueError, in one line, for a check that is none, or a file without any principle."""
@@ -107,7 +108,7 @@ def read_principles(file):
             sentences.append(line)
     if not programs and not sentences:
         raise ValueError(f"{file} holds no principle")
-    return programs, sentences
+    return list(dict.fromkeys(programs)), list(dict.fromkeys(sentences))
 
 
 # ------------------------------------------------------------------------------------- the judge
@@ -138,7 +139,7 @@ class Judge:
         if isinstance(principles, tuple):
             self.programs, self.sentences = principles
         else:
-            self.programs, self.sentences = [], list(principles)
+            self.programs, self.sentences = [], list(dict.fromkeys(principles))
         self.said, self.asked = 0.0, 0      # p(yes) + p(no) of all questions, and their number
         self.yes = word_ids(tokenizer, "yes") if self.sentences else []
         self.no = word_ids(tokenizer, "no") if self.sentences else []
@@ -146,30 +147,36 @@ class Judge:
             raise ValueError("the judge's tokenizer has no token for yes or for no")
 
     def scores(self, problems, groups):
-        """Score N groups of G completions: (N, G) floats from 0 to 1.
+        """Score N groups of G completions: (N, G) floats from 0 to 1, means over the principles.
 
         problems: N dicts with "problem". What has no final answer scores 0."""
-        G = len(groups[0]) if groups else 0
-        texts = [text for texts in groups for text in texts]
-        of = [problem["problem"] for problem in problems for _ in range(G)]
-        answered = [i for i, text in enumerate(texts) if has_answer(text)]
+        if not groups:
+            return []
+        each = self.by_principle(problems, groups).values()
+        means = [sum(scores) / len(scores) for scores in zip(*each)]
+        G = len(groups[0])
+        return [means[start:start + G] for start in range(0, len(means), G)]
 
-        # programs first; then every sentence in both orders, for all completions together
-        totals = [0.0] * len(texts)
-        for i in answered:
-            totals[i] = float(sum(check(texts[i]) for check in self.programs))
+    def by_principle(self, problems, groups):
+        """Score N groups of G completions: {sentence or program: N x G floats in a row}."""
+        texts = [text for texts in groups for text in texts]
+        of = [problem["problem"] for problem, texts in zip(problems, groups) for _ in texts]
+        answered = [i for i, text in enumerate(texts) if has_answer(text)]
+        found = {principle: [0.0] * len(texts) for principle in (*self.programs, *self.sentences)}
+        for check in self.programs:
+            for i in answered:
+                found[check][i] = float(check(texts[i]))
+
+        # every sentence in both orders, for all completions together
         questions, owners = [], []
         for i in answered:
             for sentence in self.sentences:
                 for words in ("yes or no", "no or yes"):
                     questions.append(self.question(of[i], texts[i], sentence, words))
-                    owners.append(i)
-        for i, score in zip(owners, self.yes_scores(questions)):
-            totals[i] += score / 2
-
-        count = len(self.programs) + len(self.sentences)
-        scores = [total / count for total in totals]
-        return [scores[start:start + G] for start in range(0, len(scores), G)] if G else []
+                    owners.append((sentence, i))
+        for (sentence, i), score in zip(owners, self.yes_scores(questions)):
+            found[sentence][i] += score / 2
+        return found
 
     def question(self, problem, completion, principle, words):
         """Returns the text that the judge is asked, with the untrusted completion within marks."""
@@ -381,10 +388,11 @@ def examine(config):
         seeds = [(config.seed, i) for i in range(len(problems))]
         _, groups = draw_groups(sampler, tokenizer, problems, config.samples,
                                 config.max_new_tokens, config.temperature, seeds)
-        scores = judge.scores(problems, groups)
-        right = reward.correct(problems, groups)
-        flat = [score for row in scores for score in row], [r for row in right for r in row]
-        result = agreement(*flat)
+        each = judge.by_principle(problems, groups)
+        right = [r for row in reward.correct(problems, groups) for r in row]
+        result = agreement([sum(scores) / len(scores) for scores in zip(*each.values())], right)
+        result["principles"] = {NAME_OF.get(principle, principle): agreement(scores, right)
+                                for principle, scores in each.items()}
         result["heed"] = judge.heed if judge.asked else None
 
         # what the judge itself says of texts that are no answers, without the guard
@@ -397,8 +405,8 @@ def examine(config):
 
         rows = []
         if config.revise:
-            wrong = [(p, text) for p, texts, of in zip(problems, groups, right)
-                     for text, r in zip(texts, of) if not r]
+            drawn = [(p, text) for p, texts in zip(problems, groups) for text in texts]
+            wrong = [pair for pair, r in zip(drawn, right) if not r]
             principle = (judge.sentences or ["The answer is right."])[0]
             again = revised(sampler, tokenizer, *map(list, zip(*wrong)), principle, config) \
                 if wrong else []

@@ -149,13 +149,15 @@ def test_it_is_a_reward_in_a_users_file(folder, start, tmp_path):
 
 
 def test_the_program_measures_and_revises(folder, start, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("It is right.\n")
+    (tmp_path / "p.txt").write_text("The answer is right.\ncheck: equations\nThe answer is right.\n")
     judge.main(["--judge", str(folder), "--principles", str(tmp_path / "p.txt"), "--model", str(start), "--data",
                 str(start.parent / "problems.jsonl"), "--limit", "6", "--samples", "2", "--max-new-tokens", "8", "--threads", "1",
                 "--device", "cpu", "--revise", str(tmp_path / "r.jsonl"), "--json", str(tmp_path / "j.json")])
     result = json.loads((tmp_path / "j.json").read_text())
     assert result["completions"] == 12 and set(result["hostile"]) == set(HOSTILE) and 0 < result["heed"] < 1
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert result["principles"].keys() == {"The answer is right.", "check: equations"} and all(
+        each["completions"] == 12 and each["right"] == result["right"] for each in result["principles"].values())
     assert len(rows) == result["revised"]["now_right"] <= result["revised"]["wrong"]
     assert all(row["rejected"] != row["solution"] for row in rows)
 
