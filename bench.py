@@ -26,8 +26,9 @@
 
 The measurements are functions in measure/, and their modules are imported only when asked for.
 They are never tests. Every comparison alternates between its two sides and reports
-the ratio of each round. Without --model weights are random. Rewards are always drawn at random:
-random weights answer nothing, and a step without a gradient would measure nothing.
+the ratio of each round. Without --model weights are random. Rewards never depend on an answer (they
+are random; beside TRL the parity of the ids): random weights answer nothing, and a step without a
+gradient would measure nothing.
 """
 import argparse
 import importlib

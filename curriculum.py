@@ -12,16 +12,16 @@ much of the training is over, 0 to 1, and S = n (n + 1) / 2:
 
 `steps`, `cosine` and `gaussian` follow the clock, and a run that learns faster or slower than they
 were tuned for gets the wrong levels. `adaptive`, our own, follows success. p (1 - p) is the
-variance of a reward of 0 or 1, and half of the share of pairs of completions that teach something;
-for larger groups it is a rule of thumb (docs/THEORY.md, claim 3). A level with p from FADED on
-fades to the floor, which only watches for forgetting, and comes back when p falls below BACK. A
-level that was never seen is taken to be as hard as its easier neighbour.
+variance of a reward of 0 or 1, and half the chance that two completions differ, without which a
+pair teaches nothing; for larger groups it is a rule of thumb (docs/THEORY.md, claim 3). A level
+with p from FADED on fades to the floor, which only watches for forgetting, and comes back when p
+falls below BACK. A level that was never seen is taken to be as hard as its easier neighbour.
 
     python train.py --data truth:2-5 --curriculum adaptive
     python train.py --model DIR --data truth:2-4@2,gsm8k     # a mix: tasks are drawn by weight
 
-data.stream_of makes a `Mixed`, only where it is asked for. train.py asks it for problems, and gives
-it the log's line of each step.
+data.stream_of makes a `Mixed` for a mix, and with --curriculum. train.py asks it for problems, and
+gives it the log's line of each step.
 """
 import math
 import random

@@ -103,8 +103,8 @@ def load_problems(data, split="train", seed=0, levels=None, count=20000, report=
     """Returns the problems of a source or of a mix, in the order of the sources.
 
     seed, levels (easiest, hardest) and count concern built-in tasks; a mix shares the count by its
-    weights. With whole=False, files too give no more than their share, any of their training
-    problems, and with fill=True, in a mix, no less: their problems are repeated. spare: leave out
+    weights. whole=False: files too give no more than their share, of the training split a random
+    one, by the seed. fill=True: in a mix they give no less, by repeating problems. spare: leave out
     what a run with so many --eval-problems holds out of a file.
 
     report takes the line that says how many problems were dropped: an empty answer cannot be given,

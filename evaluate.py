@@ -15,9 +15,9 @@ of format. A built-in task with a checker of its own has one verdict for both.
 
 --perturb asks whether puzzles were learned by heart (arXiv 2410.23123). Each problem is followed by
 a held-out one that differs in a single statement and has another answer; its names and words are
-drawn anew. With CR the share of the problems solved greedily whose changed ones are solved too,
-LiMem = accuracy * (1 - CR): 0 where the changed ones are solved as well. With --train-seed S these
-are the first problems that a run with --seed S trains on.
+drawn anew. CR is, of the problems solved greedily, the share whose changed ones are solved too;
+LiMem = accuracy * (1 - CR) is 0 where all of those are. With --train-seed S these are the first
+problems that a run with --seed S, without --curriculum, trains on.
 
 A problem's completions depend on --seed and its place in the file, not on what shares its batch
 (up to rounding, which can decide between two nearly equal logits). So problems are split over the
@@ -65,7 +65,7 @@ KINDS = ("strict", "lenient")
 class EvalConfig:
     """The flags of the program, each with its default."""
     model: str = ""                     # checkpoint folder or hub id
-    data: str = "arithmetic"            # a built-in task, gsm8k, math (the test split), a .jsonl,
+    data: str = "arithmetic"            # a built-in task, gsm8k, math (MATH-500), a .jsonl,
                                         # or a mix of them: truth:2-4,gsm8k
     json: str = ""                      # receives the result; empty: only the table on stdout
     samples: int = setting(8, least=1)              # K completions a problem, and a greedy one
@@ -444,7 +444,7 @@ def grade(texts, gold, check=None):
 
 
 def evaluate(config):
-    """Run the whole evaluation. Every rank enters. Returns the dict that --json receives."""
+    """Run the whole evaluation, on every rank. Returns the dict that --json receives, and Kept."""
     sampler, tokenizer, problems, dropped = start(config)
     kept = Kept(config, problems)
     mine = problems[dist.rank()::dist.world()]
@@ -511,10 +511,11 @@ def memorisation(problems, greedy):
              if "perturbs" in problem and problem["perturbs"] in right]
 
     solved = [changed for original, changed in pairs if original]
-    accuracy = len(solved) / len(pairs)
+    count = max(len(pairs), 1)
+    accuracy = len(solved) / count
     consistency = sum(solved) / len(solved) if solved else None
     return {"problems": len(pairs), "accuracy": accuracy,
-            "accuracy_perturbed": sum(changed for _, changed in pairs) / len(pairs),
+            "accuracy_perturbed": sum(changed for _, changed in pairs) / count,
             "consistency": consistency,
             "LiMem": accuracy * (1 - consistency) if solved else 0.0}
 

@@ -12,7 +12,7 @@ rollout. The page explains itself to who has never seen these methods.
 The numbers are the trainer's own, because the trainer computes them:
 
     rollout     train.draw with the weights of --step K: what step K + 1 of the run drew, if fresh
-                weights draw (--sync-every 1); its first --groups groups that are right and wrong
+                weights draw (--sync-every 1); its first --groups groups whose rewards differ
     mu          the weights of step K, which drew
     prox        mu after half of the --updates, made by learner.Learner on these groups
     pi          mu after all of them: without updates every ratio would be 1, and nothing clipped
@@ -271,7 +271,7 @@ def grpo_like(c):
 
 
 def choose(drawn, count):
-    """Choose groups of a step, first those that are right and wrong.
+    """Choose groups of a step, first those whose rewards differ.
 
     Returns (Rollout, rewards (n, G)), and the numbers of the groups."""
     differs = grpo.informative(drawn.rewards).tolist()

@@ -30,7 +30,7 @@ more tins."). lenient=True falls back to the last number in the text instead. It
 column in an evaluation, never for a reward.
 
 Every pattern is linear or reads a window, so the work grows with the text at most. This file needs
-thoughts.py and verifier/ alone; reward.py and data.py need it.
+thoughts.py and verifier/ alone; reward.py, data.py and puzzles/ need it.
 """
 
 import re

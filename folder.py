@@ -112,7 +112,7 @@ def absolute(c):
 
 def absolute_item(item):
     """The same for an item of --data or --reward, such as A.jsonl@2 or MINE.py:NAME=1."""
-    path, rest = re.fullmatch(r"(?s)(.*?)([@:][^@:/]*)?", item).groups("")
+    path, rest = re.fullmatch(r"(?s)(.*?)([@:][^@:/]*)?", item.strip()).groups("")
     found = str(Path(path).resolve()) if is_file(path) else path
     return item if set(",=") & set(found) else found + rest     # they part items and weights
 

@@ -94,11 +94,11 @@ class Learner:
         return batch
 
     def score_mu(self, batch, version):
-        """Let the trainer say how likely mu was to draw a fresh batch, in place of the sampler.
+        """Replace the sampler's log mu of a fresh batch by the trainer's.
 
-        The two round differently. In float32 that is 1e-6 and stays as it is. In bfloat16 it is
-        0.01 to 0.1 nats a token, which a sum over a completion would take for a policy that has
-        moved. version: updates that mu had seen."""
+        The two round differently. In float32 that is 1e-6, which stays. In bfloat16 it is 0.01 to
+        0.1 nats a token, which, summed over a completion, would look like a policy that has moved.
+        version: updates that mu had seen."""
         if self.model.dtype == torch.float32:
             return
         batch.drawn_logp = batch.old_logp

@@ -247,8 +247,8 @@ class Transformer(nn.Module):
         tokens: (B, T) int64, right-padded.
         mask: (B, T), 1 where a token is wanted; None wants all. Position 0 has nothing before it
             and is never wanted.
-        prompts: B keys. Rows of equal keys begin with the same tokens up to their first wanted one,
-            which then go through the model once. With None nothing is shared.
+        prompts: B keys. Rows of equal keys have the same tokens before their first wanted one;
+            these go through the model once. With None nothing is shared.
         head: what makes two numbers of each wanted token from the states that predict it.
 
         Both results are (B, T) float32, of logits / temperature, and 0 off the mask; logps has a

@@ -4,9 +4,10 @@
 
 A group of all right or all wrong completions has no gradient (arXiv 2503.14476, section 3.2). Late
 in training most groups are such, and the batch that is left is small and its gradient noisy. So
-further rounds are drawn until --prompts-per-step groups are informative, or no round is left; then
-the first others fill the batch up. Informative is judged by *correctness* alone: a shaped reward
-differs in nearly every group, and would let wrong answers compete in form.
+further rounds are drawn until --prompts-per-step groups are informative. If no round is left before
+that, groups that are not fill the batch up, the first drawn first. Informative is judged by
+*correctness* alone: a shaped reward differs in nearly every group, and would let wrong answers
+compete in form.
 
 What it costs is in the log: num_samples and num_tokens count all that was drawn, refill_rounds the
 further rounds, refill_dropped the share of groups that was thrown away. Groups are chosen in the

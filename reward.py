@@ -36,7 +36,7 @@ exact value. What is no expression is compared as words, without case.
   Bases    12_5 is equal to 12_5 alone, not to 12, 12_6 or 7.
 
 Left out: number words, unit conversion, limits, integrals, piecewise functions. Of this project,
-verifying needs this file, extraction.py and verifier/.
+verifying needs this file, extraction.py, thoughts.py and verifier/.
 """
 
 import math

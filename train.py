@@ -1,7 +1,7 @@
 """Train a language model to reason with critic-free RL: one loop, one file a concept.
 
     python train.py                             a small model, on a laptop, nothing to download
-    python train.py --algo gtpo                 another objective: grpo, gtpo, offpolicy
+    python train.py --algo gtpo                 another: grpo, gtpo, offpolicy, dpo, distill
     python train.py --model Qwen/Qwen3-4B --data gsm8k --max-new-tokens 512
                                                 a real model
     torchrun --nproc-per-node 8 train.py --model DIR ...

@@ -358,9 +358,9 @@ class Groups:
 
     Each key head has a grid of its own, so a cell is numbered by (seat, head, column).
 
-    seat (R,): the seat of each row's prompt, any where the row reads none.
+    seat (R,): the seat of each row's prompt, an arbitrary one where the row reads none.
     by_prompt (prompts x Hkv x columns,): for each cell, row x Hkv + head; row 0 in an empty cell.
-    by_row (R x Hkv,): for each row and head, the number of its cell; any where it reads none."""
+    by_row (R x Hkv,): for each row and head, the number of its cell; arbitrary if it reads none."""
 
     def __init__(self, seats, kv_heads, prompts=None, columns=None, device="cpu"):
         """Arranges rows by the seats of their prompts, None where it does not matter what is read.

@@ -207,7 +207,7 @@ class Shown:
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. A second Ctrl-C stops at once.
+    """While open, Ctrl-C and SIGTERM only ask: `asked` counts them. Ctrl-C after one stops at once.
 
     SIGTERM is what schedulers and torchrun send, sometimes twice; SIGHUP is a closed terminal,
     unless nohup has it ignored."""

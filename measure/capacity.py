@@ -115,8 +115,8 @@ def memory(c, load, world, shard, size, whole=False, on_cpu=False):
     cache."""
     everything = counts(c).everything
     rows = load.rows_at_once(world)
-    # twice the prompts of these rows at once: a prompt stays in the cache for its last straggler
-    prompts = min(load.prompts_of_rank(world), 2 * ceil_div(rows, load.group_size))
+    # a prompt keeps its seat until its last straggler has finished (engine/batching.py, room_for)
+    prompts = min(load.prompts_of_rank(world), rows)
     token_bytes = bytes_per_token(c, DTYPE[size])           # of keys and values, in all layers
     own_keys = rows * load.new_tokens * token_bytes
     prompt_keys = prompts * load.prompt_tokens * token_bytes

@@ -107,11 +107,7 @@ def logps(args, device):
         return {args.variant: logps_peak(args, device)}
 
     program = Path(__file__).parents[1] / "bench.py"
-    given = sys.argv[1:]
-    if "--json" in given:           # the file is for this process to write
-        at = given.index("--json")
-        given = given[:at] + given[at + 2:]
-
+    given = [*sys.argv[1:], "--json", ""]       # the file is for this process to write
     peaks = {}
     for variant in ("ours", "naive"):
         command = [sys.executable, str(program), *given, "--variant", variant]
@@ -128,7 +124,7 @@ def logps_peak(args, device):
 
     hidden = torch.randn(tokens, c.hidden_size, device=device).to(dtype)            # (M, hidden)
     weight = torch.full((c.vocab_size, c.hidden_size), 0.01, device=device, dtype=dtype)
-    targets = torch.arange(tokens, device=device)                                   # (M,)
+    targets = torch.arange(tokens, device=device) % c.vocab_size                    # (M,)
 
     # gradients are there already, as after a first micro-batch
     for tensor in (weight, hidden):

@@ -10,6 +10,8 @@ others in a process of their own (measure/worker.py), whose clock is read around
 Whether such a process has loaded the same model is seen in one prompt's likeliest continuation.
 """
 import importlib
+import os
+import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -159,6 +161,7 @@ def trainer_deviation(model, out):
 def start_worker(args, model):
     """Returns the Worker of --vs. Raises ValueError where that side could not be the same."""
     python = {"vllm": args.vllm_python, "llamacpp": args.llamacpp_python}[args.vs] or sys.executable
+    python = os.path.abspath(shutil.which(python) or python)    # the worker runs in another folder
     module = f"measure.{args.vs}"
     if args.vs == "llamacpp" and model.dtype != torch.float32:
         raise ValueError("--vs llamacpp needs --dtype float32; its own is --gguf-dtype")

@@ -182,7 +182,10 @@ def peft_adapter(args, config):
 def compare(args, device):
     """Returns seconds of a step on both sides, and the ratio of each round.
 
-    The losses and gradient norms of both sides on TRL's first batch stand beside them."""
+    The losses and gradient norms of both sides on TRL's first batch stand beside them. Raises
+    ValueError on an accelerator."""
+    if device.type != "cpu":
+        raise ValueError("train --vs trl compares on the CPU: give --device cpu")
     torch.manual_seed(0)
     model = common.model_of(args, device, dist.Sharding(device, torch.float32))
     work = work_of(args, model)

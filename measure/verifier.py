@@ -183,7 +183,8 @@ def labelled(folder):
 
     sets = {}
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")   # not at U+2028
+        for number, line in enumerate(lines, 1):
             try:
                 add(sets, file.stem, json.loads(line))
             except (KeyError, TypeError, ValueError) as error:

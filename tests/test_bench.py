@@ -1,6 +1,7 @@
 """Counts by hand, which the measurements are measured against. Speed itself is never tested."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 import bench
 import prompts
-from measure import capacity, common, llamacpp, sampler, vllm
+from measure import capacity, common, llamacpp, sampler, verifier, vllm
 from measure.worker import Worker, command_of
 from model import ModelConfig, Transformer
 
@@ -86,6 +87,10 @@ def test_predicted_memory_by_hand():
     assert cpu["weights"] == cpu["gradients"] == 4 * 300
     assert cpu["moments"] == 8 * 300
 
+    # each of 6 rows may keep a prompt of its own in the cache: 6 seats for 8 prompts, not 2 x 2
+    many = capacity.Load(8, 4, 10, 100, 6, 1000)
+    assert capacity.memory(config, many, 1, 1, 4)["kv_cache"] == (6 * 100 + 6 * 10) * 32
+
     load.new_tokens = capacity.KEEP_BYTES // 8 // 32 + 1
     assert capacity.memory(config, load, 1, 1, 4, whole=True, on_cpu=True)["kv_kept"] == 0
 
@@ -154,6 +159,25 @@ def test_a_mistake_is_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--threads", "1"])
     with pytest.raises(SystemExit, match=rf"^error: {message}$"):
         bench.main()
+
+
+def test_the_python_of_a_worker_is_found_from_here(tmp_path, monkeypatch):
+    """The worker runs in another folder; a name without a folder is looked for as a shell does."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    model = SimpleNamespace(dtype=torch.float32)
+    for given, found in (("bin/python", str(tmp_path / "bin" / "python")), ("python3", shutil.which("python3"))):
+        asked = []
+        monkeypatch.setattr(sampler, "Worker", lambda name, command, environment: asked.append(command))
+        sampler.start_worker(SimpleNamespace(vs="vllm", vllm_python=given, llamacpp_python=""), model)
+        assert asked[0][0] == found
+
+
+def test_a_file_with_a_line_separator_inside_a_string_is_read(tmp_path):
+    row = {"output": "a\u2028b", "gold": "1", "correct": False}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert verifier.labelled(tmp_path)
 
 
 def test_help_names_every_side(capsys):

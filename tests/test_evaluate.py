@@ -517,6 +517,8 @@ def test_memorisation_by_hand():
                      "LiMem": pytest.approx(0.5)}
     none = evaluate.memorisation(problems[6:8], greedy[6:8])
     assert none["consistency"] is None and none["LiMem"] == 0
+    nothing = evaluate.memorisation(problems[8:], greedy[8:])
+    assert nothing == {"problems": 0, "accuracy": 0.0, "accuracy_perturbed": 0.0, "consistency": None, "LiMem": 0.0}
 
 
 def test_a_mix_is_evaluated_by_kind_and_its_changed_puzzles_too(folder, tmp_path, capsys):

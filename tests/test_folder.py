@@ -314,7 +314,7 @@ def test_files_in_a_list_become_absolute_too(tmp_path, monkeypatch):
     for name in ("p.jsonl", "mine.py", "a,b/q.jsonl"):
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
-    config = Config(data="truth:2-4@2,p.jsonl@3,gsm8k", eval_data="p.jsonl", reward="format=0.5,mine.py:f=1,no.py:g")
+    config = Config(data="truth:2-4@2, p.jsonl@3,gsm8k", eval_data="p.jsonl", reward="format=0.5,mine.py:f=1,no.py:g")
     found = folder.absolute(config)
     assert found == {"data": f"truth:2-4@2,{tmp_path}/p.jsonl@3,gsm8k", "eval_data": f"{tmp_path}/p.jsonl",
                      "reward": f"format=0.5,{tmp_path}/mine.py:f=1,no.py:g"}

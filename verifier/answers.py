@@ -212,8 +212,7 @@ def _as_union(items):
 def _unnamed(sides, signs, depth):
     """Return what a relation such as `x = v`, `x ∈ v` or `x = v = w` says about x, or None.
 
-    A chain of equalities that is not true says nothing.
-    """
+    A chain of equalities that is not true says nothing."""
     if signs == ["≠"]:
         name, point = sides
         return f"(-∞,{point})∪({point},∞)" if NAME.fullmatch(name) else None

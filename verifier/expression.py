@@ -11,7 +11,7 @@ Two values are the same when the residues are equal (if both exist) and the floa
 The work is bounded by construction: text, nesting, exact exponents and factorials have a limit.
 There is no eval and no algebra system. What is no expression, or has no value here, has the value
 None. Left out: limits, integrals, products over an index; a sum over an index is a linear operator
-with a name. This file needs the standard library alone, and answers.py needs it.
+with a name. It needs the standard library alone; answers.py and reward.py need it.
 """
 
 import cmath
@@ -74,6 +74,8 @@ def _tokens(text):
         name = token.lstrip("\\")
         if name in _FUNCTIONS or name == "sqrt":
             tokens.append("\\" + name)
+        elif token[0].isupper() and token[1:] in _FUNCTIONS:      # Asin x is A sin x
+            tokens += [token[0], "\\" + token[1:]]
         elif len(token) > 1 and token.isalpha() and token.islower():
             if len(token) > 3:
                 raise ValueError("a word")
@@ -87,8 +89,7 @@ def _tokens(text):
 class _Parser:
     """Recursive descent over one expression, to a tree of tuples (kind, *parts).
 
-    Most methods parse what they are named after. They raise ValueError where it is not there.
-    """
+    Most methods parse what they are named after. They raise ValueError where it is not there."""
 
     def __init__(self, text):
         self.tokens = _tokens(text)
@@ -158,7 +159,8 @@ class _Parser:
                 tree = ("factorial", tree)
             elif self.peek() == "^":
                 self.take()
-                exponent = self.signed() if self.peek() == "-" else self.primary()
+                tower = self.tokens[self.position + 1:self.position + 2] == ["^"]   # 2^3^2 is 2^9
+                exponent = self.signed() if tower or self.peek() == "-" else self.primary()
                 tree = ("power", tree, exponent)
         return tree
 
@@ -367,8 +369,7 @@ def _float(tree, point):
 def _residue(tree, constant=False):
     """Return the value of a rational function modulo PRIME; `constant` forbids variables.
 
-    Raises ValueError or KeyError for any other tree.
-    """
+    Raises ValueError or KeyError for any other tree."""
     kind = tree[0]
     if kind == "number":
         _, numerator, denominator = tree
