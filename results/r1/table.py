@@ -13,9 +13,20 @@ STAGES = ("base", "cold-start", "grpo", "sft-of-base", "grpo-2")
 
 
 def of(folder, name, stage):
-    """The results of evaluate.py after a stage, one a seed."""
+    """The results of evaluate.py after a stage, one a seed, and the stage's seconds in it."""
     files = sorted(Path(folder).glob(f"without-{name}-s*/{stage}/eval.json"))
-    return [json.loads(file.read_text()) for file in files]
+    times = [json.loads(file.with_name("stage.json").read_text())["seconds"] for file in files]
+    return [{**json.loads(file.read_text()), "seconds": t} for file, t in zip(files, times)]
+
+
+def numbers(results):
+    """What results.json keeps of a stage: lists with one entry a seed."""
+    kinds = results[0]["kinds"] if results else ()
+    return {
+        "pass@1": [r["strict"]["avg@2"]["mean"] for r in results],
+        **{kind: [r["kinds"][kind]["avg@2"]["mean"] for r in results] for kind in kinds},
+        "seconds": [round(r["seconds"]) for r in results],
+    }
 
 
 def cell(results):
@@ -31,8 +42,7 @@ def main(folder):
     for name in ("nothing", "cold-start", "grpo", "sft-of-base", "grpo-2"):
         seeds = len(list(Path(folder).glob(f"without-{name}-s*/table.md")))
         results = {stage: of(folder, name, stage) for stage in STAGES}
-        everything[name] = {stage: [r["strict"]["avg@2"]["mean"] for r in found]
-                            for stage, found in results.items()}
+        everything[name] = {stage: numbers(found) for stage, found in results.items() if found}
         rows.append([name, str(seeds), *map(cell, results.values())])
     text = report.markdown(["left out", "runs", *(f"after {stage}" for stage in STAGES)], rows)
     (Path(folder) / "table.md").write_text(text + "\n")
