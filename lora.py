@@ -51,8 +51,8 @@ class Adapted(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if not self.on:
             return y
-        low = F.linear(x, self.lora_A.to(x.dtype))                          # (M, r)
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
+        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale             # (M, r)
+        return torch.addmm(y, low, self.lora_B.to(x.dtype).t())
 
     def change(self):
         """Returns (alpha / r) B A in float32, of the rows of B that this rank holds: (rows, in)."""
