@@ -94,7 +94,8 @@ def open_run(c, restarted):
 
 
 def absolute(c):
-    """Settings that name files or folders here, as absolute paths: a run may go on elsewhere."""
+    """Settings that may name files or folders, with absolute paths where they do: a run may go on
+    elsewhere."""
     found = {}
     for name in ("model", "base", "teacher"):
         text = getattr(c, name, "")

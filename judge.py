@@ -91,7 +91,7 @@ NAME_OF = {program: f"check: {name}" for name, program in CHECKS.items()}
 
 
 def read_principles(file):
-    """Returns (programs, sentences) of a file of principles, each once. A "#" at the beginning
+    """Returns (programs, sentences) of a file of principles. A "#" at the beginning
     of a line or between blanks begins a comment.
 
     Raises ValueError, in one line, for a check that is none, or a file without any principle."""
@@ -108,7 +108,7 @@ def read_principles(file):
             sentences.append(line)
     if not programs and not sentences:
         raise ValueError(f"{file} holds no principle")
-    return list(dict.fromkeys(programs)), list(dict.fromkeys(sentences))
+    return programs, sentences
 
 
 # ------------------------------------------------------------------------------------- the judge
@@ -136,10 +136,8 @@ class Judge:
     def __init__(self, model, tokenizer, principles):
         self.model = model
         self.tokenizer = tokenizer
-        if isinstance(principles, tuple):
-            self.programs, self.sentences = principles
-        else:
-            self.programs, self.sentences = [], list(dict.fromkeys(principles))
+        both = principles if isinstance(principles, tuple) else ([], principles)
+        self.programs, self.sentences = (list(dict.fromkeys(each)) for each in both)    # each once
         self.said, self.asked = 0.0, 0      # p(yes) + p(no) of all questions, and their number
         self.yes = word_ids(tokenizer, "yes") if self.sentences else []
         self.no = word_ids(tokenizer, "no") if self.sentences else []
@@ -152,8 +150,7 @@ class Judge:
         problems: N dicts with "problem". What has no final answer scores 0."""
         if not groups:
             return []
-        each = self.by_principle(problems, groups).values()
-        means = [sum(scores) / len(scores) for scores in zip(*each)]
+        means = mean_scores(self.by_principle(problems, groups))
         G = len(groups[0])
         return [means[start:start + G] for start in range(0, len(means), G)]
 
@@ -227,6 +224,11 @@ class Judge:
         hidden = self.model.hidden_states(tokens, positions, Sequences(lengths, device=device))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         return self.model.lm_head(hidden[last]).float().softmax(-1)
+
+
+def mean_scores(by_principle):
+    """The mean over principles of the scores of n completions, {principle: n floats}: n floats."""
+    return [sum(scores) / len(scores) for scores in zip(*by_principle.values())]
 
 
 def word_ids(tokenizer, word):
@@ -390,7 +392,7 @@ def examine(config):
                                 config.max_new_tokens, config.temperature, seeds)
         each = judge.by_principle(problems, groups)
         right = [r for row in reward.correct(problems, groups) for r in row]
-        result = agreement([sum(scores) / len(scores) for scores in zip(*each.values())], right)
+        result = agreement(mean_scores(each), right)
         result["principles"] = {NAME_OF.get(principle, principle): agreement(scores, right)
                                 for principle, scores in each.items()}
         result["heed"] = judge.heed if judge.asked else None

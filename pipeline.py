@@ -573,10 +573,11 @@ def named_command(argv, what, names, config_class, description):
 
     # both become parts of other flags: --data A,B --reward A=1
     whole = {**absolute(config), "out": str(Path(config.out).resolve())}
-    for flag in ("out", "data") if is_file(getattr(config, "data", "")) else ("out",):
-        if set(",=") & set(whole[flag]):
+    for flag in ("out", "data"):
+        path = whole.get(flag, "")
+        if set(",=") & set(path) and (flag == "out" or is_file(path)):
             raise ValueError(f"--{flag} {getattr(config, flag)}: choose a path without a comma or "
-                             f"=, not {whole[flag]}")
+                             f"=, not {path}")
     return name, replace(config, **whole)       # --resume finds them from another folder too
 
 

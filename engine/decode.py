@@ -115,7 +115,7 @@ class Linear:
         y = F.linear(x, self.weight, self.bias)
         if self.adapter is not None:
             A, B, scale = self.adapter
-            y += F.linear(F.linear(x, A), B) * scale
+            y = torch.addmm(y, F.linear(x, A) * scale, B.t())
         if then == "silu":
             return F.silu(y, inplace=True)
         if then == "add":

@@ -6,7 +6,8 @@ away. A matrix is written with brackets of its own: \begin{pmatrix} a & b \\ c &
 commas. A word that units.txt does not know may change the value ("5 tenths"). It stays, so that the
 text is then no expression.
 
-Every pattern is linear or bounded. Needed by answers.py and reward.py.
+Every pattern is linear or bounded. This file needs the standard library alone; answers.py and
+reward.py need it.
 """
 
 import functools

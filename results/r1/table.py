@@ -21,7 +21,7 @@ def of(folder, name, stage):
 
 def numbers(results):
     """What results.json keeps of a stage: lists with one entry a seed."""
-    kinds = results[0]["kinds"] if results else ()
+    kinds = results[0]["kinds"]
     return {
         "pass@1": [r["strict"]["avg@2"]["mean"] for r in results],
         **{kind: [r["kinds"][kind]["avg@2"]["mean"] for r in results] for kind in kinds},
