@@ -23,7 +23,8 @@ A problem's completions depend on --seed and its place in the file, not on what 
 (up to rounding, which can decide between two nearly equal logits). So problems are split over the
 ranks of torchrun, and with --json an evaluation that was stopped goes on by the same command: what
 is done lies in .FILE.part-RANK beside it. --model may also be a run's adapter/ folder. Needs
-rollout.py to draw and reward.py to grade. Left out: few-shot prompts, several seeds in one run.
+rollout.py to draw and reward.py to grade. `python report.py BEFORE.json AFTER.json` sets two
+results side by side, paired by problem. Left out: few-shot prompts, several seeds in one run.
 """
 import functools
 import itertools
@@ -477,13 +478,21 @@ def evaluate(config):
 
     result["greedy"] = statistics(config, greedy, greedy_speed)
     result["sampled"] = statistics(config, sampled, sampled_speed)
-    result["problems"] = [
-        {"id": problem["id"], "greedy_correct": one["grades"]["strict"]["right"][0],
-         "n": config.samples, "c": sum(many["grades"]["strict"]["right"]),
-         "greedy_correct_lenient": one["grades"]["lenient"]["right"][0],
-         "c_lenient": sum(many["grades"]["lenient"]["right"])}
-        for problem, one, many in zip(problems, greedy, sampled)]
+    result["problems"] = [{"id": problem["id"], "n": config.samples, **right_of(one, many, config)}
+                          for problem, one, many in zip(problems, greedy, sampled)]
     return result, kept
+
+
+def right_of(greedy, sampled, config):
+    """What was right of one problem, from its two rows: a bool of the greedy answer, and how many
+    of the samples are, strictly and leniently, at each limit."""
+    limits = {"": "grades", f"_at_{config.also_at}": "also"} if config.also_at else {"": "grades"}
+    found = {}
+    for at, grades in limits.items():
+        for kind, name in (("strict", ""), ("lenient", "_lenient")):
+            found[f"greedy_correct{name}{at}"] = greedy[grades][kind]["right"][0]
+            found[f"c{name}{at}"] = sum(sampled[grades][kind]["right"])
+    return found
 
 
 def by_kind(problems, greedy, sampled):

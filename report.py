@@ -6,8 +6,12 @@ beginner should see at once. The second half is a program that compares finished
     python report.py runs/grpo-s* runs/reuse-s* --x num_samples --reach 0.9 --png compare.png
 
 Runs of one folder whose names differ only in the seed (NAME-s0, NAME-seed1) are one line, their
-mean and standard error over seeds. A run is its folder, or its log.jsonl under another name. Needs
-matplotlib, which is imported only when something is drawn.
+mean and standard error over seeds. A run is its folder, or its log.jsonl under another name. What
+evaluate.py wrote is compared problem by problem, each file with the first:
+
+    python report.py before.json after.json
+
+Needs matplotlib, which is imported only when something is drawn.
 """
 import argparse
 import json
@@ -539,13 +543,68 @@ def draw_against(points, x, y, png):
     save_figure(figure, png)
 
 
+# ------------------------------------------------------------- several evaluations: paired
+
+def read_evaluation(file):
+    """Returns {id of a problem: its entry} of what evaluate.py --json wrote.
+
+    Raises ValueError for another file, OSError for one that cannot be read."""
+    try:
+        problems = json.loads(Path(file).read_text(encoding="utf-8"))["problems"]
+        return {problem["id"]: problem for problem in problems}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result of evaluate.py --json: {error!r}") from None
+
+
+def accuracies(problem):
+    """Accuracies of a problem, {name: from 0 to 1}: of its greedy answer, and of its samples."""
+    found = {}
+    for key, right in problem.items():
+        if key.startswith("greedy_correct"):
+            kind = key.removeprefix("greedy_correct")           # "", "_lenient", "_at_320", both
+            words = kind.replace("_at_", " at ").replace("_lenient", ", lenient")
+            found[f"greedy{words}"] = float(right)
+            found[f"avg@{problem['n']}{words}"] = problem[f"c{kind}"] / problem["n"]
+    return found
+
+
+def compare_evaluations(files):
+    """A Markdown table of accuracies over the problems that all files have, ± standard error.
+
+    Behind the second file and each later one stands its difference to the first, ± the standard
+    error of the mean over problems of their differences. Two models find the same problems hard, so
+    it is smaller than what the two errors beside it would give."""
+    results = [read_evaluation(file) for file in files]
+    common = [name for name in results[0] if all(name in other for other in results)]
+    if not common:
+        raise ValueError(f"no problem is in all of {', '.join(map(str, files))}")
+    columns = [[accuracies(result[name]) for name in common] for result in results]
+    measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
+    if not measures:
+        raise ValueError("the evaluations share no measure: draw as many --samples in each")
+
+    head = [f"{len(common)} problems", str(files[0])]
+    for file in files[1:]:
+        head += [str(file), "difference"]
+    rows = []
+    for measure in measures:
+        first, *others = [[problem[measure] for problem in column] for column in columns]
+        row = [measure, cell_text(mean_se(first))]
+        for values in others:
+            gaps = [value - start for value, start in zip(values, first)]
+            row += [cell_text(mean_se(values)), cell_text(mean_se(gaps))]
+        rows.append(row)
+    return markdown(head, rows)
+
+
 # --------------------------------------------------------------------------- command line
 
 def parse(argv=None):
     """Returns the command line's arguments. Raises ValueError, in one line, for wrong ones."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="run folders or log files")
+    parser.add_argument("runs", nargs="+",
+                        help="run folders or log files; or *.json of evaluate.py")
     parser.add_argument("--x", default="step",
                         choices=["step", "num_samples", "num_tokens", "seconds"])
 
@@ -562,6 +621,12 @@ def parse(argv=None):
 def main(argv=None):
     try:
         args = parse(argv)
+        if all(name.endswith(".json") for name in args.runs):
+            if args.png or args.reach:
+                raise ValueError("evaluations have no curve: leave --png and --reach out")
+            print(compare_evaluations(args.runs))
+            return
+
         runs = read_runs(args.runs)
         print(text_table(compare(runs, args.x, args.y[0], args.reach)))
         for name, logs in runs.items():

@@ -457,6 +457,8 @@ def test_the_same_completions_at_a_smaller_limit(folder, tmp_path):
     long = run(folder, tmp_path / "long", "--also-at", 3)
     short = run(folder, tmp_path / "short", "--max-new-tokens", 3)
     assert long["strict_at_3"] == short["strict"] and long["lenient_at_3"] == short["lenient"]
+    for name in ("greedy_correct", "c", "greedy_correct_lenient", "c_lenient"):
+        assert [p[f"{name}_at_3"] for p in long["problems"]] == [p[name] for p in short["problems"]]
 
 
 def test_it_must_be_smaller(folder, capsys):

@@ -193,6 +193,49 @@ def test_the_log_of_sft_keeps_its_own_seconds_and_has_no_samples(tmp_path):
         report.main([str(file), "--x", "num_samples", "--y", "loss"])
 
 
+# ---------------------------------------------------------------------------- several evaluations
+
+def write_evaluation(path, **columns):
+    """A result of evaluate.py with one problem an entry of the columns, b before a for the second."""
+    entries = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    path.write_text(json.dumps({"problems": entries}))
+    return str(path)
+
+
+def test_evaluations_are_paired_by_problem_by_hand(tmp_path, capsys):
+    """On a, b, c: greedy 1, 0, 0 and 1, 1, 0; samples 2/2, 0, 0 and 2/2, 1/2, 1/2.
+
+    The gaps are 0, 1, 0 (mean 1/3, error sqrt(1/3) / sqrt 3 = 1/3) and 0, 1/2, 1/2 (mean 1/3, error
+    sqrt(1/12) / sqrt 3 = 1/6), though the errors of the means are .333 and .333, .333 and .167. d is
+    in one file only, and what only one file has measured is left out."""
+    before = write_evaluation(
+        tmp_path / "before.json", id=["a", "b", "c"], n=[2, 2, 2], greedy_correct=[True, False, False],
+        c=[2, 0, 0], greedy_correct_lenient_at_320=[True, True, False], c_lenient_at_320=[2, 2, 0],
+        greedy_correct_at_9=[True] * 3, c_at_9=[1] * 3)
+    after = write_evaluation(
+        tmp_path / "after.json", id=["c", "d", "b", "a"], n=[2] * 4, greedy_correct=[False, True, True, True],
+        c=[1, 2, 1, 2], greedy_correct_lenient_at_320=[False, True, True, True], c_lenient_at_320=[0, 2, 2, 2])
+    report.main([before, after])
+    assert capsys.readouterr().out.splitlines() == [
+        f"| 3 problems | {before} | {after} | difference |", "| --- | --- | --- | --- |",
+        "| greedy | 0.333 ± 0.333 | 0.667 ± 0.333 | 0.333 ± 0.333 |",
+        "| avg@2 | 0.333 ± 0.333 | 0.667 ± 0.167 | 0.333 ± 0.167 |",
+        "| greedy, lenient at 320 | 0.667 ± 0.333 | 0.667 ± 0.333 | 0.000 ± 0.000 |",
+        "| avg@2, lenient at 320 | 0.667 ± 0.333 | 0.667 ± 0.333 | 0.000 ± 0.000 |"]
+
+
+def test_evaluations_that_cannot_be_compared_are_one_line(tmp_path):
+    one = write_evaluation(tmp_path / "a.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
+    other = write_evaluation(tmp_path / "b.json", id=["y"], n=[1], greedy_correct=[True], c=[1])
+    (tmp_path / "c.json").write_text('{"problems": [1]}')
+    for files, message in (([one, other], "no problem is in all of"), ([one, one, "--png", "p.png"], "no curve"),
+                           ([str(tmp_path / "c.json")], "c.json is no result of evaluate.py --json"),
+                           ([str(tmp_path / "d.json")], "No such file")):
+        with pytest.raises(SystemExit, match=message) as stop:
+            report.main(files)
+        assert "\n" not in str(stop.value)
+
+
 @pytest.mark.parametrize("content, message", [
     ("", "is empty"), ("{", "is not a log of train.py"), ("[1]\n", "is not a log of train.py"),
     ('{"step": 0}\n', "no line with both"), (None, "No such file")])
