@@ -40,15 +40,17 @@ TEMPLATE_OWN = ("messages", "conversation", "add_generation_prompt", "continue_f
 
 # ---------------------------------------------------------------------------------------- a setting
 
-def setting(default, least=None, most=None, above=None, choices=None, needs=(), on_resume=False):
+def setting(default, least=None, most=None, above=None, choices=None, needs=(), on_resume=False,
+            repeated=False):
     """A field of a settings dataclass, with what makes a value of it wrong.
 
     least, most: bounds that are allowed themselves. above: a bound that is not. choices: the only
     values. needs: pairs (condition of the whole config, what to give) without which the setting
-    would do nothing. on_resume: it changes no result, so it may be changed when a run goes on."""
+    would do nothing. on_resume: it changes no result, so it may be changed when a run goes on.
+    repeated: a list with commas, which may also be given in parts, each behind its own flag."""
     return field(default=default, metadata={
         "least": least, "most": most, "above": above, "choices": choices, "needs": needs,
-        "on_resume": on_resume})
+        "on_resume": on_resume, "repeated": repeated})
 
 
 def flag(name):
@@ -132,6 +134,14 @@ def parse_template_kwargs(text):
 
 # -------------------------------------------------------------------- a dataclass as a command line
 
+class Joined(argparse.Action):
+    """A flag that is given several times: its values, with commas between."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, value if before is None else f"{before},{value}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is a ValueError of one line instead of a page of usage."""
 
@@ -158,6 +168,8 @@ def known_flags(config_class, description, argv=None):
 
     for f in fields(config_class):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata.get("repeated"):
+            how["action"] = Joined
         text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
         group = groups[section_of[f.name]]
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
@@ -255,11 +267,12 @@ class Common:
                                         # {"enable_thinking": false} switches Qwen3's thinking off
 
     # rewards (reward.py): 1 for a verified answer, plus
-    reward: str = ""                    # NAME=WEIGHT,...: more functions of reward.REWARDS, or
-                                        # FILE.py:FUNCTION in TRL's signature (user_reward.py)
+    reward: str = setting("", repeated=True)    # NAME=WEIGHT,...: more functions of reward.REWARDS,
+                                        # or FILE.py:FUNCTION in TRL's signature (user_reward.py);
+                                        # also one a flag: --reward A --reward B
 
-    overlong_buffer: int = setting(0, least=0)      # tokens before the limit in which a right or
-                                        # cut completion loses up to 1; 0: none
+    overlong_buffer: int = setting(0, least=0)      # tokens before the limit in which a right
+                                        # completion, or a cut one beside it, loses up to 1; 0: none
 
     format_reward: float = 0.0          # weight of the <reasoning>/<answer> form
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result

@@ -27,7 +27,7 @@ from config import is_file, parse_levels
 from extraction import extract_answer
 from reward import correct_counts, verifies_itself
 
-TAKEN = ("prompt", "messages", "check", "task", "structure", "system")   # fields of ours
+TAKEN = ("prompt", "messages", "check", "task", "structure", "system", "columns")  # fields of ours
 MOST_KINDS = 40     # tasks and levels that are counted apart, in the log and elsewhere
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -319,15 +319,23 @@ def normalize(row, name, answered=True):
         answer = ""
     if not isinstance(answer, str):
         raise ValueError(
-            'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}')
+            'no "answer", and no solution that ends in "#### ..." or holds a \\boxed{...}; '
+            "--reward correct=0,FILE.py:FUNCTION needs none")
 
     problem = {"problem": question, "answer": answer, "solution": solution,
                "level": row.get("level"), "id": row.get("id", name)}
     system = said.get("system") or row.get("system")
     if isinstance(system, str) and system.strip():
         problem["system"] = system
+    # reward functions of the user's may read the row's other fields, under their own names: those
+    # that we use otherwise, and an answer that is no text, stand in "columns"
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
-    problem = {**others, **problem}     # reward functions of the user's may read them
+    problem = {**others, **problem}
+    hidden = {key: row[key] for key in ("task", "structure", "check", "columns") if key in row}
+    if "answer" in row and not isinstance(row["answer"], str):
+        hidden["answer"] = row["answer"]
+    if hidden:
+        problem["columns"] = hidden
     for field, text in problem.items():
         if isinstance(text, str):
             check_characters(field, text)

@@ -258,7 +258,7 @@ def start(config):
     kept = prompts.tokenize_prompts(
         problems, tokenizer, config.template, config.max_prompt_tokens, warn)
 
-    config.threads = config.threads or machine.choose_threads(not is_small(config.model))
+    config.threads = config.threads or machine.choose_threads(not is_small(source))
     torch.set_num_threads(config.threads)
     sampler = Sampler(model, prompts.stop_ids(model, tokenizer), config.rows_at_once)
     return sampler, tokenizer, kept, len(problems) - len(kept)

@@ -23,10 +23,13 @@ def evaluate(sampler, tokenizer, held_out, config, rewards=()):
         greedy = evaluated(sampler, tokenizer, held_out, config, 1, 0.0)
         drawn = evaluated(sampler, tokenizer, held_out, config, config.eval_samples,
                           config.temperature, rewards)
+
     by_kind = {f"eval_pass@1/{name}": drawn[f"right/{name}"] / drawn[f"rows/{name}"]
                for name in report.names_of(kinds_of(held_out))}
-    by_kind |= {f"eval_{name}": total / drawn["rows"] for name, total in drawn.items()
-                if name.partition("/")[0] in ("reward", "rewards")}
+    for name, total in drawn.items():
+        rows = drawn.get(f"rows/{name}", drawn["rows"])     # of a reward: where it applies
+        if name.partition("/")[0] in ("reward", "rewards") and rows:
+            by_kind[f"eval_{name}"] = total / rows
     return {"eval_pass@1": drawn["right"] / drawn["rows"],
             "eval_greedy": greedy["right"] / greedy["rows"],
             "eval_length": drawn["tokens"] / drawn["rows"],
@@ -74,8 +77,9 @@ def rewarded(rewards, problems, groups, correct, rollout, config):
     if config.overlong_buffer:
         found["overlong"] = reward.overlong_of(rollout, correct, config)
         weights["overlong"] = 1.0
-    sums = {f"rewards/{name}": found[name].sum() for name in weights}
-    return {**sums, "reward": sum(weights[name] * found[name].sum() for name in weights)}
+    sums = {f"rewards/{name}": found[name].nansum() for name in weights}
+    sums["reward"] = sum(weights[name] * found[name].nansum() for name in weights)
+    return {**sums, **{f"rows/rewards/{name}": report.applies(found[name]) for name in weights}}
 
 
 def evaluate_run(run):

@@ -18,11 +18,17 @@ def bar(items, what):
 
 
 class RolloutBar:
-    """Completions that have finished, tokens so far and tokens a second, while a Sampler draws."""
+    """Finished completions, tokens, tokens a second and the time left, while a Sampler draws.
 
-    def __init__(self, completions):
-        self.bar = tqdm(total=completions, desc="  drawing", unit=" completions", delay=DELAY,
-                        leave=False, disable=dist.rank() > 0)
+    limits: the most tokens of each completion."""
+
+    def __init__(self, limits):
+        # tqdm's own guess needs a first completion, and all may be drawn at once; and without
+        # miniters=0 it would stand still between two that finish
+        self.bar = tqdm(total=len(limits), desc="  drawing", unit=" completions", delay=DELAY,
+                        leave=False, disable=dist.rank() > 0, miniters=0,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
+        self.longest = max(limits)
         self.begin = time.perf_counter()
         self.next_look = self.begin + EVERY
         self.steps = 0              # of the sampler, at the last look
@@ -34,13 +40,27 @@ class RolloutBar:
         if now < self.next_look:
             return
         self.next_look = now + EVERY
-        running = sum(completion is not None for completion in schedule.running)
-        self.tokens += running * (schedule.time - self.steps)
+        since = [start for completion, start in zip(schedule.running, schedule.since)
+                 if completion is not None]
+        self.tokens += len(since) * (schedule.time - self.steps)
         self.steps = schedule.time
-        finished = self.bar.total - len(schedule.waiting) - running
+
+        finished = self.bar.total - len(schedule.waiting) - len(since)
+        ages = [schedule.time - start for start in since] + [0] * len(schedule.waiting)
         speed = self.tokens / (now - self.begin)
-        self.bar.set_postfix(tokens=self.tokens, tok_s=round(speed), refresh=False)
+        seconds = self.tokens_left(ages, finished) / speed if speed else 0
+        self.bar.set_postfix(left=self.bar.format_interval(seconds), tokens=self.tokens,
+                             tok_s=round(speed), refresh=False)
         self.bar.update(finished - self.bar.n)
+
+    def tokens_left(self, ages, finished):
+        """Estimate the tokens that are still to be drawn.
+
+        ages: of each completion that has not finished, its tokens so far. Were the chance to stop
+        the same at each token, a completion would go on for tokens / finished more, the mean length
+        (of all that has been drawn, so that the short ones, which finish first, do not bias it)."""
+        mean = self.tokens / finished if finished else self.longest
+        return sum(min(mean, max(0, self.longest - age)) for age in ages)
 
     def close(self):
         self.bar.close()

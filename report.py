@@ -59,8 +59,10 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
             "entropy": -d.rollout.logps.sum(),
             "solved": right.any(1).sum(),
             "right": right.sum(),
-            **{f"rewards/{name}": part.sum() for name, part in d.parts.items()},
-            **{f"right/{name}": part[right].sum() for name, part in d.parts.items()},
+            **{f"rewards/{name}": part.nansum() for name, part in d.parts.items()},
+            **{f"right/{name}": part[right].nansum() for name, part in d.parts.items()},
+            **{f"rows/{name}": applies(part) for name, part in d.parts.items()},
+            **{f"right rows/{name}": applies(part[right]) for name, part in d.parts.items()},
             **sums_by_kind(d, kinds, tokens.view(d.rewards.shape)),
         }
         here = {name: here.get(name, 0) + value for name, value in sums.items()}
@@ -76,7 +78,8 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
         "reward": sums["reward"] / rows,
         "reward_std": sums["spread"] / groups,
         "frac_reward_zero_std": sums["flat_groups"] / groups,
-        **{f"rewards/{name}": sums[f"rewards/{name}"] / rows for name in drawn[0].parts},
+        **{f"rewards/{name}": sums[f"rewards/{name}"] / sums[f"rows/{name}"]
+           for name in drawn[0].parts if sums[f"rows/{name}"]},
         **apart(sums, [name for name in drawn[0].parts if name != "correct"]),
         "completion_length": sums["drawn"] / rows,
         "truncated_frac": sums["cut"] / rows,
@@ -90,6 +93,11 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
     }
 
 
+def applies(part):
+    """Of how many completions a reward function says something: it is nan for the others."""
+    return (~part.isnan()).sum()
+
+
 def apart(sums, names):
     """Means of rewards other than correctness over right completions, and over wrong ones.
 
@@ -97,8 +105,9 @@ def apart(sums, names):
     found = {}
     for name in names:
         right, total = sums[f"right/{name}"], sums[f"rewards/{name}"]
-        for kind, earned, count in (("right", right, sums["right"]),
-                                    ("wrong", total - right, sums["rows"] - sums["right"])):
+        rows, right_rows = sums[f"rows/{name}"], sums[f"right rows/{name}"]
+        for kind, earned, count in (("right", right, right_rows),
+                                    ("wrong", total - right, rows - right_rows)):
             if count:
                 found[f"rewards/{name}/{kind}"] = earned / count
     return found

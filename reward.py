@@ -470,8 +470,9 @@ def finite(item, text):
 def parts(functions, problems, groups, group_size, rollout=None):
     """Return what each reward function says, before its weight: {name: (N, G) float64 tensor}.
 
-    functions are those of `weighted`; N may be 0; functions of the user's see the rollout. Raises
-    ValueError, which names the function, when one fails or gives something else.
+    functions are those of `weighted`; N may be 0; functions of the user's see the rollout, and give
+    nan where they do not apply. Raises ValueError, which names the function, when one fails or
+    gives something else.
     """
     import torch                        # here, so that whoever only verifies does not wait for it
     found, shape = {}, (len(problems), group_size)
@@ -487,7 +488,8 @@ def parts(functions, problems, groups, group_size, rollout=None):
 
         if not problems:
             numbers = numbers.view(shape)
-        if numbers.shape != shape or not numbers.isfinite().all():
+        known = numbers[~numbers.isnan()] if own else numbers       # nan: it does not apply
+        if numbers.shape != shape or not known.isfinite().all():
             raise ValueError(f"reward {name} gave {tuple(numbers.shape)}, or a number that is not "
                              f"finite; (prompts, completions) = {shape} finite numbers are needed")
         found[name] = numbers
@@ -498,11 +500,12 @@ def overlong(lengths, finished, correct, limit, buffer):
     """Return DAPO's soft punishment of long completions, 0 to -1 (arXiv 2503.14476, equation 13).
 
     It is 0 up to limit - buffer tokens, and falls in a line to -1 at the limit. Only completions
-    that are right or were cut pay it: else a wrong one would gain by giving up early. lengths,
-    finished, correct: (N, G) tensors.
+    that are right or were cut pay it, the cut ones where their group has a right one: else a wrong
+    one would gain by giving up early. lengths, finished, correct: (N, G) tensors.
     """
     excess = (lengths - (limit - buffer)) / buffer
-    pays = (correct > 0) | ~finished
+    right = correct > 0
+    pays = right | (~finished & right.any(1, keepdim=True))
     return -excess.clamp(0, 1) * pays
 
 

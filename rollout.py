@@ -168,7 +168,7 @@ class Sampler:
             # refill lets the finished go and the waiting in, whose prompts go through the model
             # once and have a seat in the cache while any completion of theirs runs; advance draws a
             # token for every row that is running
-            bar = RolloutBar(len(limits))
+            bar = RolloutBar(limits)
             checked = False
             while batch.refill():
                 checked = checked or check_finite(batch.slots)      # once: reading it waits

@@ -10,12 +10,14 @@ A function gets lists with an entry for each completion and returns a list of as
     prompts, completions    as TRL gives them: texts or, when the model speaks a chat template,
                             lists of messages [{"role": ..., "content": ...}]
     completion_ids          lists of token ids, the stop token included
-    problem, answer, solution, level, id, and each further field of the data file
+    problem, answer, solution, level, id, and each further field of the data file, as it stands
+                            there; but answer is text without the solution that GSM8K has in it
+    log_extra, log_metric   may be called as in TRL; what they are told is dropped
 
-None says that the function does not apply to a completion, which then gets nothing from it. Of a
-function without **kwargs only the arguments that it names are given. Errors are one line with the
-function's name and the place in its file. Left out: async functions and TRL's trainer_state.
-The file is run as a program, so it must be one that you trust.
+None says that the function does not apply to a completion, which then gets nothing from it and does
+not count in the mean rewards/NAME. Of a function without **kwargs only the arguments that it names
+are given. Errors are one line with the function's name and the place in its file. Left out: async
+functions and TRL's trainer_state. The file is run as a program, so it must be one that you trust.
 """
 import importlib.util
 import inspect
@@ -24,7 +26,9 @@ import sys
 import traceback
 from pathlib import Path
 
-OURS = ("prompt", "messages", "check")      # fields of a problem that are no columns of its data
+OURS = ("prompt", "messages", "check", "columns")   # fields of a problem that its data has not
+MODULES = {}        # (file, when it was changed): its module, so that its functions share one
+
 
 
 def load(text):
@@ -36,24 +40,50 @@ def load(text):
     if not file.is_file():
         raise ValueError(f"--reward {text}: there is no file {file}")
 
-    spec = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent))        # for what it imports from beside it
+    version = file.absolute(), file.stat().st_mtime_ns
     try:
-        spec.loader.exec_module(module)
+        if version not in MODULES:
+            MODULES[version] = run(file.absolute())
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:              # whatever a user's program may raise
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise ValueError(f"--reward {text}: {where(error, file)}") from None
-    finally:
-        sys.path.pop(0)
+    module = MODULES[version]
 
     function = getattr(module, name, None)
     if not callable(function) or inspect.iscoroutinefunction(function):
         found = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"--reward {text}: {file} has no function {name}, which is called as it "
                          f"is; it has {', '.join(found) or 'none'}")
+    state = inspect.signature(function).parameters.get("trainer_state")
+    if state and state.default is state.empty:
+        raise ValueError(f"--reward {text}: {name} asks for trainer_state, which only TRL has: "
+                         "give it a default, and do without it here")
     return name, UserReward(function, file)
+
+
+def run(file):
+    """Run a file of the user's as a module, which finds what lies beside it. Returns the module."""
+    folder, name = str(file.parent), f"user_reward_{len(MODULES)}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+
+    sys.modules[name] = module          # dataclasses and pickle look for it there
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:      # a function may import later; behind our own modules
+            sys.path.append(folder)
+    return module
+
+
+def dropped(*args, **kwargs):
+    """What log_extra and log_metric are here."""
 
 
 class UserReward:
@@ -69,12 +99,13 @@ class UserReward:
         self.takes = {p.name for p in parameters}
 
     def __call__(self, problems, groups, rollout):
-        """Return the function's numbers, (N, G); 0 where it does not apply.
+        """Return the function's numbers, (N, G); nan where it does not apply.
 
         Raises ValueError, one line, when the function fails or gives something else."""
         if not problems:
             return []
         arguments = columns(problems, groups, rollout.completions())
+        arguments |= {"log_extra": dropped, "log_metric": dropped}
         if not self.takes_all:
             arguments = {name: arguments[name] for name in arguments if name in self.takes}
         count = sum(map(len, groups))
@@ -85,32 +116,35 @@ class UserReward:
             raise ValueError(where(error, self.file)) from None
 
         try:
-            numbers = [0.0 if number is None else float(number) for number in numbers]
+            numbers = [None if number is None else float(number) for number in numbers]
         except (TypeError, ValueError):
             raise ValueError(f"gave {str(numbers)[:100]!r}, not a list of numbers") from None
         if len(numbers) != count:
             raise ValueError(f"gave {len(numbers)} numbers for {count} completions")
-        if not all(map(math.isfinite, numbers)):
+        if not all(number is None or math.isfinite(number) for number in numbers):
             raise ValueError("gave a number that is not finite")
 
         G = count // len(problems)
+        numbers = [math.nan if number is None else number for number in numbers]
         return [numbers[start:start + G] for start in range(0, count, G)]
 
 
 def columns(problems, groups, ids):
     """The arguments of a function in TRL's signature: {name: list of N x G}."""
     found = {"prompts": [], "completions": [], "completion_ids": list(ids)}
-    names = {name for problem in problems for name in problem if name not in (*OURS, *found)}
+    fields = [{name: value for name, value in problem.items() if name not in OURS}
+              | problem.get("columns", {}) for problem in problems]
+    names = {name for own in fields for name in own if name not in found}
     found |= {name: [] for name in names}
 
-    for problem, texts in zip(problems, groups):
+    for problem, own, texts in zip(problems, fields, groups):
         messages = problem.get("messages")
         for text in texts:
             answered = [{"role": "assistant", "content": text}]
             found["prompts"].append(messages or problem["problem"])
             found["completions"].append(answered if messages else text)
             for name in names:
-                found[name].append(problem.get(name))
+                found[name].append(own.get(name))
     return found
 
 

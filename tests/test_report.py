@@ -69,10 +69,11 @@ def test_the_means_of_a_rollout_by_hand():
 
 
 def test_other_rewards_stand_apart_for_right_and_wrong_completions():
-    """Of 8 completions 2 are right and earn 1.5 of form together, the 6 wrong ones 3; without a right one its mean is absent."""
-    sums = {"rows": 8, "right": 2, "right/form": 1.5, "rewards/form": 4.5}
+    """Form applies to 8 completions. 2 are right and earn 1.5 of it together, the 6 wrong ones 3; without a right one its mean
+    is absent."""
+    sums = {"rows/form": 8, "right rows/form": 2, "right/form": 1.5, "rewards/form": 4.5}
     assert report.apart(sums, ["form"]) == {"rewards/form/right": .75, "rewards/form/wrong": .5}
-    assert report.apart({**sums, "right": 0, "right/form": 0}, ["form"]) == {"rewards/form/wrong": 4.5 / 8}
+    assert report.apart({**sums, "right rows/form": 0, "right/form": 0}, ["form"]) == {"rewards/form/wrong": 4.5 / 8}
     assert report.apart(sums, []) == {}
 
 

@@ -1,5 +1,6 @@
 """Reward functions of a user's file, in TRL's signature; and the punishment of long completions."""
 import json
+import math
 
 import pytest
 import torch
@@ -37,6 +38,33 @@ GROUPS = [["2", "it is 2", "3"], ["blue", "red", ""]]
 IDS = [[5], [5, 6, 7], [5, 6], [1, 1, 1, 1], [2], [3]]
 
 
+# a file of several tasks, as in TRL's documentation; its dataclass needs the file's module in sys.modules
+TASKS = '''
+from __future__ import annotations
+from dataclasses import dataclass
+
+COUNT = []
+
+@dataclass
+class Weight:
+    value: float = 1.0
+
+def of_math(prompts, completions, task, answer, log_extra=None, **kwargs):
+    COUNT.append(1)
+    log_extra("answer", answer)
+    return [Weight().value * (float(text) == gold) if name == "math" else None
+            for text, name, gold in zip(completions, task, answer)]
+
+def of_code(completions, task, log_metric, **kwargs):
+    from helper_late import SCALE           # at a call, not at the start
+    log_metric("calls", len(COUNT))
+    return [SCALE * len(COUNT) if name == "code" else None for name in task]
+
+def stateful(completions, trainer_state, **kwargs):
+    return [0.0] * len(completions)
+'''
+
+
 @pytest.fixture
 def file(tmp_path):
     (tmp_path / "helper_of_mine.py").write_text("SCALE = 2.0\n")
@@ -60,7 +88,8 @@ def parts(text, problems=PROBLEMS, groups=GROUPS):
 def test_functions_written_for_trl_work_unchanged(file):
     found = parts(f"{file}:reward_tokens=0.5,{file}:reward_truth,{file}:plain")
     assert found["reward_tokens"] == [[1, 3, 2], [4, 1, 1]]
-    assert found["reward_truth"] == [[2, 2, 0], [0, 0, 0]]          # None: nothing from it
+    assert found["reward_truth"][0] == [2, 2, 0]
+    assert all(map(math.isnan, found["reward_truth"][1]))           # None: it does not apply
     assert found["plain"] == [[-5, 1, -5], [0, -1, -4]]
     assert found["correct"] == [[0, 0, 0], [0, 0, 0]]               # no mark
     assert [(name, weight) for name, weight, _ in reward.weighted(f"{file}:reward_tokens=0.5")] == [
@@ -133,6 +162,41 @@ def test_the_name_of_the_punishment_is_no_function_of_the_users(tmp_path):
         reward.weighted(f"{tmp_path}/mine.py:overlong")
 
 
+def test_columns_are_what_stands_in_the_file(tmp_path):
+    """A task that is not ours, and an answer that is a number; both functions are of one module."""
+    import data
+    rows = [{"prompt": "1 + 1?", "answer": 2, "task": "math"}, {"prompt": "print?", "answer": 5.5, "task": "code", "columns": [1]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(TASKS)
+    (tmp_path / "helper_late.py").write_text("SCALE = 3.0\n")
+    problems = data.load_problems(str(tmp_path / "d.jsonl"), "train")
+    assert [p["answer"] for p in problems] == ["2", "5.5"] and {p["task"] for p in problems} == {"d.jsonl"}
+    assert user_reward.columns(problems, [["2"], ["x"]], [[1], [2]])["columns"] == [None, [1]]
+
+    found = parts(f"{tmp_path}/mine.py:of_math,{tmp_path}/mine.py:of_code", problems, [["2", "2.0", "3"], ["x", "y", "z"]])
+    assert found["of_math"][0] == [1, 1, 0] and all(map(math.isnan, found["of_math"][1]))
+    assert found["of_code"][1] == [3, 3, 3] and all(map(math.isnan, found["of_code"][0]))
+    with pytest.raises(ValueError, match="stateful asks for trainer_state"):
+        reward.weighted(f"{tmp_path}/mine.py:stateful")
+
+
+def test_the_flag_may_be_repeated_and_none_does_not_count(start, tmp_path):
+    """Of 4 completions a prompt `half` applies to two: its mean is 1 and not .5; the weighted sum takes it as 0."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def half(completions, **columns):\n    return [1.0, None] * (len(completions) // 2)\n\n"
+                    "def never(completions, **columns):\n    return [None] * len(completions)\n\n"
+                    "def one(completions, **columns):\n    return [1.0] * len(completions)\n")
+    flags = ["--reward", f"{mine}:half=0.5", "--reward", f"{mine}:never,{mine}:one=0.25"]
+    train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), *flags, "--eval-samples", "2"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == f"{mine}:half=0.5,{mine}:never,{mine}:one=0.25"
+    for line in log_of(tmp_path / "run"):
+        for prefix, right in (("", "rewards/correct"), ("eval_", "eval_rewards/correct")):
+            if prefix + "reward" in line:
+                assert line[f"{prefix}rewards/half"] == 1 == line[f"{prefix}rewards/one"]
+                assert f"{prefix}rewards/never" not in line
+                assert line[f"{prefix}reward"] == pytest.approx(line[right] + .5 / 2 + .25)
+
+
 def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_path):
     """What was learned before is saved, and the run goes on when the function is mended."""
     mine = tmp_path / "mine.py"
@@ -158,11 +222,13 @@ def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_
 # ----------------------------------------------------------------------------------------------------- overlong
 
 def test_the_punishment_of_long_completions_by_hand():
-    """Limit 10, buffer 4: 6 tokens pay nothing, 8 half, 10 all. A wrong answer that stopped pays nothing, however long."""
-    lengths = torch.tensor([[1, 6, 8], [10, 10, 9], [8, 10, 10]])
-    finished = torch.tensor([[True, True, True], [True, False, True], [True, True, False]])
-    correct = torch.tensor([[1., 1., 1.], [1., 0., 1.], [0., 0., 1.]])
-    expected = [[0, 0, -0.5], [-1, -1, -0.75], [0, 0, -1]]
+    """Limit 10, buffer 4: 6 tokens pay nothing, 8 half, 10 all. A wrong answer that stopped pays nothing, however long.
+
+    In the last group nothing is right. Were the cut one to pay, it would teach the others to give up early."""
+    lengths = torch.tensor([[1, 6, 8], [10, 10, 9], [8, 10, 10], [2, 10, 3]])
+    finished = torch.tensor([[True, True, True], [True, False, True], [True, True, False], [True, False, True]])
+    correct = torch.tensor([[1., 1., 1.], [1., 0., 1.], [0., 0., 1.], [0., 0., 0.]])
+    expected = [[0, 0, -0.5], [-1, -1, -0.75], [0, 0, -1], [0, 0, 0]]
     assert reward.overlong(lengths, finished, correct, 10, 4).tolist() == expected
 
 
