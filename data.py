@@ -27,7 +27,8 @@ from config import is_file, parse_levels
 from extraction import extract_answer
 from reward import correct_counts, verifies_itself
 
-TAKEN = ("prompt", "messages", "check", "task", "structure", "system", "columns")  # fields of ours
+TAKEN = ("prompt", "messages", "check", "task", "structure", "system", "opened", "columns")   # ours
+GIVEN = ("prompt", "messages", "system")        # of those, what users' reward functions are given
 MOST_KINDS = 40     # tasks and levels that are counted apart, in the log and elsewhere
 MATH_SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -331,7 +332,7 @@ def normalize(row, name, answered=True):
     # that we use otherwise, and an answer that is no text, stand in "columns"
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
     problem = {**others, **problem}
-    hidden = {key: row[key] for key in ("task", "structure", "check", "columns") if key in row}
+    hidden = {key: row[key] for key in TAKEN if key in row and key not in GIVEN}
     if "answer" in row and not isinstance(row["answer"], str):
         hidden["answer"] = row["answer"]
     if hidden:

@@ -57,6 +57,7 @@ from report import indices_by_kind, standard_error
 from rollout import Sampler, draw_groups
 
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
+WAIT = 86_400       # seconds that a rank that is done waits for the others
 ENDLESS = 1000      # problems of a built-in task without --limit
 HELD_OUT = Config().eval_problems       # of a file, which no corpus of its answers may hold
 KINDS = ("strict", "lenient")
@@ -230,7 +231,7 @@ def start(config):
 
     Returns the sampler, the tokenizer, the problems with prompts in the file's order, and how many
     were dropped for their length."""
-    device = dist.setup(config.device)
+    device = dist.setup(config.device, timeout=WAIT)
     config.device = str(device)
     if not config.dtype:
         config.dtype = "float32" if device.type == "cpu" else "bfloat16"
@@ -399,11 +400,10 @@ def rows_of(config, sampler, tokenizer, problems, rollout, groups, kind):
 
     rows = []
     for i, problem in enumerate(problems):
-        gold, check = problem["answer"], problem.get("check")
         row = {"kind": kind, "index": problem["index"], "lengths": lengths[i], "cut": cut[i],
-               "grades": grade(groups[i], gold, check)}
+               "grades": grade_for(problem, groups[i])}
         if config.also_at:
-            row["also"] = grade(shorter[i], gold, check)
+            row["also"] = grade_for(problem, shorter[i])
         rows.append(row)
     return rows
 
@@ -418,6 +418,12 @@ def last_words(text):
     one whatever their spelling: names, an order, several lines."""
     said = text.rpartition("####")[2] if "####" in text else final_answer(text)
     return " ".join(re.findall(r"\w+", said.lower())) or None
+
+
+def grade_for(problem, texts):
+    """`grade` of completions of a problem."""
+    texts = [reward.with_thought(problem, text) for text in texts]
+    return grade(texts, problem["answer"], problem.get("check"))
 
 
 def grade(texts, gold, check=None):

@@ -267,8 +267,12 @@ def load_adapter(model, folder):
     folder = Path(folder)
     settings = read_json(folder / "adapter_config.json")
     refused = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
-                                 "modules_to_save", "fan_in_fan_out", "lora_bias")
+                                 "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora",
+                                 "alora_invocation_tokens", "layer_replication")
                if settings.get(name)]
+    # these draw A otherwise, which is in the file, and leave the base as it is; others change it
+    harmless = (None, True, False, "gaussian", "orthogonal", "eva")
+    refused += [] if settings.get("init_lora_weights", True) in harmless else ["init_lora_weights"]
     refused += [] if settings.get("bias", "none") == "none" else ["bias"]
     if settings.get("peft_type") != "LORA" or refused:
         raise ValueError(f"{folder}: an adapter with {', '.join(refused) or 'no LoRA'} "

@@ -28,6 +28,7 @@ import re
 from pathlib import Path
 
 import chat
+import thoughts
 from config import TEMPLATES
 from engine.weights import download, read_json
 from families import token_ids
@@ -119,7 +120,9 @@ def follow_run(config):
     """Take over template and chat_template_kwargs of the train.py or sft.py that wrote a model.
 
     config: the settings of evaluate.py, of which those that were given stay."""
-    flags = Path(config.model) / "sft.json"         # sft.py leaves its flags beside the weights
+    flags = Path(config.model) / "sft.json"         # sft.py leaves its flags beside the weights,
+    if (Path(config.model) / "adapter_config.json").exists():   # and those beside an adapter/
+        flags = Path(config.model).parent / "sft.json"
     if flags.exists():
         settings = {flag[2:].replace("-", "_"): of for flag, of in read_json(flags).items()}
     else:
@@ -184,23 +187,32 @@ def encode_prompts(problems, tokenizer, template):
     """Returns the token ids of each problem's prompt.
 
     A chat template writes its own bos; other text gets the tokenizer's, if it has one."""
-    texts = prompt_texts(problems, tokenizer, template)
+    return encode(prompt_texts(problems, tokenizer, template), tokenizer, template)
+
+
+def encode(texts, tokenizer, template):
+    """Returns the token ids of texts of `prompt_texts`."""
     return tokenizer(texts, add_special_tokens=not uses_chat(tokenizer, template))["input_ids"]
 
 
 def tokenize_prompts(problems, tokenizer, template, max_length, report=print):
     """Returns the problems with "prompt" (token ids) added, without those above max_length tokens.
 
-    Where the prompt is a chat, "messages" is added too, for users' reward functions. report is a
-    function that takes the line with the count of dropped problems. Raises ValueError when no
-    problem is left."""
+    Where the prompt is a chat, "messages" is added too, for users' reward functions; where it opens
+    a thought, as templates of reasoning models do, its mark is "opened" (reward.with_thought).
+    report is a function that takes the line with the count of dropped problems. Raises ValueError
+    when no problem is left."""
     kept = []
     is_chat = uses_chat(tokenizer, template)
-    for problem, ids in zip(problems, encode_prompts(problems, tokenizer, template)):
-        if len(ids) <= max_length:
-            kept.append({**problem, "prompt": ids})
-            if is_chat:
-                kept[-1]["messages"] = conversation(problem, template)
+    texts = prompt_texts(problems, tokenizer, template)
+    for problem, text, ids in zip(problems, texts, encode(texts, tokenizer, template)):
+        if len(ids) > max_length:
+            continue
+        kept.append({**problem, "prompt": ids})
+        if is_chat:
+            kept[-1]["messages"] = conversation(problem, template)
+            if mark := thoughts.opened(text):
+                kept[-1]["opened"] = mark
 
     dropped = len(problems) - len(kept)
     if dropped:

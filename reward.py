@@ -341,10 +341,19 @@ def right(problem, completion) -> bool:
     A task may bring its own checker along: a function (completion) -> bool under "check". Without
     one, `verify` compares with the problem's "answer".
     """
+    completion = with_thought(problem, completion)
     check = problem.get("check")
     if check:
         return bool(check(completion))
     return verify(completion, problem["answer"])
+
+
+def with_thought(problem, completion):
+    """Return a completion behind the mark of a thought that its prompt opened, if it did.
+
+    Chat templates of reasoning models end with <think>. Without it, what is said in a thought that
+    was cut would look like an answer."""
+    return problem.get("opened", "") + completion
 
 
 def format_reward(completion: str, thought="reasoning") -> float:
@@ -393,17 +402,17 @@ def correct(problems, groups) -> list[list[float]]:
 
 def form(problems, groups) -> list[list[float]]:
     """Return (N, G) floats: `format_reward` of each completion; its usual weight is 1.0."""
-    return _each(lambda problem, completion: format_reward(completion), problems, groups)
+    return _each(lambda *pair: format_reward(with_thought(*pair)), problems, groups)
 
 
 def think(problems, groups) -> list[list[float]]:
     """Return (N, G) floats: the same of <think>...</think><answer>...</answer>, R1's form."""
-    return _each(lambda problem, completion: format_reward(completion, "think"), problems, groups)
+    return _each(lambda *pair: format_reward(with_thought(*pair), "think"), problems, groups)
 
 
 def consistency(problems, groups) -> list[list[float]]:
     """Return (N, G) floats: `consistency_reward` of each completion; its usual weight is 0.5."""
-    return _each(lambda problem, completion: consistency_reward(completion), problems, groups)
+    return _each(lambda *pair: consistency_reward(with_thought(*pair)), problems, groups)
 
 
 # A reward is a function (problems, groups) -> (N, G) floats. Problems are N dicts with at least

@@ -39,6 +39,16 @@ def ended(completion):
     return completion
 
 
+def opened(prompt):
+    """Return the mark with which a prompt opens a thought at its end, "" where it opens none."""
+    prompt = prompt.rstrip()
+    for mark in _THOUGHT.finditer(prompt, max(0, len(prompt) - 120)):
+        closes = mark["closes"] or mark["closed"] or mark["ends"] or mark["final"]
+        if mark.end() == len(prompt) and not closes:
+            return mark[0]
+    return ""
+
+
 def after_thought(text):
     """Return what follows the last thought: all of a text without one, nothing of an open one.
 

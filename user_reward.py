@@ -26,7 +26,7 @@ import sys
 import traceback
 from pathlib import Path
 
-OURS = ("prompt", "messages", "check", "columns")   # fields of a problem that its data has not
+OURS = ("prompt", "messages", "check", "opened", "columns")     # of a problem, not of its data
 MODULES = {}        # (file, when it was changed): its module, so that its functions share one
 
 

@@ -18,6 +18,8 @@ import evaluate
 import prompts
 import reward
 import sft
+import thoughts
+import user_reward
 from model import ModelConfig, Transformer
 from rollout import Rollout, draw_groups
 from test_model import edit_json
@@ -334,6 +336,32 @@ def test_other_template_kwargs_are_one_line(text):
         assert "\n" not in str(caught.value)
 
 
+def test_a_thought_that_the_template_opened_has_no_answer_until_it_is_closed(base):
+    """As of R1-Distill or Qwen3-Thinking: the prompt ends with <think>, and the completion has no mark of it."""
+    base.chat_template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    problem = {"problem": "What is 2 + 3? Write <think> first.", "answer": "5"}
+    [open_one] = prompts.tokenize_prompts([problem], base, "chat", 500)
+    [plain_one] = prompts.tokenize_prompts([problem], base, "plain", 500)
+    assert open_one["opened"] == "<think>" and "opened" not in plain_one
+
+    cut = "It must be \\boxed{5}. But wait, let me check"
+    whole = "It must be 6.</think><answer>5</answer>"
+    for one, right, form in ((open_one, [0, 1], [0, 1]), (plain_one, [1, 1], [0, 0])):
+        assert reward.correct([one], [[cut, whole]]) == [right] and reward.think([one], [[cut, whole]]) == [form]
+        assert evaluate.grade_for(one, [cut, whole])["lenient"]["right"] == right
+        checked = {**one, "check": lambda text: text.startswith("<think>")}
+        assert reward.correct([checked], [[cut]]) == [[float(one is open_one)]]
+        assert user_reward.columns([one], [[cut]], [[1]])["completions"][0] in (cut, [{"role": "assistant", "content": cut}])
+
+
+@pytest.mark.parametrize("prompt, mark", [
+    ("a\n<think>\n", "<think>"), ("a <think>\n\n</think>\n\n", ""), ("say <think> first", ""), ("", ""), ("[THINK]", "[THINK]"),
+    ("<|begin_of_thought|>\n\n", "<|begin_of_thought|>"), ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>"),
+    ("<|channel|>final<|message|>", ""), ("x" * 500 + "<think>", "<think>")])
+def test_how_a_prompt_ends(prompt, mark):
+    assert thoughts.opened(prompt) == mark
+
+
 def test_thinking_is_switched_off(saved):
     on = prompts.load_tokenizer(saved)
     off = prompts.load_tokenizer(saved, {"enable_thinking": False})
@@ -368,6 +396,12 @@ def test_a_run_s_model_is_evaluated_as_it_was_trained(tmp_path):
     of_sft = evaluate.EvalConfig(model=str(tmp_path / "model"))
     prompts.follow_run(of_sft)
     assert (of_sft.template, of_sft.chat_template_kwargs) == ("r1-zero", "")
+
+    (tmp_path / "model" / "adapter").mkdir()
+    (tmp_path / "model" / "adapter" / "adapter_config.json").write_text("{}")
+    of_adapter = evaluate.EvalConfig(model=str(tmp_path / "model" / "adapter"))
+    prompts.follow_run(of_adapter)
+    assert of_adapter.template == "r1-zero"
     (tmp_path / "model" / "sft.json").unlink()
 
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')

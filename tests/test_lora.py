@@ -281,6 +281,8 @@ def test_an_adapter_of_some_layers_leaves_the_others(tmp_path):
     (lambda f: f.update(use_dora=True), "use_dora is not supported"), (lambda f: f.update(rank_pattern={"q": 2}), "rank_pattern"),
     (lambda f: f.update(bias="all"), "bias is not supported"), (lambda f: f.update(peft_type="IA3"), "no LoRA is not supported"),
     (lambda f: f.update(r=5), "has shape"), (lambda f: f.update(r="3"), "must be numbers above 0"), (lambda f: f.pop("r"), "r None"),
+    (lambda f: f.update(init_lora_weights="pissa"), "init_lora_weights is not supported"),
+    (lambda f: f.update(layer_replication=[[0, 1]]), "layer_replication"),
     (lambda f: f.update(r=True), "must be numbers"), (lambda f: f.update(lora_alpha=None), "lora_alpha None")])
 def test_adapters_of_another_kind_are_one_line(spoil, message, tmp_path):
     lora.save_adapter(adapted(), tmp_path / "a")
