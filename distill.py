@@ -10,15 +10,15 @@ loss of a token is a divergence of the two distributions over the vocabulary, S 
     beta = 0        KL(T || S), forward: the student covers all that the teacher says
     between         beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S
 
-beta is --divergence-beta. Near 0 and 1 the form between is small, about beta and 1 - beta times the
-two ends: as TRL defines it, it does not go over into them.
+beta is --divergence-beta. As TRL defines it, the loss jumps at both ends: just above 0 it is about
+beta KL(T || S), just below 1 about (1 - beta) KL(S || T).
 
 `--divergence token` is the cheap form: only the drawn token is looked at, and log T - log S is its
 advantage in a policy gradient. In expectation it is the reverse KL's gradient, with more noise.
 
 Off-policy: `python sft.py --teacher TEACHER --data ...` uses the same divergence on the tokens of a
-corpus, such as the teacher's own right answers (rejection.py). Two terms on what goes on inside
-may be added there, in one process:
+corpus, such as the teacher's own right answers (rejection.py). Two losses on attention relations
+and hidden states may be added there, in one process:
 
     --relations w   KL of attention relations, softmax(Q Q^T / sqrt d) and the same of K and V, of
                     the last layer's projections, before norms and rotation (MiniLMv2, arXiv
@@ -305,7 +305,7 @@ def loss(values, entropy, batch, config, normalizer):
 
 # ---------------------------------------------------------------- a corpus, and what goes on inside
 
-class OffPolicy:
+class CorpusDistillation:
     """The objective of sft.py --teacher: the divergence on a corpus, and the two inner terms.
 
     It has the calls of an objective (learner.py). With --features the student gets a projection of

@@ -10,8 +10,9 @@ and y_l the wrong (rejected) one, and log-probs summed over the tokens of a comp
            + sft_weight * -log pi(y_w) / |y_w|          arXiv 2404.19733, whose weight is 1
 
 Without the last term log pi(y_w) often falls, only slower than log pi(y_l): both are logged.
-Right is a completion whose reward lies above the middle of its group's best and worst. So with a
-second reward beside correctness even a group of wrong answers gives a pair.
+Right is a completion whose reward lies above the middle of its group's best and worst. A second
+reward beside correctness would so make pairs of two wrong answers, or reject a right one: it is
+refused. With --reward correct=0 rewards of your own decide what is right.
 
 The gradient of a pair is a weighted sum of two gradients,
 
@@ -29,8 +30,8 @@ pairs the closest in length come first, and similar ones are left out.
     python sft.py --preference sigmoid --data PAIRS.jsonl --model START --out DIR
 
 The reference is the starting model. pipeline.py builds self-training rounds on it (DPO-ST, arXiv
-2407.18248). The second command learns from pairs that were chosen before, as by people: `OfAFile`,
-at the end. Left out: pairs over prompts, length-normalised variants.
+2407.18248). The second command learns from pairs that were chosen before, as by people:
+`FilePairs`, at the end. Left out: pairs over prompts, length-normalised variants.
 """
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,7 @@ import data
 import dist
 import grpo
 from config import setting
+from reward import correct_counts
 
 KINDS = ("sigmoid", "ipo", "hinge")
 
@@ -127,9 +129,17 @@ class Settings:
     most_overlap: float = setting(0.7, least=0, most=1)     # pairs whose sets of tokens overlap
                                                             # more (Jaccard) are left out
 
-    # no flags: what the learner reads of every objective
+    # no flags: Learner.count reads them of every objective
     aggregation = "sequence"        # the normaliser is the number of rows, two a pair
-    mask_truncated = False
+
+    def check(self):
+        """Raise ValueError where another reward could make a right answer the rejected one."""
+        names = [item.partition("=")[0] for item in self.reward.split(",") if item]
+        others = (any(name != "correct" for name in names) or self.format_reward
+                  or self.consistency_reward or self.overlong_buffer)
+        if others and correct_counts(self.reward):
+            raise ValueError("--algo dpo pairs right answers with wrong ones, so no other reward "
+                             "may count beside correctness: leave it out, or say correct=0")
 
 
 # ------------------------------------------------------------------- the calls of the training loop
@@ -253,7 +263,7 @@ def means_of_pairs(logged):
 
 # ------------------------------------------------------------------- pairs that are in a file
 
-class OfAFile:
+class FilePairs:
     """The objective of sft.py --preference. It has the calls of an objective (learner.py)."""
     METRICS = METRICS
     loss = staticmethod(loss)

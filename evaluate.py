@@ -490,8 +490,8 @@ def evaluate(config):
 
 
 def right_of(greedy, sampled, config):
-    """What was right of one problem, from its two rows: a bool of the greedy answer, and how many
-    of the samples are, strictly and leniently, at each limit."""
+    """Grades of one problem for --json, which report.py compares: {"greedy_correct...": bool,
+    "c...": number of right samples}, with "_lenient" and "_at_N" (--also-at) behind the names."""
     limits = {"": "grades", f"_at_{config.also_at}": "also"} if config.also_at else {"": "grades"}
     found = {}
     for at, grades in limits.items():

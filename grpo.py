@@ -139,8 +139,8 @@ def kl_penalty(logp, ref_logp, kind="k3", old_logp=None, mask=None):
 
     As a *loss* they differ. On-policy the gradient of k1 is zero in expectation, that of k2 is the
     gradient of KL(pi || ref), that of k3 the gradient of the forward KL(ref || pi). "k3_is"
-    multiplies k3 by pi/mu, whose gradient is that of KL(pi || ref) again (TRL's default); without
-    old_logp that ratio is 1 in value. mask (B, T) zeroes the rest."""
+    multiplies k3 by pi/mu, whose gradient is that of KL(pi || ref) again (the default of TRL 1.16,
+    not ours); without old_logp that ratio is 1 in value. mask (B, T) zeroes the rest."""
     if kind not in KL_KINDS:
         raise ValueError(f"kind must be k1, k2, k3 or k3_is, not {kind!r}")
     mask = torch.ones_like(logp) if mask is None else mask
@@ -261,8 +261,8 @@ class Batch:
                                             # None: mu is pi; `backward` then takes pi's logp
     drawn_logp: torch.Tensor | None = None  # (B, T) the sampler's log mu, if old_logp is not that
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
-    pi_logp: torch.Tensor | None = None     # (B, T) an output: updates leave here the log-probs
-                                            # that they meet, if it is given (by offpolicy.py)
+    pi_logp: torch.Tensor | None = None     # (B, T) log pi as an update computed it: written by
+                                            # Learner.backward where offpolicy.py allocates it
 
     @property
     def sampler_logp(self):
@@ -271,7 +271,7 @@ class Batch:
     def rows(self, indices):
         """The batch of these rows alone, cut to the longest of them.
 
-        Every field begins with the B rows, and one of two dimensions is cut to T columns."""
+        Every field has B rows; a two-dimensional one is cut to T columns."""
         indices = torch.as_tensor(indices, dtype=torch.int64, device=self.tokens.device)
         T = int(self.lengths[indices].max()) if len(indices) else 1
 
@@ -327,8 +327,8 @@ def loss(logp, entropy, batch, config, normalizer):
 
 
 def common_sums(logp, entropy, sampler_logp, mask):
-    """What every objective logs: the counts, the entropy, and |pi / mu - 1| by the sampler's mu,
-    its sum and its largest: rounding error where mu is pi."""
+    """Sums that every objective logs, of logp and entropy (B, T), as scalars. ratio_mean_dev is the
+    sum of |pi / mu - 1| (Learner.means divides it), ratio_max_dev its largest; mu the sampler's."""
     deviation = (masked_log_ratio(logp.detach(), sampler_logp, mask).exp() - 1).abs()     # 0 off it
     return {"tokens": mask.sum(), "rows": (mask.sum(1) > 0).sum(),
             "entropy": (entropy.detach() * mask).sum(),

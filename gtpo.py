@@ -100,7 +100,7 @@ def conflict_runs(tokens, mask, advantages, group_size):
 
 
 def aligned_tokens(tokens, mask, from_end):
-    """(B, longest) int32: each row's masked tokens, or those backwards, and -1 after them."""
+    """(B, longest) int32: each row's completion tokens, reversed if from_end, and then -1."""
     lengths = mask.sum(1, keepdim=True).long()                          # (B, 1)
     first = (mask.cumsum(1) == 0).sum(1, keepdim=True)                  # (B, 1)
     longest = int(lengths.max()) if len(lengths) else 0

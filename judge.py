@@ -1,4 +1,4 @@
-"""A judge and its principles: reward what a list of sentences asks for (2212.08073, 2310.01798).
+"""A judge and its principles: reward what a list of sentences asks for (arXiv 2212.08073).
 
 A file of principles has one a line. Lines that begin with "check:" are programs, all others are
 questions to a model:
@@ -13,9 +13,9 @@ A question is put to the judge with the problem and the completion, and its scor
 
     p(yes) / (p(yes) + p(no))
 
-of the next token, the mean over both orders of the two words in the question, for a model prefers
-the one that it read first or last. Where p(yes) + p(no), `heed`, is far below 1, the judge does not
-do what it is asked. The score of a completion is the mean over principles.
+of the next token, the mean over both orders of the two words in the question, because models have
+a position bias. Where `yes_no_mass`, the mean of p(yes) + p(no), is far below 1, the judge does not
+reply as it is asked. The score of a completion is the mean over principles.
 
 As a reward, in a file of yours, beside correctness:
 
@@ -33,7 +33,8 @@ rewards/correct: where the judge's rises and the other does not, the policy hack
 says how often judge and verifier agree, how many wrong completions the judge likes, and what it
 gives to texts that are no answers. With --revise FILE the policy is asked for a critique of each
 wrong completion, by the first principle that is a sentence, and for a revision; right revisions
-are written as a corpus for sft.py. Left out: judges behind an API; training a judge.
+are written as a corpus for sft.py. (Without a verifier self-correction often makes answers worse,
+arXiv 2310.01798.) Left out: judges behind an API; training a judge.
 """
 import functools
 import hashlib
@@ -95,9 +96,18 @@ def read_principles(file):
     of a line or between blanks begins a comment.
 
     Raises ValueError, in one line, for a check that is none, or a file without any principle."""
+    lines = data.read_text(Path(file)).split("\n")
+    lines = [re.split(r"^#|\s#(?:\s|$)", line.strip())[0].strip() for line in lines]
+    programs, sentences = sorted_out(lines, file)
+    if not programs and not sentences:
+        raise ValueError(f"{file} holds no principle")
+    return programs, sentences
+
+
+def sorted_out(lines, file="principle"):
+    """Returns (programs, sentences): "check: NAME" is a program of CHECKS, all else a sentence."""
     programs, sentences = [], []
-    for number, line in enumerate(data.read_text(Path(file)).split("\n"), 1):
-        line = re.split(r"^#|\s#(?:\s|$)", line.strip())[0].strip()
+    for number, line in enumerate(lines, 1):
         head, colon, name = line.partition(":")
         if colon and head.strip().lower() == "check":
             if name.strip() not in CHECKS:
@@ -106,8 +116,6 @@ def read_principles(file):
             programs.append(CHECKS[name.strip()])
         elif line:
             sentences.append(line)
-    if not programs and not sentences:
-        raise ValueError(f"{file} holds no principle")
     return programs, sentences
 
 
@@ -131,12 +139,12 @@ class Judge:
     """A model that scores completions by principles.
 
     model: a Transformer, frozen; tokenizer: its own; principles: (programs, sentences) of
-    read_principles, or a list of sentences."""
+    read_principles, or a list of lines as in such a file."""
 
     def __init__(self, model, tokenizer, principles):
         self.model = model
         self.tokenizer = tokenizer
-        both = principles if isinstance(principles, tuple) else ([], principles)
+        both = principles if isinstance(principles, tuple) else sorted_out(principles)
         self.programs, self.sentences = (list(dict.fromkeys(each)) for each in both)    # each once
         self.said, self.asked = 0.0, 0      # p(yes) + p(no) of all questions, and their number
         self.yes = word_ids(tokenizer, "yes") if self.sentences else []
@@ -211,7 +219,7 @@ class Judge:
         return scores
 
     @property
-    def heed(self):
+    def yes_no_mass(self):
         """Mean p(yes) + p(no) of all questions so far: how far the judge does what it is asked."""
         return self.said / max(self.asked, 1)
 
@@ -256,14 +264,15 @@ def has_answer(completion):
 
 # ------------------------------------------------------------------------------------ as a reward
 
-def judged(model, principles):
+def judged(model, principles, device=""):
     """Returns a reward function in TRL's signature, for --reward FILE.py:NAME (user_reward.py).
 
     model: checkpoint folder or hub id; principles: a file. Both are read when it is first called,
-    on each rank."""
+    on each rank. device: as --device; "" is the accelerator here, though train.py may be given
+    another."""
     @functools.lru_cache(maxsize=None)
     def load():
-        return load_judge(model, principles, dist.own_device(""))
+        return load_judge(model, principles, dist.own_device(device))
 
     def score(prompts, completions, problem, **columns):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
@@ -395,15 +404,15 @@ def examine(config):
         result = agreement(mean_scores(each), right)
         result["principles"] = {NAME_OF.get(principle, principle): agreement(scores, right)
                                 for principle, scores in each.items()}
-        result["heed"] = judge.heed if judge.asked else None
+        result["yes_no_mass"] = judge.yes_no_mass if judge.asked else None
 
         # what the judge itself says of texts that are no answers, without the guard
-        result["hostile"] = {}
+        result["adversarial"] = {}
         for text in HOSTILE if judge.sentences else ():
             asked = [judge.question(problems[0]["problem"], text, sentence, words)
                      for sentence in judge.sentences for words in ("yes or no", "no or yes")]
             each = judge.yes_scores(asked)
-            result["hostile"][text] = sum(each) / len(each)
+            result["adversarial"][text] = sum(each) / len(each)
 
         rows = []
         if config.revise:

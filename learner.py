@@ -246,7 +246,7 @@ class Learner:
                 sums[name] += value
 
     def backward(self, batch, part, micro, config, normalizer):
-        """Forward and backward of one micro-batch. Returns its sums as numbers."""
+        """Forward and backward of one micro-batch. Returns its sums; fills batch.pi_logp."""
         logp, entropy = getattr(self.objective, "forward", forward)(self.model, micro, part, config)
         if not part:                # for the other ranks' sake
             logp.sum().backward()

@@ -29,8 +29,12 @@ Three refinements, each off by default: --ess-lr (a smaller step where few sampl
 Function by function beside grpo.py:
 
     prepare      the same, also for groups from the buffer      policy_loss   the same
-    correct      new: weights of a pass                         loss          with weights, trust
-    learn        new: several passes a rollout                                region, prox for mu
+    add_weights  new: weights of a pass (verl: rollout          loss          with weights, trust
+                 correction)                                                  region, prox for mu
+    learn        new: several passes a rollout
+
+Names: old_logp is log mu (verl's rollout_log_probs, TRL's sampling_per_token_logps), prox_logp is
+what verl calls old_log_probs.
 
 `learn`, near the end, is the loop over passes: begin there. A draw from the buffer by priority has
 a weight too, which multiplies the whole loss of its rows.
@@ -53,7 +57,7 @@ from rollout import Rollout, empty_rollout
 TRACES = ("retrace", "tempered")
 CAPPED = ("clipped", "truncated", "masked")
 SCHEMES = ("none", "standard", *CAPPED, "self_normalized", *TRACES)
-LEVELS = ("token", "sequence", "geometric")
+IMPORTANCE_LEVELS = ("token", "sequence", "geometric")
 NORMALIZERS = ("", "batch", "group")
 CORRECTIONS = ("decoupled", "bypass")
 PROXIES = ("forward", "loglinear")
@@ -68,8 +72,8 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
     mask. By default a run truncates at 2, at sequence level: begin with that line.
 
     log_ratio (B, T) = log prox - log mu of the drawn tokens, prox being pi when the pass began.
-    level says whose ratio w it is: "token", "sequence" (product over the row), "geometric" (its
-    |y|-th root, GSPO). scheme:
+    level says whose ratio w it is: "token", "sequence" (product over the row) or "geometric" (its
+    |y|-th root; grpo.py's --ratio-level calls that "sequence", as GSPO does). scheme:
 
       none             1: biased, no variance
       standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about
@@ -89,9 +93,10 @@ def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, l
     normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean
     weight, over rows, for token level over tokens. mean: that mean where it comes from more than
     this call (other ranks, other micro-batches). Raises ValueError for names that are not these."""
-    if scheme not in SCHEMES or level not in LEVELS or normalize not in NORMALIZERS:
+    if scheme not in SCHEMES or level not in IMPORTANCE_LEVELS or normalize not in NORMALIZERS:
         raise ValueError(f"scheme {scheme!r}, level {level!r}, normalize {normalize!r}: "
-                         f"choose {', '.join(SCHEMES)}; {', '.join(LEVELS)}; '', batch, group")
+                         f"choose {', '.join(SCHEMES)}; {', '.join(IMPORTANCE_LEVELS)}; "
+                         "'', batch, group")
     if normalize == "group" and not group_size or scheme in CAPPED and not cap:
         raise ValueError("normalize='group' needs group_size; "
                          "clipped, truncated and masked need a cap above 0")
@@ -338,7 +343,7 @@ IN_REGION = (lambda c: c.trust_region, "--trust-region")
 REUSE = (lambda c: c.replay_ratio > 1, "--replay-ratio above 1")
 OLD = (lambda c: c.replay_ratio > 1 or c.sync_every > 1,
        "samples of older weights: --replay-ratio or --sync-every above 1")
-BY_FORWARD = (lambda c: c.prox == "forward", "--prox forward: what it needs is known too late else")
+BY_FORWARD = (lambda c: c.prox == "forward", "--prox forward: before a pass loglinear knows none")
 REUSE_OR_CLIP = (lambda c: c.replay_ratio > 1 or c.adaptive_clip,
                  "--replay-ratio above 1 or --adaptive-clip")
 BY_PRIORITY = (lambda c: c.priority, "--priority")
@@ -363,8 +368,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # standard, clipped, truncated, masked,
                                                 # self_normalized, retrace, tempered
 
-    importance_level: str = setting("sequence", choices=LEVELS, needs=[DECOUPLED, WEIGHTED])
-                                                # token, sequence, geometric
+    importance_level: str = setting("sequence", choices=IMPORTANCE_LEVELS,
+                                    needs=[DECOUPLED, WEIGHTED])    # token, sequence, geometric
 
     importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, HAS_CAP])
                                                 # largest weight of clipped, truncated, masked
@@ -380,7 +385,7 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # subtract sum w^2 r / sum w^2, not the mean
 
     ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])     # learning rate
-                                                # of a pass x sqrt(ESS) of its weights, as a share
+                                                # of a pass x sqrt(ESS / B), for B sequences
 
     trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
                                                 # of retrace and tempered
@@ -388,8 +393,9 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     trust_region: str = setting("", choices=REGIONS)    # sequence, token, second_moment: leave out
                                                         # what has drifted
 
-    trust_delta: float = setting(0.0, least=0, needs=[IN_REGION])   # sequence: nats a token,
-                                                # token: probability; 0: 0.2 (second_moment: 0.04)
+    trust_delta: float = setting(0.0, least=0, needs=[IN_REGION])   # sequence: nats a token;
+                                                # token: probability; second_moment: mean squared
+                                                # log-ratio; 0: 0.2 (second_moment: 0.04)
 
     kl_limit: float = setting(0.0, least=0, needs=[REUSE_OR_CLIP])  # nats a token: above this
                                                 # KL(pi||mu) the reuse of a step ends; 0: never
@@ -485,8 +491,8 @@ class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
     lag: torch.Tensor | None = None             # (B,) age in rollouts
     prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
-    prox_share: torch.Tensor | None = None      # (B,) of the way from mu to pi, where the loss
-                                                # finds prox there
+    prox_share: torch.Tensor | None = None      # (B,) with --prox loglinear: prox lies this share
+                                                # of the way from mu (0) to pi (1), in log space
     weight: torch.Tensor | None = None          # (B, T) importance weights, 0 for dropped tokens
     replay_weight: torch.Tensor | None = None   # (B,) of the draw from the buffer
 
@@ -499,7 +505,7 @@ def prepare(rollout, rewards, config):
 complete = grpo.complete
 
 
-def correct(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
+def add_weights(batch, config, weights=None, reduce=lambda sums: sums, gather=lambda x: x):
     """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,), and with
     --weighted-baseline other advantages.
 
@@ -648,9 +654,9 @@ def learn(learner, rollout, rewards):
 def passes(learner, batch, count, config):
     """learner.passes; with --ess-lr at a learning rate that fits what the samples are worth.
 
-    B samples whose weights leave ESS of them are a batch of that size, whose noise is sqrt(B / ESS)
-    times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616). The weights
-    are those of the loss, after the cap. The log's `lr` is the rate before."""
+    B samples of effective sample size ESS act like a batch of ESS samples, whose noise is
+    sqrt(B / ESS) times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616).
+    The weights are those of the loss, after the cap. The log's `lr` is the rate before."""
     if not (config.ess_lr and batch.prox_logp is not None):
         return learner.passes(batch, count, config)
 
@@ -715,9 +721,9 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
     else:           # the updates leave here what they meet: no second forward
         batch.pi_logp = batch.sampler_logp.clone()
 
-    correct(batch, c, weights,
-            reduce=lambda sums: dist.all_reduce(sums, learner.device),
-            gather=lambda x: torch.cat(dist.gather_objects(x.cpu())))
+    add_weights(batch, c, weights,
+                reduce=lambda sums: dist.all_reduce(sums, learner.device),
+                gather=lambda x: torch.cat(dist.gather_objects(x.cpu())))
     return batch
 
 

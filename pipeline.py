@@ -14,7 +14,7 @@ the end stand a table and a figure: accuracy after each stage.
                             SFT of the *base* on them, GRPO again (arXiv 2501.12948)
     dpo-self-training       SFT, then three rounds of: DPO, right answers of the DPO model, SFT of
                             the base on solutions and answers (arXiv 2407.18248)
-    progressive             GRPO in three steps of longer and harder puzzles (DeepScaleR), then a
+    progressive             GRPO in three stages of longer and harder puzzles (DeepScaleR), then a
                             wider model that learns from the result, and GRPO of that
     curriculum-grpo         SFT on easy levels, GRPO with --curriculum adaptive
     multitask-dpo           SFT and DPO on a mix of tasks
@@ -32,8 +32,8 @@ r1 and dpo-self-training also run on real problems, at the programs' own rates:
     python pipeline.py r1 --model Qwen/Qwen2.5-1.5B --data gsm8k --ranks 8 --max-new-tokens 512 \
         --sft-steps 200 --grpo-steps 100 --train-flags="--prompts-per-step 64" --out runs/r1-gsm8k
 
-The base is then the checkpoint as it is, and every SFT of r1 begins there. Needs the programs as
-they are.
+The base is then the checkpoint as it is, and every SFT of r1 begins there. Runs sft.py, train.py,
+rejection.py and evaluate.py as subprocesses.
 """
 import functools
 import json
@@ -71,10 +71,12 @@ class PipelineConfig:
 
     eval_data: str = ""                     # held-out problems; a file as --data needs one
     model: str = ""                         # the base; empty: a new small one
-    sft_steps: int = setting(0, least=0)    # of each SFT, of a new base half of them, of r1's cold
-                                            # start on puzzles 3/10; 0: 1,000
+    sft_steps: int = setting(0, least=0)    # optimizer steps of each SFT stage (the base: half of
+                                            # them; r1's cold start on puzzles: 3/10); 0: 1,000,
+                                            # with --quick 100
 
-    grpo_steps: int = setting(0, least=0)   # of all GRPO or DPO stages together; 0: 100
+    grpo_steps: int = setting(0, least=0)   # rollouts of all GRPO or DPO stages together, those of
+                                            # distillation not counted; 0: 100, with --quick 6
     max_new_tokens: int = setting(128, least=1)
     train_flags: str = ""                   # more flags of each train.py, as one word:
                                             # --train-flags="--lora-rank 16 --lr 1e-4"
@@ -348,7 +350,7 @@ def run_stage(stage, config):
     target = folder / MAKES[stage.program]
     command = [stage.program, *stage.args, "--out", str(target)]
     if stage.program in MODELS:
-        command = going_on(target, command)
+        command = prepare_resume(target, command)
 
     seconds = 0.0               # of a corpus that was whole, but not yet said to be
     if not target.is_file():
@@ -359,13 +361,13 @@ def run_stage(stage, config):
         ["python", stage.program, *stage.args])}, indent=1) + "\n")
 
 
-def going_on(out, command):
-    """The command that goes on with a run of train.py or sft.py: for the first one another than
-    `command`, if it has a checkpoint.
+def prepare_resume(out, command):
+    """Make the folder of a stopped stage ready. Returns the command to run in it.
 
-    What is there without a checkpoint is removed: of train.py all, of sft.py a model that is whole,
-    but that nobody has taken yet. What else it has left sft.py knows itself. Raises ValueError
-    where the run is alive: the program that began it was killed, and it was not."""
+    A run of train.py with a checkpoint goes on by --resume; sft.py goes on by its own command.
+    REMOVES `out` where it holds no checkpoint and is a run of train.py, or a finished model of
+    sft.py that no later stage has used. Raises ValueError where another process still writes
+    there: the program that began it was killed, and it was not."""
     of_train = command[0] == "train.py"
     if in_use(out):
         raise ValueError(f"{out}: another run is writing there: stop it, or let it end, and "

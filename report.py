@@ -332,7 +332,7 @@ def standard_error(values):
 
 
 def mean_se(values):
-    """Returns the mean over runs and its standard error, which is nan for one run."""
+    """Returns the mean of values, one a run or a problem, and its standard error: nan for one."""
     error = standard_error(values)
     return sum(values) / len(values), math.nan if error is None else error
 
@@ -457,7 +457,7 @@ def mean_of_all(values):
 
 
 def cell_text(cell):
-    """Returns a cell of `compare` as text; a pair (mean, standard error) as "mean ± error"."""
+    """Returns a cell of a table as text; a pair (mean, standard error) as "mean ± error"."""
     if not isinstance(cell, tuple):
         return str(cell)
     mean, error = cell
@@ -570,38 +570,40 @@ def accuracies(problem):
     found = {}
     for key, right in problem.items():
         if key.startswith("greedy_correct"):
-            kind = key.removeprefix("greedy_correct")           # "", "_lenient", "_at_320", both
-            words = kind.replace("_at_", " at ").replace("_lenient", ", lenient")
+            suffix = key.removeprefix("greedy_correct")         # "", "_lenient", "_at_320", both
+            words = suffix.replace("_at_", " at ").replace("_lenient", ", lenient")
             found[f"greedy{words}"] = float(right)
-            found[f"avg@{problem['n']}{words}"] = problem[f"c{kind}"] / problem["n"]
+            found[f"avg@{problem['n']}{words}"] = problem[f"c{suffix}"] / problem["n"]
     return found
 
 
 def compare_evaluations(files):
     """A Markdown table of accuracies over the problems that all files have, ± standard error.
 
-    Behind the second file and each later one stands its difference to the first, ± the standard
-    error of the mean over problems of their differences. Two models find the same problems hard, so
-    it is smaller than what the two errors beside it would give."""
+    The column after the second and each later file is that file minus the first: the mean over
+    problems of the paired differences, ± its standard error. Models tend to find the same problems
+    hard, so that error is usually smaller than the two beside it suggest.
+
+    Raises ValueError where no problem is in all files, or --samples differ."""
     results = [read_evaluation(file) for file in files]
     common = [name for name in results[0] if all(name in other for other in results)]
     if not common:
         raise ValueError(f"no problem is in all of {', '.join(map(str, files))}")
     columns = [[accuracies(result[name]) for name in common] for result in results]
     measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
-    if not measures:
-        raise ValueError("the evaluations share no measure: draw as many --samples in each")
+    if len({problem["n"] for result in results for problem in result.values()}) > 1:
+        raise ValueError("the evaluations differ in --samples: draw as many in each")
 
     head = [f"{len(common)} problems", str(files[0])]
     for file in files[1:]:
-        head += [str(file), "difference"]
+        head += [str(file), "minus the first"]
     rows = []
     for measure in measures:
-        first, *others = [[problem[measure] for problem in column] for column in columns]
-        row = [measure, cell_text(mean_se(first))]
+        baseline, *others = [[problem[measure] for problem in column] for column in columns]
+        row = [measure, cell_text(mean_se(baseline))]
         for values in others:
-            gaps = [value - start for value, start in zip(values, first)]
-            row += [cell_text(mean_se(values)), cell_text(mean_se(gaps))]
+            differences = [value - base for value, base in zip(values, baseline)]
+            row += [cell_text(mean_se(values)), cell_text(mean_se(differences))]
         rows.append(row)
     return markdown(head, rows)
 

@@ -505,6 +505,11 @@ def parts(functions, problems, groups, group_size, rollout=None):
     return found
 
 
+def total(functions, parts):
+    """Return the rewards: (N, G), the weighted sum of `parts`. What does not apply adds nothing."""
+    return sum(weight * parts[name].nan_to_num() for name, weight, _ in functions)
+
+
 def overlong(lengths, finished, correct, limit, buffer):
     """Return DAPO's soft punishment of long completions, 0 to -1 (arXiv 2503.14476, equation 13).
 

@@ -165,9 +165,9 @@ class Sampler:
                               uniforms.to(self.model.device), temperature, top_k, top_p)
             batch = self.batch_of(request)
 
-            # refill lets the finished go and the waiting in, whose prompts go through the model
-            # once and have a seat in the cache while any completion of theirs runs; advance draws a
-            # token for every row that is running
+            # refill (of slots, not --refill) lets the finished go and the waiting in, whose prompts
+            # go through the model once and have a seat in the cache while any completion of theirs
+            # runs; advance draws a token for every row that is running
             bar = RolloutBar(limits)
             checked = False
             while batch.refill():
@@ -179,7 +179,7 @@ class Sampler:
         self.kept = batch.memory_to_keep()
         self.graph = batch.graph        # a device that refused once is not asked again
         check_finite(batch.slots)
-        return side_by_side(prompts, group_size, batch.slots.outcome(), self.version)
+        return padded_rollout(prompts, group_size, batch.slots.outcome(), self.version)
 
     def batch_of(self, request):
         """Returns the ContinuousBatch of a request; its cache takes the kept memory over."""
@@ -198,7 +198,7 @@ def check_finite(slots):
     return True
 
 
-def side_by_side(prompts, group_size, outcome, version):
+def padded_rollout(prompts, group_size, outcome, version):
     """Returns the Rollout of prompts and what was drawn after them (Slots.outcome).
 
     This runs outside inference mode, because the tensors will meet autograd."""

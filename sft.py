@@ -497,7 +497,7 @@ def warm_start(config, progress=True, interrupt=None):
 
     if of_pairs:
         import dpo
-        objective = dpo.OfAFile(policies.reference)
+        objective = dpo.FilePairs(policies.reference)
         shown, unseen = (encode(rows, list(map(dpo.texts_of, rows)), tokenizer, config)
                          for rows in (problems, unseen))
     else:
@@ -531,7 +531,7 @@ def from_teacher(model, tokenizer, config):
     distill.same_tokens(tokenizer, config.teacher)
     place = place_of(config, model.device)
     teacher = Transformer.from_pretrained(config.teacher, place.home, place.dtype, place)
-    return distill.OffPolicy(model, teacher, config)
+    return distill.CorpusDistillation(model, teacher, config)
 
 
 def check_default_start(c):

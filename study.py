@@ -34,7 +34,7 @@ from config import setting
 from engine.checkpoint import write_whole
 from engine.machine import program
 from folder import lock
-from pipeline import call, going_on, named_command
+from pipeline import call, prepare_resume, named_command
 from sft import copy_whole
 from studies import MEASURES, STUDIES
 
@@ -85,7 +85,8 @@ def make_start(folder, name, flags, threads, beside=()):
 
     part = target.with_name("." + name)
     command = ["sft.py", *map(str, flags), "--out", str(part), "--threads", str(threads)]
-    call(going_on(part, command), folder / "start" / f"{name}.txt", "the same command", bars=False)
+    call(prepare_resume(part, command), folder / "start" / f"{name}.txt", "the same command",
+         bars=False)
     os.replace(part, target)
 
 
@@ -98,7 +99,8 @@ def run_one(folder, name, seed, flags, threads, cores, keep_models):
         command = ["train.py", *flags, "--seed", str(seed), "--threads", str(threads),
                    "--save-every", "20", "--out", str(out)]
         out.parent.mkdir(parents=True, exist_ok=True)
-        call(going_on(out, command), out.with_suffix(".txt"), "the same command", cores, bars=False)
+        call(prepare_resume(out, command), out.with_suffix(".txt"), "the same command", cores,
+             bars=False)
         if not keep_models:
             for file in (out / "model").glob("*.safetensors"):
                 file.unlink()
@@ -158,7 +160,7 @@ def run_after(study, folder, threads):
             command = [*map(text, command), "--threads", str(threads)]
             out = Path(text(made)).parent
             if command[0] == "train.py":
-                command = going_on(out, command)
+                command = prepare_resume(out, command)
             call(command, folder / "after.txt", "the same command", bars=False)
 
 

@@ -120,7 +120,7 @@ def draw(run, number=0):
 
     parts = dist.each(
         lambda: reward.parts(run.rewards, problems, groups, c.group_size, rollout))
-    scores = sum(w * parts[name].nan_to_num() for name, w, _ in run.rewards)    # (n, G) float64
+    scores = reward.total(run.rewards, parts)           # (n, G) float64
     if c.overlong_buffer:
         parts["overlong"] = reward.overlong_of(rollout, parts["correct"], c)
         scores = scores + parts["overlong"]

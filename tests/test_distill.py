@@ -186,7 +186,7 @@ def test_the_teachers_layer(m, student, teacher, expected):
 def test_the_inner_terms_add_up_over_micro_batches(budget):
     student, teacher = small_model(), small_model("llama").init_weights(5)
     config = sft.SFTConfig(teacher="t", relations=0.5, features=0.3, relation_heads=2, micro_batch_tokens=budget)
-    objective = distill.OffPolicy(student, teacher, config)
+    objective = distill.CorpusDistillation(student, teacher, config)
     torch.manual_seed(0)
     torch.nn.init.normal_(student.projection.weight)
     pairs = [([1, 2], [3, 4, 5]), ([6], [7, 8]), ([9, 10, 11], [12])]

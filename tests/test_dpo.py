@@ -161,7 +161,8 @@ def test_any_number_of_ranks_gives_the_same_numbers(start, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--clip-low", "0.1"], "it is a setting of grpo"), (["--beta", "0"], "must be above 0"),
-    (["--preference", "kto"], "choose sigmoid, ipo, hinge")])
+    (["--preference", "kto"], "choose sigmoid, ipo, hinge"), (["--reward", "format=1"], "pairs right answers with wrong ones"),
+    (["--overlong-buffer", "2"], "no other reward may count"), (["--consistency-reward", "0.5"], "no other reward may count")])
 def test_settings_of_others_and_wrong_ones_are_one_line(start, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         train.main(["--model", str(start), "--out", str(tmp_path / "run"), *fast(start), "--algo", "dpo", *options])
@@ -233,7 +234,7 @@ def test_what_pairs_do_not_go_with_is_one_line(options, what, start, tmp_path):
 def test_the_gradient_of_pairs_of_a_file_is_that_of_the_definition(kind, sft_weight, monkeypatch):
     model, reference = small_model(), small_model().init_weights(7)
     c = sft.SFTConfig(model="x", preference=kind, sft_weight=sft_weight, beta=0.3, micro_batch_tokens=9)
-    offline = dpo.OfAFile(reference)
+    offline = dpo.FilePairs(reference)
     one = learner.Learner(c, offline, model, learner.adamw(model, 1e-4), Progress(), reference=reference)
     pairs = [([1, 2], [3, 4, 7], [5, 7]), ([6], [4, 7], [4, 5, 6, 7]), ([2, 3, 4], [5, 5, 7], [6, 7])]
 

@@ -154,7 +154,7 @@ def test_the_program_measures_and_revises(folder, start, tmp_path, capsys):
                 str(start.parent / "problems.jsonl"), "--limit", "6", "--samples", "2", "--max-new-tokens", "8", "--threads", "1",
                 "--device", "cpu", "--revise", str(tmp_path / "r.jsonl"), "--json", str(tmp_path / "j.json")])
     result = json.loads((tmp_path / "j.json").read_text())
-    assert result["completions"] == 12 and set(result["hostile"]) == set(HOSTILE) and 0 < result["heed"] < 1
+    assert result["completions"] == 12 and set(result["adversarial"]) == set(HOSTILE) and 0 < result["yes_no_mass"] < 1
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert result["principles"].keys() == {"The answer is right.", "check: equations"} and all(
         each["completions"] == 12 and each["right"] == result["right"] for each in result["principles"].values())
@@ -195,5 +195,5 @@ def test_a_chat_judge_is_not_asked_to_reason(monkeypatch):
     asked.tokenizer = lambda texts, **more: {"input_ids": [[1]] * len(texts)}
     asked.yes, asked.no, asked.said, asked.asked = [0], [1], 0.0, 0
     asked.next_token = lambda ids: torch.tensor([[.6, .2, .2]] * len(ids))
-    assert asked.yes_scores(["Is it right?"]) == [pytest.approx(.75)] and asked.heed == pytest.approx(.8)
+    assert asked.yes_scores(["Is it right?"]) == [pytest.approx(.75)] and asked.yes_no_mass == pytest.approx(.8)
     assert seen[0][0]["content"] == judge.SYSTEM and "yes or no" in judge.SYSTEM

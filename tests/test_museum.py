@@ -412,12 +412,10 @@ def letter_with_value_equals_nothing(ours, given, gold):
     return False
 
 
-@exhibit(REWARDS, "ms-swift#8123", "user_reward.UserReward.__call__",
-         "test_user_reward.test_functions_written_for_trl_work_unchanged", raises=ValueError)
-def none_becomes_nan(ours, function, problems, groups, rollout):
+@exhibit(REWARDS, "ms-swift#8123", "reward.total", "test_user_reward.test_the_rewards_are_the_weighted_sum_by_hand")
+def none_becomes_nan(ours, functions, parts):
     """A reward of None becomes NaN. The batch's advantages were NaN; the run ended normally and had learned nothing."""
-    numbers = np.array(ours(function, problems, groups, rollout), float)
-    return np.where(numbers == 0, math.nan, numbers).tolist()
+    return sum(weight * parts[name] for name, weight, _ in functions)
 
 
 @exhibit(REWARDS, "prime-rl#3376", "reward.overlong",

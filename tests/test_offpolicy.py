@@ -352,7 +352,7 @@ def test_old_samples_really_come_back_and_change_the_loss():
     assert set(map(tuple, back.completions())) <= set(map(tuple, old.completions())) and stamps.tolist() == [0] * 16
     for rollout, scores in (drawn(model, seed=2), (back, r)):
         batch = offpolicy.prepare(rollout, scores, config)
-        offpolicy.correct(batch, config)
+        offpolicy.add_weights(batch, config)
         logp, entropy = model.token_logps(batch.tokens, batch.mask)
         loss, sums = offpolicy.loss(logp, entropy, batch, config, batch.mask.sum())
         gradient = torch.autograd.grad(loss, model.model.layers[0].mlp.up_proj.weight)[0]
@@ -387,7 +387,7 @@ def value_and_gradient(module, logp, batch, config):
 @pytest.mark.parametrize("importance", SCHEMES + TRACES)
 def test_without_drift_the_decoupled_loss_is_that_of_grpo(importance):
     logp, batch = batch_of(drift=0)
-    offpolicy.correct(batch, settings_of(importance))
+    offpolicy.add_weights(batch, settings_of(importance))
     expected = value_and_gradient(grpo, logp, batch, Config())
     assert all(map(torch.equal, value_and_gradient(offpolicy, logp, batch, settings_of(importance)), expected))
 
@@ -400,7 +400,7 @@ def test_decoupled_multiplies_rows_by_their_weights_and_bypass_has_the_ratio_to_
     logp, batch = batch_of(2, drift=.6)
     mask, replay = batch.mask, torch.tensor([1., .5, .25, 1., .75, 1.], dtype=torch.float64)
     w = [math.exp(x) for x in ((batch.prox_logp - batch.old_logp) * mask).sum(1).tolist()]
-    offpolicy.correct(batch, config, replay)
+    offpolicy.add_weights(batch, config, replay)
     surrogate = grpo.policy_loss(logp, getattr(batch, anchor), batch.advantages, mask)
     expected = sum(weight(w[i]) * replay[i] * surrogate[i].sum() for i in range(6)) / mask.sum()
     value, gradient = value_and_gradient(offpolicy, logp, batch, config)
@@ -440,7 +440,7 @@ def test_the_baseline_of_a_run_is_weighted_by_what_the_loss_is_weighted_by():
     config = settings_of("truncated", weighted_baseline=True, replay_ratio=2)
     _, batch = batch_of(2, drift=.6)
     batch.rewards = torch.tensor([1., 0, 0, 1, 1, 0])
-    offpolicy.correct(batch, config)
+    offpolicy.add_weights(batch, config)
     w = ((batch.prox_logp - batch.old_logp) * batch.mask).sum(1).exp().clamp(max=2).view(2, 3)
     assert w.std() > .1
     close(batch.advantages, offpolicy.weighted_advantages(batch.rewards.view(2, 3), w).flatten())
@@ -462,11 +462,11 @@ def test_the_loss_with_a_loglinear_prox_lies_between_bypass_and_decoupled():
     logp, batch = batch_of(3)
     config = settings_of("truncated", prox="loglinear", replay_ratio=2)
     near = replace(batch, prox_logp=None, prox_share=torch.zeros(6))
-    offpolicy.correct(near, config)
+    offpolicy.add_weights(near, config)
     assert all(map(torch.equal, value_and_gradient(offpolicy, logp, near, config), value_and_gradient(grpo, logp, batch, Config())))
 
     far, exact = replace(near, prox_share=torch.ones(6)), replace(batch, prox_logp=logp.detach())
-    offpolicy.correct(exact, settings_of("truncated"))
+    offpolicy.add_weights(exact, settings_of("truncated"))
     expected = value_and_gradient(offpolicy, logp, exact, settings_of("truncated"))
     list(map(close, value_and_gradient(offpolicy, logp, far, config), expected))
 
@@ -487,7 +487,7 @@ def test_a_trust_region_takes_gradients_but_not_the_denominator(kind, delta):
              offpolicy.second_moment_limit(squares[mask > 0], delta)}[kind](logp, mu, batch.advantages, mask, delta)
     for region in ("", kind):
         config = Config(algo="offpolicy", correction="bypass", trust_region=region, trust_delta=delta, clip_high=9.)
-        offpolicy.correct(batch, config, replay)
+        offpolicy.add_weights(batch, config, replay)
         gradients.append(value_and_gradient(offpolicy, logp, batch, config)[1])
     close(gradients[1], gradients[0] * stays)
     assert gradients[1].any() and not torch.equal(*gradients)
@@ -500,7 +500,7 @@ def test_a_trust_region_lies_around_mu_also_where_the_ratio_is_to_prox(kind, del
     logp, gradients = batch.prox_logp.clone().requires_grad_(), []
     for name in ("", kind):
         config = settings_of("none", trust_region=name, trust_delta=delta)
-        offpolicy.correct(batch, config)
+        offpolicy.add_weights(batch, config)
         gradients.append(value_and_gradient(offpolicy, logp, batch, config)[1])
     stays = region(logp, batch.old_logp, batch.advantages, batch.mask, delta)
     close(gradients[1], gradients[0] * stays)
@@ -512,7 +512,7 @@ def test_the_second_moment_is_that_of_the_tokens_that_are_trained():
     _, batch = batch_of()
     batch.prox_logp = batch.old_logp + torch.tensor([.3] + [0.] * 5)[:, None]
     batch.active = torch.tensor([True] + [False] * 5)
-    offpolicy.correct(batch, Config(algo="offpolicy", trust_region="second_moment", trust_delta=.04))
+    offpolicy.add_weights(batch, Config(algo="offpolicy", trust_region="second_moment", trust_delta=.04))
     assert (batch.weight[0] == 0).all()
 
 
@@ -527,11 +527,11 @@ def test_ranks_and_micro_batches_add_up_to_the_whole(config):
     halves, sums, squares = [], [], []
     for part in (slice(3), slice(3, 6)):
         halves.append(replace(batch, **{k: v[part] for k, v in vars(batch).items() if torch.is_tensor(v)}))
-    offpolicy.correct(batch, config)
+    offpolicy.add_weights(batch, config)
     for half in halves:
-        offpolicy.correct(replace(half), config, None, lambda x: sums.append(x) or x, lambda x: squares.append(x) or x)
+        offpolicy.add_weights(replace(half), config, None, lambda x: sums.append(x) or x, lambda x: squares.append(x) or x)
     for half in halves:
-        offpolicy.correct(half, config, None, lambda _: {k: sum(x[k] for x in sums) for k in sums[0]}, lambda _: torch.cat(squares))
+        offpolicy.add_weights(half, config, None, lambda _: {k: sum(x[k] for x in sums) for k in sums[0]}, lambda _: torch.cat(squares))
     close(torch.cat([half.weight for half in halves]), batch.weight)
     if config.importance == "self_normalized":
         on = batch.active[:, None] * (batch.mask if config.importance_level == "token" else torch.eye(9)[:1])

@@ -141,9 +141,9 @@ def test_a_run_that_outlived_its_pipeline_is_left_alone(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         for program in ("train.py", "sft.py"):
             with pytest.raises(ValueError, match="another run is writing there"):
-                pipeline.going_on(tmp_path, [program])
+                pipeline.prepare_resume(tmp_path, [program])
     assert (tmp_path / "config.json").exists()
-    assert pipeline.going_on(tmp_path, ["train.py"]) == ["train.py"] and not tmp_path.exists()
+    assert pipeline.prepare_resume(tmp_path, ["train.py"]) == ["train.py"] and not tmp_path.exists()
 
 
 # a shell's background jobs ignore SIGINT, and so would these

@@ -218,7 +218,7 @@ def test_evaluations_are_paired_by_problem_by_hand(tmp_path, capsys):
         c=[1, 2, 1, 2], greedy_correct_lenient_at_320=[False, True, True, True], c_lenient_at_320=[0, 2, 2, 2])
     report.main([before, after])
     assert capsys.readouterr().out.splitlines() == [
-        f"| 3 problems | {before} | {after} | difference |", "| --- | --- | --- | --- |",
+        f"| 3 problems | {before} | {after} | minus the first |", "| --- | --- | --- | --- |",
         "| greedy | 0.333 ± 0.333 | 0.667 ± 0.333 | 0.333 ± 0.333 |",
         "| avg@2 | 0.333 ± 0.333 | 0.667 ± 0.167 | 0.333 ± 0.167 |",
         "| greedy, lenient at 320 | 0.667 ± 0.333 | 0.667 ± 0.333 | 0.000 ± 0.000 |",
@@ -229,7 +229,8 @@ def test_evaluations_that_cannot_be_compared_are_one_line(tmp_path):
     one = write_evaluation(tmp_path / "a.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
     other = write_evaluation(tmp_path / "b.json", id=["y"], n=[1], greedy_correct=[True], c=[1])
     (tmp_path / "c.json").write_text('{"problems": [1]}')
-    for files, message in (([one, other], "no problem is in all of"), ([one, one, "--png", "p.png"], "no curve"),
+    more = write_evaluation(tmp_path / "e.json", id=["x"], n=[2], greedy_correct=[True], c=[1])
+    for files, message in (([one, other], "no problem is in all of"), ([one, more], "differ in --samples"), ([one, one, "--png", "p.png"], "no curve"),
                            ([str(tmp_path / "c.json")], "c.json is no result of evaluate.py --json"),
                            ([str(tmp_path / "d.json")], "No such file")):
         with pytest.raises(SystemExit, match=message) as stop:

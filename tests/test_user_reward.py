@@ -88,12 +88,19 @@ def parts(text, problems=PROBLEMS, groups=GROUPS):
 def test_functions_written_for_trl_work_unchanged(file):
     found = parts(f"{file}:reward_tokens=0.5,{file}:reward_truth,{file}:plain")
     assert found["reward_tokens"] == [[1, 3, 2], [4, 1, 1]]
-    assert found["reward_truth"][0] == [2, 2, 0]
+    assert found["reward_truth"][0][:2] == [2, 2] and found["reward_truth"][0][2] == 0
     assert all(map(math.isnan, found["reward_truth"][1]))           # None: it does not apply
     assert found["plain"] == [[-5, 1, -5], [0, -1, -4]]
     assert found["correct"] == [[0, 0, 0], [0, 0, 0]]               # no mark
     assert [(name, weight) for name, weight, _ in reward.weighted(f"{file}:reward_tokens=0.5")] == [
         ("correct", 1.0), ("reward_tokens", 0.5)]
+
+
+def test_the_rewards_are_the_weighted_sum_by_hand():
+    """nan, where a function does not apply, adds nothing: 1 + .5 x 2, and 1 alone."""
+    functions = [("correct", 1.0, None), ("form", 0.5, None)]
+    parts = {"correct": torch.tensor([[1., 1, 0]]), "form": torch.tensor([[2., math.nan, -1]])}
+    assert reward.total(functions, parts).tolist() == [[2, 1, -.5]]
 
 
 def test_a_chat_gives_messages(file):
