@@ -61,7 +61,7 @@ MEANT_FOR = {       # flag: the commands that read it
     "predict": ("memory", "comm"),
     "model": ("rollout", "train"),
     "data": ("rollout", "train", "reward"),
-    "lora_rank": ("train", "memory"),
+    "lora_rank": ("train", "memory", "comm"),
 }
 
 
@@ -121,7 +121,7 @@ def parser():
     training.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                           help="of activations; memory does so by default")
     training.add_argument("--lora-rank", type=int, default=0,
-                          help="train, memory: of adapters; 0: all weights are trained")
+                          help="of adapters; 0: all weights are trained")
 
     scale = out.add_argument_group("memory, comm")
     scale.add_argument("--predict", action="store_true",

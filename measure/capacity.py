@@ -240,16 +240,19 @@ class Collective:
     ranks: int
 
 
-def traffic(c, world, shard, micro_batches, size):
-    """Returns the Collectives of one step with one update. Those of one rank are left out."""
+def traffic(c, world, shard, micro_batches, size, lora_rank=0):
+    """Returns the Collectives of one step with one update. Those of one rank are left out.
+
+    With LoRA all weights are still gathered, but only the adapters' gradients are reduced."""
     everything, _, root = counts(c)
+    adapters = adapter_parameters(c, lora_rank)
     copies = world // shard
 
     # in a micro-batch a block is gathered for the forward and again for the backward
-    trained_bytes = size * (2 * (everything - root) + root)
-    gradient_bytes = MASTER * everything
+    trained_bytes = size * (2 * (everything + adapters - root) + root)
+    gradient_bytes = MASTER * (adapters or everything)
     of_step = [
-        Collective("all_gather", "rollout", 1, size * everything, shard),
+        Collective("all_gather", "rollout", 1, size * (everything + adapters), shard),
         Collective("all_gather", "training", micro_batches, trained_bytes, shard),
         Collective("reduce_scatter", "training", micro_batches, gradient_bytes, shard),
         Collective("all_reduce", "training", 1, gradient_bytes / shard, copies),
@@ -301,8 +304,9 @@ def compute_seconds(c, load, world, size):
     token = max(read / bytes_s, 2 * everything * rows / flops)
     rollout = waves * load.new_tokens * token
 
-    # FLOP a token and parameter: 2 forward, 4 backward, and 2 where the forward is repeated
-    of_token = (8 if load.checkpointing else 6) * everything
+    # FLOP a token and parameter: 2 forward, 4 backward (2 of a frozen weight, which has no
+    # gradient), and 2 where the forward is repeated
+    of_token = (2 + (2 if load.lora_rank else 4) + 2 * load.checkpointing) * everything
     training = of_token * load.trained(world) / flops
     return rollout, training
 
@@ -318,7 +322,7 @@ def step(c, load, world, shard, size=2):
     shards_cross, copies_cross = crosses_nodes(world, shard)
 
     spent = {"rollout": 0, "training": 0}       # seconds of communication in each phase
-    for collective in traffic(c, world, shard, micro_batches, size):
+    for collective in traffic(c, world, shard, micro_batches, size, load.lora_rank):
         crosses = copies_cross if collective.kind == "all_reduce" else shards_cross
         spent[collective.phase] += seconds(collective, crosses)
 

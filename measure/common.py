@@ -62,13 +62,16 @@ def config_of(name):
     return ModelConfig.from_dict(SHAPES[name])
 
 
-def random_model(args, device, place=None):
+def random_model(args, device, place=None, adapt=None):
     """Returns a Transformer of --shape with random weights.
 
     Without place it is for inference, in --dtype on the device. With place (a dist.Sharding) it is
-    to be trained: its weights lie where training has them, in float32."""
+    to be trained: its weights lie where training has them, in float32. adapt: a function that
+    adds to the model, still empty, what is trained in the place of all weights (lora.attach)."""
     with torch.device("meta"):
         model = Transformer(config_of(args.shape))
+    if adapt:
+        adapt(model)
     if place:
         place(model)
     model.to_empty(device=place.home if place else device)

@@ -24,6 +24,7 @@ from measure import capacity
 from measure.common import (config_of, largest_over_ranks, make_learner, one_step, parameter_count,
                             random_model, random_rewards, workload)
 from model import Transformer
+from policies import write_weights
 from rollout import Sampler, empty_rollout
 
 TABLE = ("qwen2.5-0.5b", "llama3.2-1b", "qwen2.5-3b", "qwen3-4b", "qwen3-8b", "qwen3-14b")
@@ -35,21 +36,22 @@ USUAL = capacity.Load(prompts=64, group_size=16, prompt_tokens=200, new_tokens=1
 # ------------------------------------------------------------------------------------ steps of GRPO
 
 class Phases:
-    """Seconds of each named phase, and the peak memory at its end."""
+    """Seconds and peak memory of each named phase, and the peak of all so far."""
 
     def __init__(self, device):
         self.device = device
         self.rows = []
+        self.peak = 0
         self.begin = time.perf_counter()
 
     def done(self, name, **more):
         """Ends a phase: it becomes a row, which rank 0 prints, and the next phase begins."""
-        row = {
-            "phase": name,
-            "seconds": round(time.perf_counter() - self.begin, 2),
-            "peak_memory_mb": round(machine.peak_memory_mb(self.device)),
-            **more,
-        }
+        seconds = time.perf_counter() - self.begin
+        own = round(machine.peak_memory_mb(self.device))
+        self.peak = max(self.peak, own)
+        row = {"phase": name, "seconds": round(seconds, 2), "peak_memory_mb": self.peak, **more}
+        if forget_peak(self.device):
+            row["phase_peak_mb"] = own
         self.rows.append(row)
         if dist.rank() == 0:
             print_row(row)
@@ -58,6 +60,18 @@ class Phases:
 
 def print_row(row):
     print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def forget_peak(device):
+    """Let the peak memory begin anew from what is held now. Returns whether that can be done."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")       # Linux: VmHWM, which ru_maxrss reads
+    except OSError:
+        return False
+    return True
 
 
 def steps(args, model, phases, count):
@@ -109,7 +123,7 @@ def memory(args, device):
 
     steps(args, model, phases, args.steps)
     if args.files:
-        save(model, phases)
+        save(args, model, phases)
     peak = largest_over_ranks(phases.rows[-1]["peak_memory_mb"], device)
 
     world = dist.world()
@@ -159,10 +173,10 @@ def build(args, device, place, phases):
         return lora.reset(Transformer.from_pretrained(folder, place.home, shard=place, adapt=adapt))
 
 
-def save(model, phases):
+def save(args, model, phases):
     """Saves the model as a run does, into a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "out", write=dist.rank() == 0)
+        write_weights(args, model, Path(folder) / "out", Path(folder) / "adapter", "")
         phases.done("save")
 
 
@@ -267,7 +281,8 @@ def comm(args, device):
                          "comm, or comm --predict")
 
     place = dist.Sharding(device, getattr(torch, args.dtype), args.shard)
-    model = random_model(args, device, place)
+    adapt = functools.partial(lora.attach, rank=args.lora_rank, dtype=place.dtype)
+    model = random_model(args, device, place, adapt if args.lora_rank else None)
     model.activation_checkpointing = args.checkpointing
     phases = Phases(device)
     log = {}
@@ -278,15 +293,18 @@ def comm(args, device):
         steps(args, model, phases, 1)
     spent = time.perf_counter() - begin
 
-    # a micro-batch reduces the gradients of each block, and of the weights outside of them
+    # a micro-batch reduces the gradients of each block, and of the weights outside of them, which
+    # LoRA does not train
     micro_batches = 1
     if "reduce_scatter" in log:
-        micro_batches = log["reduce_scatter"]["calls"] // (model.config.num_hidden_layers + 1)
+        groups = model.config.num_hidden_layers + (0 if args.lora_rank else 1)
+        micro_batches = log["reduce_scatter"]["calls"] // groups
 
     world = dist.world()
     shard = args.shard or world
     expected = {}
-    for one in capacity.traffic(model.config, world, shard, micro_batches, size_of(args)):
+    for one in capacity.traffic(model.config, world, shard, micro_batches, size_of(args),
+                                args.lora_rank):
         expected[one.kind] = expected.get(one.kind, 0) + one.times * one.tensor_bytes
 
     collectives = {kind: {**row, "predicted_bytes": expected.get(kind)}

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,43 @@ def test_predicted_memory_by_hand():
 
     load.new_tokens = capacity.KEEP_BYTES // 8 // 32 + 1
     assert capacity.memory(config, load, 1, 1, 4, whole=True, on_cpu=True)["kv_kept"] == 0
+
+
+def test_predicted_lora_by_hand():
+    """r (in + out) a layer: q and o 8 each, k and v 6 each, the MLP's three 10 each, two blocks: 116 r.
+
+    The 316 parameters are frozen, in 2 bytes; 232 are trained. Gathered are all, reduced the adapters' gradients alone. A frozen
+    weight costs 4 FLOP a token in place of 6."""
+    assert capacity.adapter_parameters(TINY, 1) == 116 and capacity.adapter_parameters(TINY, 0) == 0
+    everything, block, root = capacity.counts(TINY)
+    load = capacity.Load(4, 2, 10, 100, 8, 1000, lora_rank=2, checkpointing=False)
+    parts = capacity.memory(TINY, load, 1, 1, 2)
+    assert parts["weights"] == 4 * 232 + 2 * everything and parts["moments"] == 8 * 232 and parts["gradients"] == 4 * 232
+
+    found = {(c.kind, c.phase): c for c in capacity.traffic(TINY, 8, 4, 3, 2, lora_rank=2)}
+    assert found["all_gather", "rollout"].tensor_bytes == 2 * (everything + 232)
+    assert found["all_gather", "training"].tensor_bytes == 2 * (2 * (2 * block + 232) + root)
+    assert (found["reduce_scatter", "training"].times, found["reduce_scatter", "training"].tensor_bytes) == (3, 4 * 232)
+    assert found["all_reduce", "training"].tensor_bytes == 4 * 232 / 4
+
+    def seconds(lora_rank, checkpointing):
+        return capacity.compute_seconds(TINY, replace(load, lora_rank=lora_rank, checkpointing=checkpointing), 1, 2)[1]
+    assert seconds(2, False) / seconds(0, False) == pytest.approx(4 / 6)
+    assert seconds(2, True) / seconds(0, True) == pytest.approx(6 / 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, shard", [(4, 0), (4, 1), (0, 0)])
+def test_two_ranks_send_the_bytes_that_are_predicted(rank, shard, tmp_path):
+    """With LoRA the gradients of adapters alone, whole or over copies."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", bench.__file__, "comm",
+               "--prompts", "4", "--group-size", "2", "--threads", "1", "--lora-rank", str(rank), "--shard", str(shard), "--dtype",
+               "float32", "--json", str(tmp_path / "c.json")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=300)
+    result = json.loads((tmp_path / "c.json").read_text())
+    for kind in ("all_gather", "reduce_scatter") if shard != 1 else ("all_reduce",):
+        found = result[kind]["bytes"] - (40 if kind == "all_reduce" else 0)     # 40: counts and means of a step
+        assert found == result[kind]["predicted_bytes"] > 0
 
 
 @pytest.mark.slow
