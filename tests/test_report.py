@@ -273,6 +273,16 @@ def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
     assert [line["loss"] for line in lines_of(tmp_path / "log.jsonl")] == [.5, .25]
 
 
+def test_tensorboard_itself_reads_the_numbers_back(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for step in (3, 4):
+        report.write_line(tmp_path, {"step": step, "loss": step / 8, "eval_pass@1/truth:2": .5, "rewards/form": -.25}, "tensorboard")
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["eval_pass@1/truth:2", "loss", "rewards/form", "step"]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(3, 3 / 8), (4, 4 / 8)]
+
+
 def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch):
     import config
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
