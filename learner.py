@@ -241,6 +241,7 @@ class Learner:
             dist.reduce_over_copies(self.model, now=i == len(parts) - 1)
 
             found = self.backward(batch, part, micro, config, normalizer)
+            dist.give_memory_back(self.model)
             sums["ratio_max_dev"] = max(sums["ratio_max_dev"], found.pop("ratio_max_dev"))
             for name, value in found.items():
                 sums[name] += value

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import dist
 from engine.batching import (ContinuousBatch, Request, check_request, parameter_count,
                              room_for)
 from engine.decode import InferenceModel
-from engine.machine import give_memory_back
 from engine.sampling import draw, row_uniforms
 from progress import RolloutBar
 from prompts import decode
@@ -127,17 +127,14 @@ class Sampler:
 
         Some weights are copied, some are not; the copies are gone when it closes. With weights
         sharded over ranks every rank has to enter, also one that has nothing to draw."""
-        device = self.model.device
-        if device.type != "cpu":        # what training has freed, or large caches find only pieces
-            getattr(torch, device.type).empty_cache()
+        dist.give_memory_back(self.model, cached=True)      # else large caches find only pieces
         self.weights = InferenceModel(self.model, self.max_rows)
 
         try:
             yield
         finally:
             self.weights = None
-            if device.type == "cpu" and parameter_count(self.model) > 10 ** 8:
-                give_memory_back()
+            dist.give_memory_back(self.model)
 
     def generate(self, prompts, group_size, max_new_tokens, temperature=1.0, seed=0, top_k=0,
                  top_p=1.0):

@@ -4,7 +4,6 @@ Memory that is free or was used, the fastest number of threads, and how errors a
 program. Every program imports this file first, before torch, because it says how OpenMP's threads
 wait for each other.
 """
-import ctypes
 import os
 import re
 import resource
@@ -95,16 +94,6 @@ def text_of(file):
             return opened.read()
     except (OSError, ValueError):
         return ""
-
-
-def give_memory_back():
-    """Give freed memory back to the system.
-
-    Else the holes where the sampler's weights were stay beside what training allocates."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):       # not glibc
-        pass
 
 
 def choose_threads(large=False):

@@ -106,6 +106,17 @@ def test_the_log_of_two_updates_by_hand():
         "entropy": 0.5, "kl": 0.1, "clip_ratio": 0.15, "loss": 2.0, "grad_norm": 3.0, "ratio_mean_dev": 0.1, "ratio_max_dev": 0.5})
 
 
+@pytest.mark.parametrize("parameters, device, trimmed", [(10 ** 8, "cpu", 1), (10 ** 8 - 1, "cpu", 0), (10 ** 9, "meta", 0)])
+def test_freed_memory_of_large_models_goes_back(parameters, device, trimmed, monkeypatch):
+    model = SimpleNamespace(device=torch.device(device), parameters=lambda: [torch.empty(parameters, device="meta")])
+    calls = []
+    monkeypatch.setattr(learner.dist.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=calls.append))
+    learner.dist.give_memory_back(model)
+    assert calls == [0] * trimmed
+    monkeypatch.setattr(learner.dist.ctypes, "CDLL", lambda name: SimpleNamespace())      # no glibc
+    learner.dist.give_memory_back(model)
+
+
 def test_the_reference_is_scored_at_the_temperature_of_the_run():
     """Before the first update pi is the reference, so its log-probs are those that the tokens were drawn at."""
     model = small_model()
