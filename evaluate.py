@@ -60,7 +60,7 @@ SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so
 WAIT = 86_400       # seconds that a rank that is done waits for the others
 ENDLESS = 1000      # problems of a built-in task without --limit
 HELD_OUT = Config().eval_problems       # of a file, which no corpus of its answers may hold
-KINDS = ("strict", "lenient")
+READINGS = ("strict", "lenient")       # of an answer
 
 
 @dataclass
@@ -179,24 +179,26 @@ def subsets(n, k):
     return (members[:, :, None] == np.arange(n)).any(1).astype(np.float32)
 
 
-def metrics(greedy, sampled, kind):
-    """Metrics of N problems for one of KINDS, by the names of the file's docstring.
+def metrics(greedy, sampled, reading):
+    """Metrics of N problems for one of READINGS, by the names of the file's docstring.
 
     greedy and sampled hold the grades of each problem's completions (`grade`). Returns a dict
     {name: {"mean", "se"}}, where se is None for a single problem."""
-    n = len(sampled[0][kind]["right"])
-    counts = [sum(grades[kind]["right"]) for grades in sampled]     # right samples of each problem
+    greedy = [grades[reading] for grades in greedy]
+    sampled = [grades[reading] for grades in sampled]
+    n = len(sampled[0]["right"])
+    counts = [sum(grades["right"]) for grades in sampled]           # right samples of each problem
     powers = [2 ** i for i in range(n.bit_length())]
     ks = sorted({n, *powers})                                       # 1, 2, 4, ... and n itself
 
     values = {}         # name -> one number a problem
-    values["greedy"] = [sum(grades[kind]["right"]) for grades in greedy]
+    values["greedy"] = [sum(grades["right"]) for grades in greedy]
     values[f"avg@{n}"] = [count / n for count in counts]
     for k in ks:
         values[f"pass@{k}"] = [pass_at_k(n, count, k) for count in counts]
     for k in ks[1:]:    # maj@1 is the mean
         values[f"maj@{k}"] = [
-            majority_at_k(grades[kind]["labels"], grades[kind]["right"], k) for grades in sampled]
+            majority_at_k(grades["labels"], grades["right"], k) for grades in sampled]
 
     return {name: {"mean": sum(each) / len(each), "se": standard_error(each)}
             for name, each in values.items()}
@@ -437,16 +439,16 @@ def grade(texts, gold, check=None):
         right = [bool(check(text)) for text in texts]
         answers = [RIGHT if good else last_words(text) for text, good in zip(texts, right)]
         one = {"right": right, "labels": vote_labels(answers, str.__eq__)}
-        return {kind: one for kind in KINDS}
+        return {reading: one for reading in READINGS}
 
     # samples repeat each other, and so do the two kinds
     equal = functools.lru_cache(maxsize=None)(reward.equal)
 
     grades = {}
-    for kind in KINDS:
-        answers = [reward.extract_answer(text, lenient=kind == "lenient") for text in texts]
+    for reading in READINGS:
+        answers = [reward.extract_answer(text, lenient=reading == "lenient") for text in texts]
         right = [answer is not None and equal(answer, gold) for answer in answers]
-        grades[kind] = {"right": right, "labels": vote_labels(answers, equal)}
+        grades[reading] = {"right": right, "labels": vote_labels(answers, equal)}
     return grades
 
 
@@ -471,12 +473,12 @@ def evaluate(config):
     greedy = [rows["greedy", p["index"]] for p in problems]
     sampled = [rows["sampled", p["index"]] for p in problems]
     result = {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped}
-    for kind in KINDS:
-        result[kind] = metrics(*[[row["grades"] for row in rows] for rows in (greedy, sampled)],
-                               kind)
+    for reading in READINGS:
+        result[reading] = metrics(*[[row["grades"] for row in rows] for rows in (greedy, sampled)],
+                                  reading)
         if config.also_at:
-            result[f"{kind}_at_{config.also_at}"] = metrics(
-                *[[row["also"] for row in rows] for rows in (greedy, sampled)], kind)
+            result[f"{reading}_at_{config.also_at}"] = metrics(
+                *[[row["also"] for row in rows] for rows in (greedy, sampled)], reading)
 
     result["kinds"] = by_kind(problems, greedy, sampled)
     if config.perturb:
@@ -495,9 +497,9 @@ def right_of(greedy, sampled, config):
     limits = {"": "grades", f"_at_{config.also_at}": "also"} if config.also_at else {"": "grades"}
     found = {}
     for at, grades in limits.items():
-        for kind, name in (("strict", ""), ("lenient", "_lenient")):
-            found[f"greedy_correct{name}{at}"] = greedy[grades][kind]["right"][0]
-            found[f"c{name}{at}"] = sum(sampled[grades][kind]["right"])
+        for reading, name in (("strict", ""), ("lenient", "_lenient")):
+            found[f"greedy_correct{name}{at}"] = greedy[grades][reading]["right"][0]
+            found[f"c{name}{at}"] = sum(sampled[grades][reading]["right"])
     return found
 
 
@@ -561,9 +563,9 @@ def table(result):
     lines.append(f"{'':12}{'strict':>18}{'lenient':>20}")
     for name in result["strict"]:
         cells = []
-        for kind in KINDS:
-            mean = result[kind][name]["mean"]
-            error = result[kind][name]["se"]
+        for reading in READINGS:
+            mean = result[reading][name]["mean"]
+            error = result[reading][name]["se"]
             shown = "     -" if error is None else f"{error:.4f}"
             cells.append(f"{mean:9.4f} ± {shown}")
         lines.append(f"{name:12}" + "  ".join(cells))

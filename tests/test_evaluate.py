@@ -166,7 +166,7 @@ def test_standard_error_by_hand():
 def test_grading_is_reward_verify_in_both_columns():
     texts = ["#### 4", "it is 4", "#### 4\nor 5", "nothing", r"so \boxed{8/2}", "#### 5 and not 4"]
     graded = evaluate.grade(texts, "4")
-    for kind in evaluate.KINDS:
+    for kind in evaluate.READINGS:
         verified = [reward.verify(text, "4", lenient=kind == "lenient") for text in texts]
         assert graded[kind]["right"] == verified
     assert graded["strict"]["labels"] == [0, -1, 0, -1, 0, 1]
@@ -175,7 +175,7 @@ def test_grading_is_reward_verify_in_both_columns():
 
 def test_a_tasks_own_checker_decides_in_both_columns():
     graded = evaluate.grade(["#### 4", "four", "#### 5"], "4", check=lambda text: "5" in text)
-    for kind in evaluate.KINDS:
+    for kind in evaluate.READINGS:
         assert graded[kind]["right"] == [False, False, True]
         assert graded[kind]["labels"] == [0, -1, 1]
 
