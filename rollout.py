@@ -40,7 +40,7 @@ class Rollout:
     lengths: torch.Tensor           # (B,) int64, of both together, stop token included
     logps: torch.Tensor             # (B, T) float32 log mu(token), 0 off the completion
     finished: torch.Tensor          # (B,) bool, a stop token was drawn; False: cut at its limit
-    version: int = 0                # optimizer steps that the weights of mu had seen
+    version: int = 0                # updates that the weights of mu had seen
 
     def completion_mask(self):
         """Returns (B, T) float32, 1 on completion tokens including the stop token.
