@@ -333,7 +333,7 @@ def normalize(row, name, answered=True):
     others = {key: value for key, value in row.items() if key not in (*problem, *TAKEN)}
     problem = {**others, **problem}
     hidden = {key: row[key] for key in TAKEN if key in row and key not in GIVEN}
-    if "answer" in row and not isinstance(row["answer"], str):
+    if not isinstance(row.get("answer"), (str, type(None))):
         hidden["answer"] = row["answer"]
     if hidden:
         problem["columns"] = hidden

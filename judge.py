@@ -164,7 +164,8 @@ class Judge:
 
     def by_principle(self, problems, groups):
         """Score N groups of G completions: {sentence or program: N x G floats in a row}."""
-        texts = [text for texts in groups for text in texts]
+        texts = [reward.with_thought(problem, text)
+                 for problem, texts in zip(problems, groups) for text in texts]
         of = [problem["problem"] for problem, texts in zip(problems, groups) for _ in texts]
         answered = [i for i, text in enumerate(texts) if has_answer(text)]
         found = {principle: [0.0] * len(texts) for principle in (*self.programs, *self.sentences)}
@@ -274,9 +275,10 @@ def judged(model, principles, device=""):
     def load():
         return load_judge(model, principles, dist.own_device(device))
 
-    def score(prompts, completions, problem, **columns):
+    def score(prompts, completions, problem, opened=None, **columns):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        of = [{"problem": text} for text in problem]
+        marks = [mark or "" for mark in opened or [""] * len(texts)]
+        of = [{"problem": text, "opened": mark} for text, mark in zip(problem, marks)]
         return [row[0] for row in load().scores(of, [[text] for text in texts])]
     return score
 

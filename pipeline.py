@@ -79,7 +79,8 @@ class PipelineConfig:
                                             # distillation not counted; 0: 100, with --quick 6
     max_new_tokens: int = setting(128, least=1)
     train_flags: str = ""                   # more flags of each train.py, as one word:
-                                            # --train-flags="--lora-rank 16 --lr 1e-4"
+                                            # --train-flags="--lora-rank 16 --lr 1e-4";
+                                            # a --reward there adds to a stage's own
 
     sft_flags: str = ""                     # the same of each sft.py
     ranks: int = setting(1, least=1)        # processes of each program, by torchrun

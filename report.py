@@ -560,9 +560,13 @@ def read_evaluation(file):
     Raises ValueError for another file, OSError for one that cannot be read."""
     try:
         problems = json.loads(Path(file).read_text(encoding="utf-8"))["problems"]
-        return {problem["id"]: problem for problem in problems}
+        found = {problem["id"]: problem for problem in problems}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no result of evaluate.py --json: {error!r}") from None
+    if len(found) < len(problems):
+        raise ValueError(f"{file}: several problems have one id, so they cannot be paired: give "
+                         "each its own in the data")
+    return found
 
 
 def accuracies(problem):
@@ -588,7 +592,8 @@ def compare_evaluations(files):
     results = [read_evaluation(file) for file in files]
     common = [name for name in results[0] if all(name in other for other in results)]
     if not common:
-        raise ValueError(f"no problem is in all of {', '.join(map(str, files))}")
+        raise ValueError(f"no problem is in all of {', '.join(map(str, files))}; a problem goes by "
+                         "its id or, without one, by its file, as --data named it, and line")
     columns = [[accuracies(result[name]) for name in common] for result in results]
     measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
     if len({problem["n"] for result in results for problem in result.values()}) > 1:

@@ -524,7 +524,11 @@ def overlong(lengths, finished, correct, limit, buffer):
 
 
 def overlong_of(rollout, correct, config):
-    """Return `overlong` of a rollout's completions: (N, G), like correct."""
+    """Return `overlong` of a rollout's completions: (N, G), like correct.
+
+    Where --reward leaves correctness out, those pay that were cut."""
     lengths = (rollout.lengths - rollout.prompt_lengths).cpu().view(correct.shape)
     finished = rollout.finished.cpu().view(correct.shape)
+    if not correct_counts(config.reward):
+        correct = (~finished).double()
     return overlong(lengths, finished, correct, config.max_new_tokens, config.overlong_buffer)

@@ -40,6 +40,7 @@ import dist
 import prompts
 import report
 import tasks
+import thoughts
 from config import (DEVICES, DTYPES, TEMPLATES, WITH_LORA, Config, check_settings, command_line,
                     default_lr, flag, is_small, parse_levels, parse_template_kwargs, refuse_idle,
                     setting)
@@ -200,10 +201,12 @@ def encode(problems, texts, tokenizer, config):
     """Returns [(prompt ids, completion ids with their end, ...)] of those that are short enough.
 
     texts holds a tuple for each problem: its completions, one or, of a pair, two. Raises ValueError
-    where no id ends a completion, or every one is too long."""
+    where no id ends a completion, every one is too long, or one does not close a thought."""
     if not problems:
         return []
-    questions = prompts.encode_prompts(problems, tokenizer, config.template)
+    asked = prompts.prompt_texts(problems, tokenizer, config.template)
+    check_thoughts(asked, texts)
+    questions = prompts.encode(asked, tokenizer, config.template)
     end = prompts.end_id(tokenizer, config.template)
     sides = [tokenizer(list(side), add_special_tokens=False)["input_ids"] for side in zip(*texts)]
     items = [(q, *(c + [end] for c in completions)) for q, *completions in zip(questions, *sides)]
@@ -216,6 +219,19 @@ def encode(problems, texts, tokenizer, config):
     if not kept:
         raise ValueError(f"every example is longer than --max-length {config.max_length} tokens")
     return kept
+
+
+def check_thoughts(asked, texts):
+    """Raise ValueError where a prompt opens a thought that its completion does not close.
+
+    What a model then learns to write would be an unfinished thought, which has no answer."""
+    for prompt, completions in zip(asked, texts):
+        mark = thoughts.opened(prompt)
+        if mark and not all(thoughts.after_thought(mark + text) for text in completions):
+            raise ValueError(
+                f"the chat template opens a thought ({mark}), which a solution does not close: put "
+                "thought and closing mark into the solutions, or give --template plain, or what "
+                "switches thoughts off (--chat-template-kwargs)")
 
 
 def batches(examples, size, steps, seed):

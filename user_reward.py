@@ -11,7 +11,9 @@ A function gets lists with an entry for each completion and returns a list of as
                             lists of messages [{"role": ..., "content": ...}]
     completion_ids          lists of token ids, the stop token included
     problem, answer, solution, level, id, and each further field of the data file, as it stands
-                            there; but answer is text without the solution that GSM8K has in it
+                            there; but of GSM8K answer is the last line alone, and solution has no
+                            calculator marks
+    opened                  the mark of a thought with which the chat template ends, if it does
     log_extra, log_metric   may be called as in TRL; what they are told is dropped
 
 None says that the function does not apply to a completion, which then gets nothing from it and does
@@ -26,7 +28,7 @@ import sys
 import traceback
 from pathlib import Path
 
-OURS = ("prompt", "messages", "check", "opened", "columns")     # of a problem, not of its data
+OURS = ("prompt", "messages", "check", "columns")       # fields of a problem, not of its data
 MODULES = {}        # (file, when it was changed): its module, so that its functions share one
 
 

@@ -323,16 +323,17 @@ def predicted_comm(args):
 
     The meshes are those that keep or break nodes of 8, 8 and 4."""
     rows = []
+    load = replace(USUAL, lora_rank=args.lora_rank)
     for shape in ("qwen3-4b", "qwen3-8b", "qwen3-14b"):
         for shard in (20, 10, 5, 4, 2):
-            step = capacity.step(config_of(shape), USUAL, 20, shard)
+            step = capacity.step(config_of(shape), load, 20, shard)
             rounded = {name: round(value, 3) if isinstance(value, float) else value
                        for name, value in step.items()}
             rows.append({"shape": shape, **rounded})
             print_row(rows[-1])
 
     return {
-        "load": vars(USUAL),
+        "load": vars(load),
         "assumed": capacity.ASSUMED,
         "bus_inside_gb_s": {ranks: rate for ranks, rate in capacity.INSIDE.items() if ranks > 1},
         "bus_between_gb_s": capacity.BETWEEN,

@@ -354,6 +354,17 @@ def test_a_thought_that_the_template_opened_has_no_answer_until_it_is_closed(bas
         assert user_reward.columns([one], [[cut]], [[1]])["completions"][0] in (cut, [{"role": "assistant", "content": cut}])
 
 
+def test_solutions_that_leave_a_thought_open_are_not_taught(base):
+    """A model that learned them would never be right: its thoughts would have no end."""
+    base.chat_template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    problems = [{"problem": "2 + 3?", "answer": "5", "solution": solution} for solution in ("a</think>#### 5", "2 + 3 = 5\n#### 5")]
+    settings = {"hidden_size": 32, "max_length": 500}
+    assert len(sft.corpus(problems[:1], base, sft.SFTConfig(template="chat", **settings))) == 1
+    assert len(sft.corpus(problems, base, sft.SFTConfig(template="plain", **settings))) == 2
+    with pytest.raises(ValueError, match="opens a thought .<think>., which a solution does not close"):
+        sft.corpus(problems, base, sft.SFTConfig(template="chat", **settings))
+
+
 @pytest.mark.parametrize("prompt, mark", [
     ("a\n<think>\n", "<think>"), ("a <think>\n\n</think>\n\n", ""), ("say <think> first", ""), ("", ""), ("[THINK]", "[THINK]"),
     ("<|begin_of_thought|>\n\n", "<|begin_of_thought|>"), ("<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>"),

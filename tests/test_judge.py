@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import judge
 import prompts
 import train
+import user_reward
 from judge import HOSTILE, Judge, agreement, has_answer
 from model import ModelConfig, Transformer
 from test_train import fast, log_of, start         # start is a fixture
@@ -41,6 +42,25 @@ def test_principles_are_programs_and_sentences(tmp_path):
     file.write_text("# what counts\ncheck: equations\n\n Each step follows.  # from the last\nCheck: last-result\n")
     programs, sentences = judge.read_principles(file)
     assert programs == [judge.CHECKS["equations"], judge.CHECKS["last-result"]] and sentences == ["Each step follows."]
+
+
+def test_a_list_of_principles_is_read_as_a_file_is():
+    assert Judge(None, None, ["check: equations", ""]).programs == [judge.CHECKS["equations"]]
+    with pytest.raises(ValueError, match="principle:1: no check is called 'spelling'"):
+        Judge(None, None, ["check: spelling"])
+
+
+def test_a_thought_that_the_prompt_opened_and_nobody_closed_scores_0(tmp_path):
+    """By the judge itself, and as a reward in a file of the user's."""
+    cut, whole = "2 + 2 = 4, so it must be \\boxed{4}. Wait", "2 + 2 = 4</think>#### 4"
+    problem = {"problem": "2 + 2?", "answer": "4"}
+    open_one = {**problem, "opened": "<think>", "prompt": [1]}
+    assert Judge(None, None, ["check: equations"]).scores([problem, open_one], [[cut, whole], [cut, whole]]) == [[1, 1], [0, 1]]
+
+    (tmp_path / "p.txt").write_text("check: equations\n")
+    score = judge.judged("", str(tmp_path / "p.txt"))
+    for one, expected in ((open_one, [0, 1]), (problem, [1, 1])):
+        assert score(**user_reward.columns([one], [[cut, whole]], [[1], [1]])) == expected
 
 
 @pytest.mark.parametrize("text, message", [("check: spelling", "p.txt:1: no check is called 'spelling'"), ("# none\n", "no principle")])

@@ -93,6 +93,7 @@ def test_adapters_learn_a_text_and_the_base_stays(real):
     folder, _, _, tokenizer = real
     model = lora.attach(Transformer.from_pretrained(folder), 4)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) > 100 and all((".lora_" in name) == p.requires_grad for name, p in model.named_parameters())
     before = {name: p.clone() for name, p in list(frozen.items())[:3]}
     prompt, answer = encoded(tokenizer, "chat")[1], tokenizer("48 + 24 = 72\n#### 72")["input_ids"]
     tokens = torch.tensor([prompt + answer])

@@ -229,8 +229,10 @@ def test_evaluations_that_cannot_be_compared_are_one_line(tmp_path):
     one = write_evaluation(tmp_path / "a.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
     other = write_evaluation(tmp_path / "b.json", id=["y"], n=[1], greedy_correct=[True], c=[1])
     (tmp_path / "c.json").write_text('{"problems": [1]}')
+    twice = write_evaluation(tmp_path / "f.json", id=[None, None], n=[1, 1], greedy_correct=[True, False], c=[1, 0])
     more = write_evaluation(tmp_path / "e.json", id=["x"], n=[2], greedy_correct=[True], c=[1])
-    for files, message in (([one, other], "no problem is in all of"), ([one, more], "differ in --samples"), ([one, one, "--png", "p.png"], "no curve"),
+    for files, message in (([one, other], "no problem is in all of"), ([one, more], "differ in --samples"),
+                           ([twice, twice], "several problems have one id"), ([one, one, "--png", "p.png"], "no curve"),
                            ([str(tmp_path / "c.json")], "c.json is no result of evaluate.py --json"),
                            ([str(tmp_path / "d.json")], "No such file")):
         with pytest.raises(SystemExit, match=message) as stop:

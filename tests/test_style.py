@@ -126,7 +126,7 @@ def forbidden(source, words=FORBIDDEN):
     """Lines of a program that run text as a program, read pickles, trust a checkpoint's code, or open a shell."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        keywords = {k.arg: getattr(k.value, "value", None) for k in getattr(node, "keywords", []) if isinstance(node, ast.Call)}
+        keywords = {k.arg: getattr(k.value, "value", "a variable") for k in getattr(node, "keywords", []) if isinstance(node, ast.Call)}
         name = node.id if isinstance(node, ast.Name) else ""
         imported = [a.name.partition(".")[0] for a in node.names] if isinstance(node, ast.Import) else []
         imported += [(node.module or "").partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
@@ -140,7 +140,7 @@ def forbidden(source, words=FORBIDDEN):
 
 @pytest.mark.parametrize("source", [
     "eval('1')", "exec(x)", "import pickle", "from pickle import load", "import torch\ntorch.load(f)", "torch.load(f, weights_only=False)",
-    "f(a, trust_remote_code=True)", "subprocess.run(c, shell=True)", "os.system(c)", "np.load(f, allow_pickle=True)"])
+    "f(a, trust_remote_code=True)", "f(a, trust_remote_code=flag)", "subprocess.run(c, shell=True)", "os.system(c)", "np.load(f, allow_pickle=True)"])
 def test_the_test_of_forbidden_calls_finds_them(source):
     assert forbidden(source)
 

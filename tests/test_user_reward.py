@@ -8,6 +8,7 @@ import torch
 import reward
 import train
 import user_reward
+from config import Config
 from rollout import Rollout
 from test_train import fast, log_of, start         # start is a fixture
 
@@ -172,11 +173,14 @@ def test_the_name_of_the_punishment_is_no_function_of_the_users(tmp_path):
 def test_columns_are_what_stands_in_the_file(tmp_path):
     """A task that is not ours, and an answer that is a number; both functions are of one module."""
     import data
-    rows = [{"prompt": "1 + 1?", "answer": 2, "task": "math"}, {"prompt": "print?", "answer": 5.5, "task": "code", "columns": [1]}]
+    rows = [{"prompt": "1 + 1?", "answer": 2, "task": "math"}, {"prompt": "print?", "answer": 5.5, "task": "code", "columns": [1]},
+            {"prompt": "2?", "answer": None, "reward_model": {"ground_truth": "2"}}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.py").write_text(TASKS)
     (tmp_path / "helper_late.py").write_text("SCALE = 3.0\n")
     problems = data.load_problems(str(tmp_path / "d.jsonl"), "train")
+    *problems, other = problems
+    assert user_reward.columns([other], [["2"]], [[1]])["answer"] == ["2"]      # null says nothing
     assert [p["answer"] for p in problems] == ["2", "5.5"] and {p["task"] for p in problems} == {"d.jsonl"}
     assert user_reward.columns(problems, [["2"], ["x"]], [[1], [2]])["columns"] == [None, [1]]
 
@@ -237,6 +241,16 @@ def test_the_punishment_of_long_completions_by_hand():
     correct = torch.tensor([[1., 1., 1.], [1., 0., 1.], [0., 0., 1.], [0., 0., 0.]])
     expected = [[0, 0, -0.5], [-1, -1, -0.75], [0, 0, -1], [0, 0, 0]]
     assert reward.overlong(lengths, finished, correct, 10, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("flags, expected", [("", [[0, 0], [-1, 0]]), ("correct=0", [[0, -1], [-1, 0]])])
+def test_without_correctness_all_that_were_cut_pay(flags, expected):
+    """Nothing is right in the first group. Limit 4, buffer 2: its second row was cut there. So was the first of the other."""
+    drawn = Rollout(torch.zeros(4, 6, dtype=torch.int64), torch.full((4,), 2), torch.tensor([4, 6, 6, 4]), None,
+                    torch.tensor([True, False, False, True]))
+    correct = torch.tensor([[0., 0.], [0., 1.]])
+    config = Config(max_new_tokens=4, overlong_buffer=2, reward=flags)
+    assert reward.overlong_of(drawn, correct, config).tolist() == expected
 
 
 def test_it_is_part_of_the_reward(start, tmp_path):
