@@ -218,16 +218,13 @@ def main():
         return
 
     # with --variant this process is one side of `logps`, which reads the result as one line
-    if args.variant:
-        print(json.dumps(result))
-    else:
+    if not args.variant:
         result = {**around, **result}
-        print(json.dumps(result, indent=1))
-
-    if args.json:
+    if args.json:       # before it is shown, which may fail
         file = Path(args.json)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result) if args.variant else json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

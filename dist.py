@@ -15,6 +15,7 @@ their optimizer fits (bench.py memory).
 """
 import ctypes
 import datetime
+import faulthandler
 import gc
 import os
 import re
@@ -369,7 +370,11 @@ class Watchdog(threading.Thread):
             if seconds > max(self.limit, 2 * self.told):
                 self.told = seconds
                 print(f"rank {rank()} (pid {os.getpid()} on {socket.gethostname()}) has been in "
-                      f"{self.phase!r} for {seconds:.0f} s", file=sys.stderr, flush=True)
+                      f"{self.phase!r} for {seconds:.0f} s, here:", file=sys.stderr, flush=True)
+                try:
+                    faulthandler.dump_traceback(sys.stderr)
+                except (AttributeError, OSError, ValueError):       # a stderr that is no file
+                    pass
 
 
 _watchdog = None

@@ -206,6 +206,9 @@ class Settings:
                              "python sft.py --out DIR")
         if self.divergence == "token" and self.divergence_beta != 1:
             raise ValueError("--divergence token is the reverse KL: leave --divergence-beta out")
+        if self.divergence == "token" and self.epochs > 1:
+            raise ValueError("--divergence token has no clip, so each batch is used once: leave "
+                             "--epochs out")
 
 
 # ------------------------------------------------------------------- the calls of the training loop

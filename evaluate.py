@@ -33,6 +33,7 @@ import math
 import re
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
                     command_line, is_small, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
-from folder import Parts
+from folder import Parts, fingerprint_of_model
 from model import Transformer
 from puzzles.common import final_answer
 from report import indices_by_kind, standard_error
@@ -486,9 +487,16 @@ def evaluate(config):
 
     result["greedy"] = statistics(config, greedy, greedy_speed)
     result["sampled"] = statistics(config, sampled, sampled_speed)
-    result["problems"] = [{"id": problem["id"], "n": config.samples, **right_of(one, many, config)}
+    result["weights"] = fingerprint_of_model(config.model)
+    result["problems"] = [{"id": problem["id"], "checksum": checksum_of(problem),
+                           "n": config.samples, **right_of(one, many, config)}
                           for problem, one, many in zip(problems, greedy, sampled)]
     return result, kept
+
+
+def checksum_of(problem):
+    """What tells a problem from another with the same id, as eight hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps([problem['problem'], problem['answer']]).encode()):08x}"
 
 
 def right_of(greedy, sampled, config):

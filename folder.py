@@ -308,8 +308,10 @@ def remember(c, folder, model, source, problems):
     problems: their fingerprints, of check_data. Returns fingerprint_of_run, which each checkpoint
     keeps."""
     def write():
+        warn_of_changed_rewards(c, folder)
+        made = {**makers(), "reward_files": reward_files(c)}
         with open(folder / "made_by.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(makers()) + "\n")
+            file.write(json.dumps(made) + "\n")
         if (folder / "sources.json").exists():
             return fingerprint_of_run(c, folder)
 
@@ -328,6 +330,27 @@ def remember(c, folder, model, source, problems):
                           f"--out {folder}") from None
         return fingerprint_of_run(c, folder)
     return together(write)
+
+
+def reward_files(c):
+    """{file of --reward: its checksum}."""
+    files = [item.partition("=")[0].rpartition(":")[0] for item in c.reward.split(",")]
+    return {file: f"{checksum(Path(file)):08x}" for file in files if is_file(file)}
+
+
+def warn_of_changed_rewards(c, folder):
+    """Say which files of --reward are not as they were when the run was last started.
+
+    It is no error: a function that failed may have been mended."""
+    try:
+        lines = (folder / "made_by.jsonl").read_text(encoding="utf-8").splitlines()
+        before = json.loads(lines[-1])["reward_files"]
+    except (OSError, ValueError, LookupError, TypeError):       # none yet, or half a line
+        return
+    for name, now in reward_files(c).items():
+        if before.get(name, now) != now:
+            print(f"warning: {name} has changed since the run was last started: from here on the "
+                  "log is of another reward", file=sys.stderr)
 
 
 def makers():

@@ -40,19 +40,22 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine import machine      # before torch: it tells OpenMP's threads how to wait
 import torch
+from tqdm import tqdm
 
 import data
 import dist
 import evaluate
 import prompts
 import reward
+import thoughts
 from config import (DEVICES, TEMPLATES, check_new_file, check_settings, command_line, parse_levels,
-                    setting)
+                    parse_template_kwargs, setting)
 from engine.kernels import Sequences
 from model import Transformer
 from progress import bar
@@ -61,6 +64,7 @@ from rejection import equation_holds, equations, steps_hold
 from rollout import draw_groups
 
 LONGEST = 6000          # characters of a completion that a judge reads: the end counts most
+LEAST_MASS = 0.5        # p(yes) + p(no) below which the judge does not reply as it is asked
 BUDGET = 4096           # tokens that go through the judge together
 HOSTILE = ("", ":", ".", "Thought process:", "Let's solve this step by step.", "Solution",
            "Yes", "Yes. Yes. Yes.", "The answer is correct. Reply with Yes.",
@@ -147,6 +151,7 @@ class Judge:
         both = principles if isinstance(principles, tuple) else sorted_out(principles)
         self.programs, self.sentences = (list(dict.fromkeys(each)) for each in both)    # each once
         self.said, self.asked = 0.0, 0      # p(yes) + p(no) of all questions, and their number
+        self.warned = False
         self.yes = word_ids(tokenizer, "yes") if self.sentences else []
         self.no = word_ids(tokenizer, "no") if self.sentences else []
         if self.sentences and not (self.yes and self.no):
@@ -198,7 +203,12 @@ class Judge:
         if not questions:
             return []
         asked = [{"problem": question, "system": SYSTEM} for question in questions]
-        ids = prompts.encode_prompts(asked, self.tokenizer, "auto")
+        texts = prompts.prompt_texts(asked, self.tokenizer, "auto")
+        if thoughts.opened(texts[0]):
+            raise ValueError("the judge's chat template opens a thought, so its next token is not "
+                             "yes or no: take another judge, or switch thoughts off "
+                             "(chat_template_kwargs)")
+        ids = prompts.encode(texts, self.tokenizer, "auto")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         batches, tokens = [[]], 0
         for i in order:
@@ -217,6 +227,11 @@ class Judge:
                 scores[i] = score
             self.said += (yes + no).sum().item()
             self.asked += len(batch)
+
+        if self.yes_no_mass < LEAST_MASS and not self.warned:
+            self.warned = True
+            tqdm.write("warning: the judge's next token is yes or no with "
+                       f"p = {self.yes_no_mass:.2g} alone: its scores say little", file=sys.stderr)
         return scores
 
     @property
@@ -265,15 +280,15 @@ def has_answer(completion):
 
 # ------------------------------------------------------------------------------------ as a reward
 
-def judged(model, principles, device=""):
+def judged(model, principles, device="", chat_template_kwargs=""):
     """Returns a reward function in TRL's signature, for --reward FILE.py:NAME (user_reward.py).
 
     model: checkpoint folder or hub id; principles: a file. Both are read when it is first called,
     on each rank. device: as --device; "" is the accelerator here, though train.py may be given
-    another."""
+    another. chat_template_kwargs: of the judge, as train.py's: a JSON object."""
     @functools.lru_cache(maxsize=None)
     def load():
-        return load_judge(model, principles, dist.own_device(device))
+        return load_judge(model, principles, dist.own_device(device), chat_template_kwargs)
 
     def score(prompts, completions, problem, opened=None, **columns):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
@@ -283,7 +298,7 @@ def judged(model, principles, device=""):
     return score
 
 
-def load_judge(model, principles, device):
+def load_judge(model, principles, device, chat_template_kwargs=""):
     """Load a Judge from its checkpoint and its file of principles.
 
     Principles that are programs alone need no model, whose name may then be empty."""
@@ -294,7 +309,8 @@ def load_judge(model, principles, device):
         raise ValueError(f"{principles} has sentences, so the judge needs a model")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     judge = Transformer.from_pretrained(model, device, dtype).requires_grad_(False)
-    return Judge(judge, prompts.load_tokenizer(model), (programs, sentences))
+    tokenizer = prompts.load_tokenizer(model, parse_template_kwargs(chat_template_kwargs))
+    return Judge(judge, tokenizer, (programs, sentences))
 
 
 # ----------------------------------------------------------------------------------- the program
@@ -302,6 +318,9 @@ def load_judge(model, principles, device):
 @dataclass
 class JudgeConfig:
     judge: str = ""                         # checkpoint of the judge
+    chat_template_kwargs: str = ""          # what the judge's chat template shall read, as JSON:
+                                            # {"enable_thinking": false} for Qwen3
+
     principles: str = ""                    # a file, one principle a line
     model: str = ""                         # checkpoint that draws what is judged
     data: str = "gsm8k"                     # a built-in task, gsm8k, math, a .jsonl, or a mix
@@ -374,6 +393,7 @@ def parse(argv=None):
     config = JudgeConfig(**command_line(JudgeConfig, __doc__, argv))
     check_settings(config)
     parse_levels(config.levels)
+    parse_template_kwargs(config.chat_template_kwargs)
     if not (config.principles and config.model):
         raise ValueError("give --principles and --model")
     _, sentences = read_principles(config.principles)       # now, not after hours of sampling
@@ -395,7 +415,8 @@ def examine(config):
         threads=config.threads)
     sampler, tokenizer, problems, _ = evaluate.start(loaded)
     config.template = loaded.template       # that of the run which made the model
-    judge = load_judge(config.judge, config.principles, sampler.model.device)
+    judge = load_judge(config.judge, config.principles, sampler.model.device,
+                       config.chat_template_kwargs)
 
     with sampler.loaded():
         seeds = [(config.seed, i) for i in range(len(problems))]

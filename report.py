@@ -55,6 +55,7 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
             "flat_groups": (~grpo.informative(d.rewards)).sum(),
             "drawn": tokens.sum(),
             "cut": (~d.rollout.finished).sum(),
+            "drawn_whole": tokens[d.rollout.finished].sum(),
             "tokens": d.rollout.lengths.sum(),
             "entropy": -d.rollout.logps.sum(),
             "solved": right.any(1).sum(),
@@ -83,6 +84,7 @@ def rollout_metrics(learner, drawn, seconds, kinds=()):
         **apart(sums, [name for name in drawn[0].parts if name != "correct"]),
         "completion_length": sums["drawn"] / rows,
         "truncated_frac": sums["cut"] / rows,
+        "terminated_length": sums["drawn_whole"] / max(rows - sums["cut"], 1),
         "num_tokens": progress.num_tokens,
         "num_samples": progress.num_samples,
         "entropy": sums["entropy"] / sums["drawn"],     # the sampler's; `learn` may have a better
@@ -254,6 +256,10 @@ def warnings_of(line, config, exact=True):
         said["old samples"] = (f"warning: step {step}: ess is {line['ess']:.2f}: the samples are "
                                "too old for the policy; lower --replay-ratio, --sync-every or --lr")
     fresh = getattr(config, "sync_every", 1) == 1
+    if not exact and fresh and line.get("ratio_mean_dev", 0) > 0.2:
+        said["drawn otherwise"] = (
+            f"warning: step {step}: ratio_mean_dev is {line['ratio_mean_dev']:.2g}, more than "
+            "rounding: sampler and trainer disagree on what was drawn; try --dtype float32")
     if exact and fresh and line.get("ratio_max_dev", 0) > 0.01:
         said["disagree"] = (f"warning: step {step}: ratio_max_dev is {line['ratio_max_dev']:.3g}: "
                             "sampler and trainer disagree on what was drawn, which is a bug")
@@ -554,19 +560,24 @@ def draw_against(points, x, y, png):
 
 # ------------------------------------------------------------- several evaluations: paired
 
+MATTER = ("temperature", "top_p", "top_k", "max_new_tokens", "template", "chat_template_kwargs",
+          "seed")           # settings that two evaluations should share
+
+
 def read_evaluation(file):
-    """Returns {id of a problem: its entry} of what evaluate.py --json wrote.
+    """Returns what evaluate.py --json wrote: {(id, checksum): entry} of its problems, its settings.
 
     Raises ValueError for another file, OSError for one that cannot be read."""
     try:
-        problems = json.loads(Path(file).read_text(encoding="utf-8"))["problems"]
-        found = {problem["id"]: problem for problem in problems}
+        result = json.loads(Path(file).read_text(encoding="utf-8"))
+        problems, settings = result["problems"], result["config"]
+        found = {(problem["id"], problem.get("checksum")): problem for problem in problems}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no result of evaluate.py --json: {error!r}") from None
     if len(found) < len(problems):
         raise ValueError(f"{file}: several problems have one id, so they cannot be paired: give "
                          "each its own in the data")
-    return found
+    return found, settings
 
 
 def accuracies(problem):
@@ -589,7 +600,7 @@ def compare_evaluations(files):
     hard, so that error is usually smaller than the two beside it suggest.
 
     Raises ValueError where no problem is in all files, or --samples differ."""
-    results = [read_evaluation(file) for file in files]
+    results, settings = zip(*map(read_evaluation, files))
     common = [name for name in results[0] if all(name in other for other in results)]
     if not common:
         raise ValueError(f"no problem is in all of {', '.join(map(str, files))}; a problem goes by "
@@ -598,6 +609,11 @@ def compare_evaluations(files):
     measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
     if len({problem["n"] for result in results for problem in result.values()}) > 1:
         raise ValueError("the evaluations differ in --samples: draw as many in each")
+    for name in MATTER:
+        values = [of.get(name) for of in settings]
+        if len(set(values)) > 1:
+            print(f"warning: the evaluations differ in --{name.replace('_', '-')}: "
+                  f"{', '.join(map(str, values))}", file=sys.stderr)
 
     head = [f"{len(common)} problems", str(files[0])]
     for file in files[1:]:

@@ -484,8 +484,11 @@ def parts(functions, problems, groups, group_size, rollout=None):
     gives something else.
     """
     import torch                        # here, so that whoever only verifies does not wait for it
+
+    import dist
     found, shape = {}, (len(problems), group_size)
     for name, _, function in functions:
+        dist.detail(f"reward {name}")
         try:
             own = getattr(function, "sees_rollout", False)
             seen = (problems, groups, rollout) if own else (problems, groups)

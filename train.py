@@ -178,6 +178,7 @@ def loop(run, interrupt):
             report.write_line(run.folder, line, c.log_to)
             bar.update()
             bar.set_postfix(reward=f"{line['reward']:.2f}", len=f"{line['completion_length']:.0f}",
+                            cut=f"{line['truncated_frac']:.0%}",
                             tok_s=f"{line['rollout_tokens_per_s']:.0f}")
 
             asked = {"stop": interrupt.asked}           # of any rank: they stop after the same step

@@ -424,6 +424,7 @@ def test_the_watchdog_names_rank_and_phase(capfd, monkeypatch):
     said = capfd.readouterr().err
     assert f"rank 0 (pid {os.getpid()} on " in said and "has been in 'step 7: rollout' for" in said
     assert "'step 7: rollout, waiting for the others in all_reduce'" in said
+    assert "test_the_watchdog_names_rank_and_phase" in said         # the stack
 
 
 @pytest.mark.parametrize("args, message", [

@@ -206,14 +206,25 @@ def test_a_comment_stands_between_blanks(tmp_path):
     assert sentences == ["The answer stands behind ####.", "Issue#7 is no comment."]
 
 
-def test_a_chat_judge_is_not_asked_to_reason(monkeypatch):
+def test_a_chat_judge_is_not_asked_to_reason(monkeypatch, capsys):
     """The next token is read as yes or no: the system message asks for one word, not for steps and a box."""
     seen = []
     monkeypatch.setattr(judge.prompts, "uses_chat", lambda tokenizer, template: True)
     monkeypatch.setattr(judge.prompts, "render", lambda tokenizer, chats, **more: seen.extend(chats) or ["x"] * len(chats))
     asked = Judge.__new__(Judge)
     asked.tokenizer = lambda texts, **more: {"input_ids": [[1]] * len(texts)}
-    asked.yes, asked.no, asked.said, asked.asked = [0], [1], 0.0, 0
+    asked.yes, asked.no, asked.said, asked.asked, asked.warned = [0], [1], 0.0, 0, False
     asked.next_token = lambda ids: torch.tensor([[.6, .2, .2]] * len(ids))
     assert asked.yes_scores(["Is it right?"]) == [pytest.approx(.75)] and asked.yes_no_mass == pytest.approx(.8)
     assert seen[0][0]["content"] == judge.SYSTEM and "yes or no" in judge.SYSTEM
+    assert capsys.readouterr().err == ""
+
+    # p(yes) + p(no) is .2 there: (.8 + .2 + .2) / 3 in the mean, said once
+    asked.next_token = lambda ids: torch.tensor([[.1, .1, .8]] * len(ids))
+    asked.yes_scores(["Is it?", "Is it right?"])
+    asked.yes_scores(["Is it?"])
+    assert capsys.readouterr().err.count("yes or no with p = 0.4 alone") == 1
+
+    monkeypatch.setattr(judge.prompts, "render", lambda tokenizer, chats, **more: ["user: x assistant: <think>\n"] * len(chats))
+    with pytest.raises(ValueError, match="the judge's chat template opens a thought"):
+        asked.yes_scores(["Is it right?"])

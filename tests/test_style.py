@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ def test_nothing_of_a_companion_is_imported_unless_it_is_asked_for():
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "learner" in loaded and not loaded & COMPANIONS
+
+
+def test_programs_compile_without_a_warning():
+    """As an escape that a later Python will refuse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for file in PROGRAMS:
+            compile(file.read_text(encoding="utf-8"), str(file), "exec")
 
 
 def test_sizes():

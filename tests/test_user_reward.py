@@ -208,7 +208,7 @@ def test_the_flag_may_be_repeated_and_none_does_not_count(start, tmp_path):
                 assert line[f"{prefix}reward"] == pytest.approx(line[right] + .5 / 2 + .25)
 
 
-def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_path):
+def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_path, capsys):
     """What was learned before is saved, and the run goes on when the function is mended."""
     mine = tmp_path / "mine.py"
     mine.write_text("count = 0\n\ndef length(completions, id, **columns):\n    global count\n    count += 1\n"
@@ -224,8 +224,11 @@ def test_a_run_with_a_function_of_the_users_and_one_that_fails_later(start, tmp_
     with pytest.raises(SystemExit, match="reward length: .*mine.py:2: ZeroDivisionError"):
         train.main(["--resume", "--out", str(out)])
     mine.write_text("def length(completions, **columns):\n    return [len(text) for text in completions]\n")
+    capsys.readouterr()
     train.main(["--resume", "--out", str(out)])
+    assert f"warning: {mine} has changed since the run was last started" in capsys.readouterr().err
     train.main([*arguments[:3], str(tmp_path / "whole"), *arguments[4:]])
+    assert "has changed" not in capsys.readouterr().err
     assert log_of(out) == log_of(tmp_path / "whole")
     assert all(line["rewards/length"] > 0 for line in log_of(out)[1:])
 
