@@ -369,7 +369,8 @@ class Settings(grpo.Settings):          # those of GRPO, and these
                                                 # self_normalized, retrace, tempered
 
     importance_level: str = setting("sequence", choices=IMPORTANCE_LEVELS,
-                                    needs=[DECOUPLED, WEIGHTED])    # token, sequence, geometric
+                                    needs=[DECOUPLED, WEIGHTED])
+                                                # token, sequence, geometric
 
     importance_cap: float = setting(2.0, above=0, needs=[DECOUPLED, HAS_CAP])
                                                 # largest weight of clipped, truncated, masked
