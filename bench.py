@@ -224,7 +224,7 @@ def main():
         file = Path(args.json)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if args.variant else json.dumps(result, indent=1))
+    print(json.dumps(result, indent=None if args.variant else 1))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import data
 import dist
 import grpo
 from config import setting
-from reward import correct_counts
+from reward import correct_counts, reward_items
 
 KINDS = ("sigmoid", "ipo", "hinge")
 
@@ -134,8 +134,8 @@ class Settings:
 
     def check(self):
         """Raise ValueError where another reward could make a right answer the rejected one."""
-        names = [item.partition("=")[0] for item in self.reward.split(",") if item]
-        others = (any(name != "correct" for name in names) or self.format_reward
+        names = {name for _, name, _ in reward_items(self.reward)}
+        others = (names - {"correct"} or self.format_reward
                   or self.consistency_reward or self.overlong_buffer)
         if others and correct_counts(self.reward):
             raise ValueError("--algo dpo pairs right answers with wrong ones, so no other reward "

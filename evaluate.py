@@ -51,7 +51,7 @@ import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
                     command_line, is_small, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
-from folder import Parts, fingerprint_of_model
+from folder import Parts
 from model import Transformer
 from puzzles.common import final_answer
 from report import indices_by_kind, standard_error
@@ -487,7 +487,8 @@ def evaluate(config):
 
     result["greedy"] = statistics(config, greedy, greedy_speed)
     result["sampled"] = statistics(config, sampled, sampled_speed)
-    result["weights"] = fingerprint_of_model(config.model)
+    if config.json:
+        result["weights"] = kept.parts.weights
     result["problems"] = [{"id": problem["id"], "checksum": checksum_of(problem),
                            "n": config.samples, **right_of(one, many, config)}
                           for problem, one, many in zip(problems, greedy, sampled)]

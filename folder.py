@@ -32,6 +32,7 @@ from dist import Agreed, barrier, gather_objects, rank, together, world
 from engine.checkpoint import checkpoints, checksum, write_whole
 from engine.machine import choose_threads
 from engine.weights import find_checkpoint, read_json, weight_files
+from reward import reward_items
 
 
 # ------------------------------------------------------------------------------- who writes there
@@ -334,7 +335,7 @@ def remember(c, folder, model, source, problems):
 
 def reward_files(c):
     """{file of --reward: its checksum}."""
-    files = [item.partition("=")[0].rpartition(":")[0] for item in c.reward.split(",")]
+    files = [name.rpartition(":")[0] for _, name, _ in reward_items(c.reward)]
     return {file: f"{checksum(Path(file)):08x}" for file in files if is_file(file)}
 
 
@@ -407,14 +408,14 @@ class Parts:
 
     Each rank has a file of its own beside the target, .TARGET.part-RANK, so that a crash leaves no
     more than half a line. The first line says what the parts belong to: settings, of which "model"
-    names the weights, those weights, and problems. `found` holds what earlier starts left, of any
-    number of ranks. Every rank enters."""
+    names the weights, those weights (`weights`, a checksum), and problems. `found` holds what
+    earlier starts left, of any number of ranks. Every rank enters."""
 
     def __init__(self, target, settings, problems, what, flag):
         """Raises ValueError where the parts are of another `what`; flag: of the target."""
         self.target = Path(target)
-        weights = together(lambda: fingerprint_of_model(settings["model"]))
-        header = json.dumps([settings, weights, fingerprint_of_problems(problems)])
+        self.weights = together(lambda: fingerprint_of_model(settings["model"]))
+        header = json.dumps([settings, self.weights, fingerprint_of_problems(problems)])
         lines = {}          # each once, though several ranks may have written it anew
         for path in self.files():
             first, *others = path.read_text(encoding="utf-8").split("\n")

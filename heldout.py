@@ -78,7 +78,7 @@ def rewarded(rewards, problems, groups, correct, rollout, config):
         found["overlong"] = reward.overlong_of(rollout, correct, config)
         weights["overlong"] = 1.0
     sums = {f"rewards/{name}": found[name].nansum() for name in weights}
-    sums["reward"] = sum(weights[name] * found[name].nansum() for name in weights)
+    sums["reward"] = sum(weight * sums[f"rewards/{name}"] for name, weight in weights.items())
     return {**sums, **{f"rows/rewards/{name}": report.applies(found[name]) for name in weights}}
 
 

@@ -40,13 +40,13 @@ class RolloutBar:
         if now < self.next_look:
             return
         self.next_look = now + EVERY
-        since = [start for completion, start in zip(schedule.running, schedule.since)
-                 if completion is not None]
-        self.tokens += len(since) * (schedule.time - self.steps)
+        running = [age for completion, age in zip(schedule.running, schedule.ages())
+                   if completion is not None]
+        self.tokens += len(running) * (schedule.time - self.steps)
         self.steps = schedule.time
 
-        finished = self.bar.total - len(schedule.waiting) - len(since)
-        ages = [schedule.time - start for start in since] + [0] * len(schedule.waiting)
+        finished = self.bar.total - len(schedule.waiting) - len(running)
+        ages = running + [0] * len(schedule.waiting)
         speed = self.tokens / (now - self.begin)
         seconds = self.tokens_left(ages, finished) / speed if speed else 0
         self.bar.set_postfix(left=self.bar.format_interval(seconds), tokens=self.tokens,

@@ -436,8 +436,7 @@ def weighted(text="", **weights):
     chosen = {"correct": 1.0, **weights}
     functions = dict(REWARDS)
     given = [name for name, weight in weights.items() if weight]
-    for item in filter(None, text.split(",")):
-        name, _, weight = item.partition("=")
+    for item, name, weight in reward_items(text):
         if ":" in name:
             from user_reward import load
             name, function = load(name)
@@ -459,9 +458,15 @@ def weighted(text="", **weights):
             if weight or name == "correct"]
 
 
+def reward_items(text):
+    """Return the items of --reward, [(item, name or FILE.py:FUNCTION, weight as text or "")]."""
+    items = filter(None, text.split(","))
+    return [(item, *item.partition("=")[::2]) for item in items]
+
+
 def correct_counts(text):
     """Return whether correctness has a weight in --reward: not where it says correct=0."""
-    weights = [item.partition("=")[2] for item in text.split(",") if item.startswith("correct=")]
+    weights = [weight for item, _, weight in reward_items(text) if item.startswith("correct=")]
     return not weights or finite(text, weights[0]) != 0
 
 

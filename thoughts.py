@@ -43,10 +43,14 @@ def opened(prompt):
     """Return the mark with which a prompt opens a thought at its end, "" where it opens none."""
     prompt = prompt.rstrip()
     for mark in _THOUGHT.finditer(prompt, max(0, len(prompt) - 120)):
-        closes = mark["closes"] or mark["closed"] or mark["ends"] or mark["final"]
-        if mark.end() == len(prompt) and not closes:
+        if mark.end() == len(prompt) and not closes(mark):
             return mark[0]
     return ""
+
+
+def closes(mark):
+    """Return whether a mark of _THOUGHT ends a thought."""
+    return bool(mark["closes"] or mark["closed"] or mark["ends"] or mark["final"])
 
 
 def after_thought(text):
@@ -72,5 +76,4 @@ def after_thought(text):
             break
     if last is None:
         return text
-    closes = last["closes"] or last["closed"] or last["ends"] or last["final"]
-    return text[last.end():] if closes else ""
+    return text[last.end():] if closes(last) else ""

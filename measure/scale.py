@@ -167,10 +167,16 @@ def build(args, device, place, phases):
         written.save_pretrained(folder, torch.bfloat16)
         del written         # its memory is free again before the files are read
         phases.done("write", shards=len(list(Path(folder).glob("*.safetensors"))))
-        if not args.lora_rank:
-            return Transformer.from_pretrained(folder, place.home, shard=place)
-        adapt = functools.partial(lora.attach, rank=args.lora_rank, dtype=place.dtype)
-        return lora.reset(Transformer.from_pretrained(folder, place.home, shard=place, adapt=adapt))
+        model = Transformer.from_pretrained(folder, place.home, shard=place,
+                                            adapt=adapting(args, place))
+        return lora.reset(model) if args.lora_rank else model
+
+
+def adapting(args, place):
+    """Returns what adds the adapters of --lora-rank to an empty model, or None for rank 0."""
+    if args.lora_rank:
+        return functools.partial(lora.attach, rank=args.lora_rank, dtype=place.dtype)
+    return None
 
 
 def save(args, model, phases):
@@ -281,8 +287,7 @@ def comm(args, device):
                          "comm, or comm --predict")
 
     place = dist.Sharding(device, getattr(torch, args.dtype), args.shard)
-    adapt = functools.partial(lora.attach, rank=args.lora_rank, dtype=place.dtype)
-    model = random_model(args, device, place, adapt if args.lora_rank else None)
+    model = random_model(args, device, place, adapting(args, place))
     model.activation_checkpointing = args.checkpointing
     phases = Phases(device)
     log = {}

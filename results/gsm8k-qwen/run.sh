@@ -18,7 +18,9 @@ easier=$out/easier.jsonl
 [ -e "$easier" ] || "$python" results/gsm8k-qwen/levels.py "$train" "$easier" 3
 
 start() {
-    [ -e "$out/start/config.json" ] && [ ! -e "$out/start/checkpoints" ] || "$python" sft.py --model "$model" --data "$train" \
+    # sft.py leaves checkpoints/ there until the model is whole
+    if [ -e "$out/start/config.json" ] && [ ! -e "$out/start/checkpoints" ]; then return; fi
+    "$python" sft.py --model "$model" --data "$train" \
         --lora-rank 16 --lr 2e-4 --steps 48 --batch-size 16 --micro-batch-tokens 2048 \
         "${threads[@]}" --out "$out/start"
 }
