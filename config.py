@@ -286,6 +286,9 @@ class Common:
                                                 # small, 1e-6 above 10 million parameters
 
     warmup_steps: int = setting(5, least=0)     # linear
+    lr_end: float = setting(1.0, least=0, most=1)   # share of --lr that a straight line would reach
+                                                    # after the last step; 1: the rate stays
+
     weight_decay: float = setting(0.0, least=0)
     grad_clip: float = setting(1.0, above=0)    # largest norm of the gradient
     micro_batch_tokens: int = setting(8192, least=1)    # of a forward pass, a group's prompt
@@ -359,6 +362,15 @@ def default_lr(model, lora=False):
     if is_small(model):
         return 2e-3 if lora else 2e-4
     return 1e-5 if lora else 1e-6
+
+
+def learning_rate(config, step):
+    """The rate of a step, counted from 1: a linear warm-up, then a straight line towards the
+    share lr_end of the peak. With lr_end 0 it is the schedule of TRL's default, 1 / (steps -
+    warmup_steps) of the peak at the last step."""
+    warm = min(1.0, step / (config.warmup_steps + 1))
+    gone = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * warm * (1 - (1 - config.lr_end) * max(0.0, gone))
 
 
 def is_small(model):

@@ -31,7 +31,7 @@ import refill
 import report
 import reward
 import sft
-from config import objective, parse, parse_template_kwargs
+from config import learning_rate, objective, parse, parse_template_kwargs
 from engine.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from folder import (agree_on_run, check_data, check_model, check_run, claim, cut_log, is_under_way,
                     release, remember, stopped_line)
@@ -65,7 +65,7 @@ def train_step(run):
     c, learner, progress = run.learner.config, run.learner, run.learner.progress
     begin = time.perf_counter()
     progress.step += 1
-    lr = c.lr * min(1.0, progress.step / (c.warmup_steps + 1))
+    lr = learning_rate(c, progress.step)
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
 

@@ -67,7 +67,8 @@ class Trainer:
         """Learn from a rollout. draws: of each pass over the buffer, the prompts of its groups."""
         c = self.c
         self.steps += 1
-        self.lr = c.lr * min(1, self.steps / (c.warmup_steps + 1))
+        gone = max(0, self.steps - 1 - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+        self.lr = c.lr * min(self.steps / (c.warmup_steps + 1), 1 - (1 - c.lr_end) * gone)
         if (self.steps - 1) % getattr(c, "sync_every", 1) == 0:
             self.mu.load_state_dict(self.pi.state_dict())
             self.version, self.behind = self.steps, self.updates
@@ -125,8 +126,8 @@ class Trainer:
             row.loss = per_token.sum() / count
             row.loss.backward()
 
-        total = sum(row.loss.item() for row in rows)
-        self.found.append((total, {name: p.grad.clone() for name, p in self.parameters.items()}))
+        gradient = {name: p.grad.clone() for name, p in self.parameters.items()}
+        self.found.append((sum(row.loss.item() for row in rows), gradient))
         self.adamw()
 
     @torch.no_grad()
@@ -192,9 +193,8 @@ class Trainer:
         """The groups of these prompts, with weights that undo the priorities they were drawn by."""
         c = self.c
         for group in self.buffer:
-            age = self.steps - group.version
             std = pstdev(row.reward for row in group.rows)
-            group.priority = (std * math.exp(-age / 8) + 1e-3) ** c.priority
+            group.priority = (std * math.exp((group.version - self.steps) / 8) + 1e-3) ** c.priority
 
         least = min((group.priority for group in self.buffer), default=None)
         beta = c.priority_beta + (1 - c.priority_beta) * self.steps / c.steps

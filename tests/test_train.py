@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from transformers import get_linear_schedule_with_warmup
 
 from engine import checkpoint
 import folder
@@ -24,7 +25,7 @@ import sft
 import heldout
 import train
 import learner
-from config import Config, parse
+from config import Config, learning_rate, parse
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).parents[1]
@@ -215,6 +216,26 @@ def test_the_learning_rate_follows_from_the_model(start):
     assert lr("--model", "Qwen/Qwen3-4B", "--data", "gsm8k", "--lr", "3e-6") == 3e-6
     with pytest.raises(ValueError, match="--lr -1"):
         lr("--lr", "-1")
+
+
+@pytest.mark.parametrize("lr_end, expected", [(1, [.5, 1, 1, 1, 1]), (0, [.5, 1, .75, .5, .25]), (.2, [.5, 1, .8, .6, .4])])
+def test_the_rate_of_a_step_rises_and_then_goes_on_a_straight_line_to_its_end(lr_end, expected):
+    """By hand: a warm-up of one step, then four quarters of the way to the end."""
+    c = parse(["--lr", "1", "--steps", "5", "--warmup-steps", "1", "--lr-end", str(lr_end)])
+    assert [learning_rate(c, step) for step in range(1, 6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (3, 3), (3, 5), (40, 2)])
+def test_without_a_warm_up_the_rate_is_that_of_transformers_and_it_is_never_0(steps, warmup):
+    flags = ["--lr", "1", "--steps", str(steps), "--lr-end", "0", "--warmup-steps"]
+    assert all(learning_rate(parse([*flags, str(warmup)]), step) > 0 for step in range(1, steps + 1))
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+    for step in range(1, steps + 1):
+        assert learning_rate(parse([*flags, "0"]), step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
 
 
 def test_a_run_takes_the_settings_of_another_where_no_flag_says_otherwise(tmp_path):
