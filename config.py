@@ -302,7 +302,9 @@ class Common:
     lora_alpha: float = setting(32.0, above=0, needs=[WITH_LORA])
                                                 # the change counts alpha / rank
     # evaluation and output
-    eval_every: int = setting(10, least=1)      # steps; also before the first and after the last
+    eval_every: int = setting(10, least=0)      # steps; also before the first and after the last;
+                                                # 0: never, as evaluate.py can do it afterwards
+
     eval_problems: int = setting(200, least=1)  # held-out problems
     eval_samples: int = setting(4, least=1)     # completions each, at the training temperature
     save_every: int = setting(20, least=1)      # steps between checkpoints

@@ -83,5 +83,7 @@ def rewarded(rewards, problems, groups, correct, rollout, config):
 
 
 def evaluate_run(run):
-    """The same of a run of train.py."""
+    """The same of a run of train.py; nothing with --eval-every 0."""
+    if run.learner.config.eval_every == 0:
+        return {}
     return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config, run.rewards)

@@ -266,6 +266,19 @@ def warnings_of(line, config, exact=True):
     return said
 
 
+def gain(first, last):
+    """What heldout.py found before and after a run, for its last line; "" without evaluations."""
+    if not (first and last):
+        return ""
+    return (f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
+            f"{first['eval_length']:.0f} -> {last['eval_length']:.0f}, ")
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s"
+
+
 def draw_curve(folder):
     """Draw curve.png from log.jsonl: accuracy, reward and completion length over steps.
 
@@ -277,6 +290,8 @@ def draw_curve(folder):
             keys = sorted({key for line in lines for key in line if key.startswith(what)})
             if keys:
                 panels.append((title, keys))
+        panels = [(title, keys) for title, keys in panels
+                  if any(curve(lines, "step", key) for key in keys)]
         figure, axes = new_figure(len(panels), width=4, height=3.4)
 
         for axis, (title, keys) in zip(axes, panels):

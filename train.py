@@ -81,7 +81,7 @@ def train_step(run):
     rollout, rewards, more = refill.chosen(drawn, c)
     line.update(more)
     run.stream.feedback(line)       # a curriculum follows success
-    if dist.rank() == 0 and (progress.step - 1) % c.eval_every == 0:
+    if dist.rank() == 0 and (progress.step - 1) % (c.eval_every or c.save_every) == 0:
         one = drawn[0]
         report.write_samples(run.folder, progress.step, one.problems[:2], one.groups, one.scores)
 
@@ -151,7 +151,7 @@ def loop(run, interrupt):
     learner, c = run.learner, run.learner.config
     bar = tqdm(total=c.steps, initial=learner.progress.step, disable=dist.rank() > 0)
     with bar:
-        if learner.progress.step == 0:
+        if learner.progress.step == 0 and c.eval_every:
             bar.set_description("first evaluation")
             learner.progress.first = heldout.evaluate_run(run)
             report.write_line(run.folder, {"step": 0, **learner.progress.first}, c.log_to)
@@ -170,7 +170,7 @@ def loop(run, interrupt):
                 learner.say(warning)
 
             last = line["step"] == c.steps
-            evaluates = last or line["step"] % c.eval_every == 0
+            evaluates = last or c.eval_every and line["step"] % c.eval_every == 0
             if evaluates:
                 bar.set_description("evaluation")
                 run.latest = heldout.evaluate_run(run)
@@ -201,11 +201,9 @@ def finish(run):
     save_model(c, run.learner.model, run.folder, c.model or run.folder / "warm_start")
 
     if dist.rank() == 0:
-        minutes, seconds = divmod(round(progress.seconds + time.perf_counter() - BEGIN), 60)
-        print(f"pass@1 {progress.first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, "
-              "completion length "
-              f"{progress.first['eval_length']:.0f} -> {last['eval_length']:.0f}, "
-              f"{minutes} min {seconds} s, model in {run.folder}/model")
+        seconds = progress.seconds + time.perf_counter() - BEGIN
+        print(f"{report.gain(progress.first, last)}{report.duration(seconds)}, "
+              f"model in {run.folder}/model")
 
 
 # ------------------------------------------------------------------------------------- checkpoints

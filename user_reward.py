@@ -32,7 +32,6 @@ OURS = ("prompt", "messages", "check", "columns")       # fields of a problem, n
 MODULES = {}        # (file, when it was changed): its module, so that its functions share one
 
 
-
 def load(text):
     """Load FILE.py:FUNCTION. Returns (name, reward function of reward.py).
 

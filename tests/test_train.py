@@ -238,6 +238,17 @@ def test_without_a_warm_up_the_rate_is_that_of_transformers_and_it_is_never_0(st
         schedule.step()
 
 
+def test_without_evaluations_a_run_learns_the_same_and_says_what_it_can(start, whole, tmp_path, capsys):
+    same_when_resumed(start, tmp_path, "--eval-every", "0")
+    said, folder = capsys.readouterr(), tmp_path / "two"
+    assert "pass@1" not in said.out and "curve.png" not in said.err
+    assert re.search(r"\n\d+ min \d+ s, model in ", said.out)
+    for mine, other in zip(log_of(folder), log_of(whole[0])[1:], strict=True):     # another process rounds otherwise
+        assert mine == pytest.approx({k: v for k, v in other.items() if not k.startswith("eval_")}, rel=1e-4, abs=1e-5)
+    assert (folder / "curve.png").stat().st_size > 1000
+    assert {json.loads(x)["step"] for x in (folder / "samples.jsonl").read_text().splitlines()} == {1, 3}
+
+
 def test_a_run_takes_the_settings_of_another_where_no_flag_says_otherwise(tmp_path):
     """All but where it is and on which machine; with another objective those that both have."""
     file = tmp_path / "config.json"
