@@ -367,9 +367,11 @@ def default_lr(model, lora=False):
 
 
 def learning_rate(config, step):
-    """The rate of a step, counted from 1: a linear warm-up, then a straight line towards the
-    share lr_end of the peak. With lr_end 0 it is the schedule of TRL's default, 1 / (steps -
-    warmup_steps) of the peak at the last step."""
+    """The learning rate of a step, counted from 1.
+
+    It rises over warmup_steps, is config.lr in the next step, and goes from there on a straight
+    line that would reach lr_end x config.lr one step after the last. So with lr_end 0 the last step
+    still learns, as with transformers' "linear", TRL's default."""
     warm = min(1.0, step / (config.warmup_steps + 1))
     gone = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.lr * warm * (1 - (1 - config.lr_end) * max(0.0, gone))

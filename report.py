@@ -266,17 +266,16 @@ def warnings_of(line, config, exact=True):
     return said
 
 
-def gain(first, last):
-    """What heldout.py found before and after a run, for its last line; "" without evaluations."""
-    if not (first and last):
-        return ""
-    return (f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion length "
-            f"{first['eval_length']:.0f} -> {last['eval_length']:.0f}, ")
+def outcome(first, last, seconds):
+    """The last line of a run: what evaluations found before and after it, if any, and its time.
 
-
-def duration(seconds):
+    first, last: what heldout.evaluate_run returned."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s"
+    found = ""
+    if first and last:
+        found = (f"pass@1 {first['eval_pass@1']:.2f} -> {last['eval_pass@1']:.2f}, completion "
+                 f"length {first['eval_length']:.0f} -> {last['eval_length']:.0f}, ")
+    return f"{found}{minutes} min {seconds} s"
 
 
 def draw_curve(folder):
@@ -288,8 +287,7 @@ def draw_curve(folder):
         panels = [*PANELS]
         for title, what in (("accuracy of each kind", "eval_pass@1/"), ("problems", "share/")):
             keys = sorted({key for line in lines for key in line if key.startswith(what)})
-            if keys:
-                panels.append((title, keys))
+            panels.append((title, keys))
         panels = [(title, keys) for title, keys in panels
                   if any(curve(lines, "step", key) for key in keys)]
         figure, axes = new_figure(len(panels), width=4, height=3.4)

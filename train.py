@@ -202,8 +202,7 @@ def finish(run):
 
     if dist.rank() == 0:
         seconds = progress.seconds + time.perf_counter() - BEGIN
-        print(f"{report.gain(progress.first, last)}{report.duration(seconds)}, "
-              f"model in {run.folder}/model")
+        print(f"{report.outcome(progress.first, last, seconds)}, model in {run.folder}/model")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
