@@ -198,13 +198,15 @@ def summary(study, logs):
 
 def share_to_end(run, other, key):
     """The completions after which a run first has the accuracy that another ends at, as a share of
-    the other's; nan if it never does.
+    those after which the other first has it; nan if the run never does, or the other did at once.
 
-    One evaluation is noisy: the end is the mean of the last two."""
-    ends = report.curve(other["curve"], "num_samples", key)[-2:]
-    level = sum(y for _, y in ends) / len(ends)
-    reached = report.first_reach(report.curve(run["curve"], "num_samples", key), level)
-    return math.nan if reached is None else reached / other["num_samples"]
+    One evaluation is noisy: the end is the mean of the last two. It is a share of the other's first
+    time, not of all its completions: a noisy curve often has that accuracy before its end."""
+    curves = [report.curve(one["curve"], "num_samples", key) for one in (run, other)]
+    ends = [y for _, y in curves[1][-2:]]
+    level = sum(ends) / len(ends)
+    reached, others = (report.first_reach(points, level) for points in curves)
+    return math.nan if reached is None or others == 0 else reached / others
 
 
 def table(study, runs):

@@ -85,15 +85,16 @@ def test_the_table_by_hand():
 
 
 def test_the_samples_to_where_the_first_row_ends_by_hand():
-    """a ends at .7, the mean of its last two; b is there after 15 of a's 30 completions, c never."""
+    """a ends at .7, the mean of its last two, which it has after 25 completions, b after 15, c never."""
     curves = {"a": [.2, .4, .6, .8], "b": [.2, .6, .8, .1], "c": [.2, .3, .3, .69]}
     logs = {(name, 0): [{"step": i, "num_samples": 10 * i, "eval_pass@1": y} for i, y in enumerate(ys)] for name, ys in curves.items()}
     made = Study({}, {name: ["--x"] for name in curves}, x="num_samples")
     runs = study.summary(made, logs)
-    assert study.share_to_end(runs[1], runs[0], "eval_pass@1") == pytest.approx(.5)
+    assert study.share_to_end(runs[1], runs[0], "eval_pass@1") == pytest.approx(.6)
+    assert study.share_to_end(runs[0], runs[0], "eval_pass@1") == 1
     lines = [line.split("|") for line in study.table(made, runs).split("\n")]
     assert len({len(line) for line in lines}) == 1 and lines[0][-2].strip() == "samples to a's end"
-    assert [line[-2].strip() for line in lines[3:]] == ["", report.cell_text((.5, math.nan)), "0 of 1 runs"]
+    assert [line[-2].strip() for line in lines[3:]] == ["", report.cell_text((.6, math.nan)), "0 of 1 runs"]
 
 
 def test_what_is_computed_of_a_log_by_hand():
