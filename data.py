@@ -376,6 +376,21 @@ def said_in(conversation):
 # --------------------------------------------------------------------------------------- order
 
 def load_split(c, report=print):
+    """As `split`, and each problem has all fields that any of them has.
+
+    A user's reward function is called with all of them, as in TRL, whichever a batch holds: None
+    where the row has no such field."""
+    train, held_out = split(c, report)
+    everyone = train + held_out
+    names = {name for p in everyone for name in (*p, *p.get("columns", ()))} - {"columns"}
+    for problem in everyone:
+        missing = names - set(problem) - set(problem.get("columns", ())) - set(TAKEN)
+        if missing:
+            problem["columns"] = {**problem.get("columns", {}), **dict.fromkeys(sorted(missing))}
+    return train, held_out
+
+
+def split(c, report=print):
     """Returns (training problems, held-out problems) of a run's settings, which never overlap.
 
     The held-out ones are those of --eval-data or, without it, of each source's test split. A file

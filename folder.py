@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -229,9 +229,13 @@ def sources_of(folder):
 
 
 def fingerprint_of_run(c, folder):
-    """A checksum of the settings that decide the numbers, of sources.json and of start/."""
+    """A checksum of the settings that decide the numbers, of sources.json and of start/.
+
+    Settings at their defaults do not count, so that a later version may have more of them."""
     free = free_on_resume(c)
-    settings = {name: value for name, value in asdict(c).items() if name not in free}
+    usual = {f.name: f.default for f in fields(c)}
+    settings = {name: value for name, value in asdict(c).items()
+                if name not in free and value != usual[name]}
     crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     for file in (folder / "sources.json", *sorted((folder / "start").glob("*"))):
         crc = checksum(file, crc)
@@ -244,7 +248,8 @@ def check_run(progress, c, folder, say):
     Says so when no step is left."""
     if progress.run and progress.run != fingerprint_of_run(c, folder):
         raise Agreed(f"--resume: config.json, sources.json or start/ in {folder} have changed "
-                     "since the checkpoint was written: put them back, or start another --out")
+                     "since the checkpoint was written, or it is of another version of this "
+                     "program: put them back, or start another --out")
     if progress.step >= c.steps:
         say(f"--steps {c.steps}: the run has made {progress.step} steps, so none is left to make")
 

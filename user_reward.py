@@ -113,7 +113,7 @@ class UserReward:
 
         try:
             numbers = self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:        # exit() would end the run without a word
             raise ValueError(where(error, self.file)) from None
 
         try:

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import shutil
+from dataclasses import asdict, field, make_dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import folder
 import train
-from config import Config
+from config import Config, stored_config
 from engine import checkpoint
 from engine.checkpoint import Progress
 from model import Transformer
@@ -306,6 +307,17 @@ def test_a_run_is_gone_on_with_from_another_folder(start, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert [line["step"] for line in go_on(tmp_path)] == [0, 1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+def test_a_later_version_with_more_settings_goes_on_with_a_run(begun):
+    """A setting that the run did not know has its default: it changes nothing. One that differs does."""
+    run = begun() / "run"
+    c = stored_config(run)
+    later = make_dataclass("Later", [("new_setting", float, field(default=1.0))], bases=(type(c),))
+    found = folder.fingerprint_of_run(c, run)
+    assert folder.fingerprint_of_run(later(**asdict(c)), run) == found
+    assert folder.fingerprint_of_run(later(**asdict(c), new_setting=0.5), run) != found
+    assert folder.fingerprint_of_run(replace(c, temperature=0.5), run) != found
 
 
 def test_files_in_a_list_become_absolute_too(tmp_path, monkeypatch):

@@ -142,7 +142,8 @@ def test_a_file_that_fails_is_one_line(body, message, tmp_path):
 @pytest.mark.parametrize("body, message", [
     ("return [1.0] * 5", "reward f: gave 5 numbers for 6 completions"), ("return 1.0", "gave '1.0', not a list"),
     ("return ['a'] * 6", "not a list of numbers"), ("return [float('nan')] * 6", "not finite"),
-    ("x = {}\n    return x['gold']", "reward f: .*bad.py:3: KeyError: 'gold'"), ("raise ValueError('two\\nlines')", "ValueError: two$")])
+    ("x = {}\n    return x['gold']", "reward f: .*bad.py:3: KeyError: 'gold'"), ("raise ValueError('two\\nlines')", "ValueError: two$"),
+    ("exit(0)", "reward f: .*bad.py:2: SystemExit: 0"), ("import sys\n    sys.exit()", "reward f: .*bad.py:3: SystemExit")])
 def test_a_function_that_fails_is_one_line_with_its_place(body, message, tmp_path):
     (tmp_path / "bad.py").write_text(f"def f(completions, **kwargs):\n    {body}\n")
     with pytest.raises(ValueError, match=message) as stop:
@@ -189,6 +190,22 @@ def test_columns_are_what_stands_in_the_file(tmp_path):
     assert found["of_code"][1] == [3, 3, 3] and all(map(math.isnan, found["of_code"][0]))
     with pytest.raises(ValueError, match="stateful asks for trainer_state"):
         reward.weighted(f"{tmp_path}/mine.py:stateful")
+
+
+def test_a_function_is_given_every_column_of_the_data_whichever_problems_a_batch_holds(tmp_path):
+    """Of two files one has `tests`, and one row of it has `hint`: None stands for them elsewhere, as in TRL."""
+    import data
+    from config import parse
+    more = [{}] * 39 + [{"hint": "h"}]
+    for name, extra in (("a", [{}] * 40), ("b", [{"tests": "t", **fields} for fields in more])):
+        rows = [{"problem": f"{name} {i}?", "answer": str(i), **fields} for i, fields in enumerate(extra)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    c = parse(["--model", "M", "--data", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--eval-problems", "8"])
+    for problem in sum(data.load_split(c), []):
+        seen = user_reward.columns([problem], [["x", "y"]], [[1], [1]])
+        assert seen["tests"] == (["t"] if problem["problem"][0] == "b" else [None]) * 2
+        assert seen["hint"] == (["h"] if problem["problem"] == "b 39?" else [None]) * 2
+        assert {"problem", "answer", "solution", "level", "id"} <= set(seen) and "columns" not in seen
 
 
 def test_the_flag_may_be_repeated_and_none_does_not_count(start, tmp_path):
