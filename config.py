@@ -218,7 +218,7 @@ def is_built_in_task(c):
     return any(importlib.import_module("tasks").known(part.source) for part in parts)
 
 
-# conditions without which a setting would do nothing: (of the config, what to give)
+# conditions without which a setting would do nothing: (test of the config, what to give)
 BUILT_IN_TASK = (is_built_in_task, "a built-in task as --data")
 NO_MODEL = (lambda c: not c.model, "no --model: it is of the built-in model's start")
 WITH_LORA = (lambda c: c.lora_rank, "--lora-rank")
@@ -278,16 +278,18 @@ class Common:
     consistency_reward: float = 0.0     # weight of an answer that is the reasoning's last result
     # optimisation (learner.py)
     steps: int = setting(50, least=1)           # rollouts
-    epochs: int = setting(1, least=1)           # passes over a batch: the rollout,
+    epochs: int = setting(1, least=1)           # times through a batch: the rollout,
                                                 # with offpolicy also each batch from the buffer
 
-    minibatches: int = setting(1, least=1)      # optimizer steps a pass
+    minibatches: int = setting(1, least=1)      # optimizer steps each time through
     lr: float = setting(0.0, least=0)           # 0: 2e-4 for the built-in model and others as
-                                                # small, 1e-6 above 10 million parameters
+                                                # small, 1e-6 for weights above 40 MB and those
+                                                # of the hub
 
     warmup_steps: int = setting(5, least=0)     # linear
     lr_end: float = setting(1.0, least=0, most=1)   # share of --lr that a straight line would reach
-                                                    # after the last step; 1: the rate stays
+                                                    # after the last step, of --steps as it is now,
+                                                    # also where --resume changed it; 1: it stays
 
     weight_decay: float = setting(0.0, least=0)
     grad_clip: float = setting(1.0, above=0)    # largest norm of the gradient
@@ -303,7 +305,8 @@ class Common:
                                                 # the change counts alpha / rank
     # evaluation and output
     eval_every: int = setting(10, least=0)      # steps; also before the first and after the last;
-                                                # 0: never, as evaluate.py can do it afterwards
+                                                # 0: never; evaluate.py can do it afterwards, on
+                                                # problems that are not those of --data
 
     eval_problems: int = setting(200, least=1)  # held-out problems
     eval_samples: int = setting(4, least=1)     # completions each, at the training temperature

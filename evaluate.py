@@ -53,6 +53,7 @@ from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_se
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
+from policies import is_merged
 from puzzles.common import final_answer
 from report import indices_by_kind, standard_error
 from rollout import Sampler, draw_groups
@@ -99,7 +100,8 @@ class EvalConfig:
     seed: int = setting(0, least=0)                 # of the samples; the problems stay the same
     device: str = setting("", choices=DEVICES)      # cpu, cuda, npu; empty: the accelerator here
     dtype: str = setting("", choices=DTYPES)        # float32, bfloat16;
-                                                    # empty: float32 on cpu, else bfloat16
+                                                    # empty: float32 on cpu and of weights with a
+                                                    # LoRA change in them, else bfloat16
 
     rows_at_once: int = setting(1024, least=1)      # completions drawn together, at most;
                                                     # memory may allow fewer
@@ -237,7 +239,8 @@ def start(config):
     device = dist.setup(config.device, timeout=WAIT)
     config.device = str(device)
     if not config.dtype:
-        config.dtype = "float32" if device.type == "cpu" else "bfloat16"
+        exact = device.type == "cpu" or is_merged(config.model)
+        config.dtype = "float32" if exact else "bfloat16"
 
     levels = parse_levels(config.levels)
     count = config.limit or ENDLESS
@@ -473,6 +476,14 @@ def evaluate(config):
         rows |= of_rank
     greedy = [rows["greedy", p["index"]] for p in problems]
     sampled = [rows["sampled", p["index"]] for p in problems]
+    length_and_speed = {"greedy": statistics(config, greedy, greedy_speed),
+                        "sampled": statistics(config, sampled, sampled_speed)}
+    with_changed = problems, greedy
+
+    # a changed puzzle is no further problem: it goes with its original, and was held out
+    own = [i for i, problem in enumerate(problems) if "perturbs" not in problem]
+    problems, greedy, sampled = ([of[i] for i in own] for of in (problems, greedy, sampled))
+
     result = {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped}
     for reading in READINGS:
         result[reading] = metrics(*[[row["grades"] for row in rows] for rows in (greedy, sampled)],
@@ -483,10 +494,9 @@ def evaluate(config):
 
     result["kinds"] = by_kind(problems, greedy, sampled)
     if config.perturb:
-        result["memorisation"] = memorisation(problems, greedy)
+        result["memorisation"] = memorisation(*with_changed)
 
-    result["greedy"] = statistics(config, greedy, greedy_speed)
-    result["sampled"] = statistics(config, sampled, sampled_speed)
+    result |= length_and_speed
     if config.json:
         result["weights"] = kept.parts.weights
     result["problems"] = [{"id": problem["id"], "checksum": checksum_of(problem),
@@ -575,8 +585,7 @@ def table(result):
         for reading in READINGS:
             mean = result[reading][name]["mean"]
             error = result[reading][name]["se"]
-            shown = "     -" if error is None else f"{error:.4f}"
-            cells.append(f"{mean:9.4f} ± {shown}")
+            cells.append(f"{mean:9.4f} ± {error_text(error)}")
         lines.append(f"{name:12}" + "  ".join(cells))
 
     if config["also_at"]:
@@ -587,10 +596,10 @@ def table(result):
 
     for kind, cell in result["kinds"].items():
         average = next(name for name in cell if name.startswith("avg"))
-        errors = [cell[name]["se"] or 0.0 for name in ("greedy", average)]
+        errors = [error_text(cell[name]["se"]) for name in ("greedy", average)]
         lines.append(f"{kind:24} {cell['problems']:5} problems   "
-                     f"greedy {cell['greedy']['mean']:.4f} ± {errors[0]:.4f}   "
-                     f"{average} {cell[average]['mean']:.4f} ± {errors[1]:.4f}")
+                     f"greedy {cell['greedy']['mean']:.4f} ± {errors[0]}   "
+                     f"{average} {cell[average]['mean']:.4f} ± {errors[1]}")
     if "memorisation" in result:
         m = result["memorisation"]
         shown = "-" if m["consistency"] is None else f"{m['consistency']:.4f}"
@@ -604,6 +613,11 @@ def table(result):
         sampled = result["sampled"][name]
         lines.append(f"{name:18}{greedy:12.{digits}f}{sampled:20.{digits}f}")
     return "\n".join(lines)
+
+
+def error_text(error):
+    """Returns a standard error as six characters; None, of a single problem, has no number."""
+    return "     -" if error is None else f"{error:.4f}"
 
 
 def show(result):

@@ -9,9 +9,12 @@ the starting model it then needs nothing, but with --beta and LoRA, whose checkp
 adapter alone.
 """
 import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import dist
 from model import Transformer
@@ -44,6 +47,16 @@ def place_of(c, device):
     return dist.Sharding(device, dtype, c.shard, c.offload, c.collective_timeout)
 
 
+def is_merged(model):
+    """Whether a change by LoRA is part of these weights: its adapter/ lies beside or below them.
+
+    bfloat16 would round much of a small change away."""
+    model = Path(model)
+    beside = model.parent / "adapter" / "adapter_config.json"           # train.py's folder
+    below = model / "adapter" / "adapter_config.json"                   # sft.py's
+    return below.exists() or model.name == "model" and beside.exists()
+
+
 def load_policies(c, device, source, begins_at):
     """Load what the run needs. source: the starting model; begins_at: it, or the run's own folder
     of shapes and tokenizer when a checkpoint will bring the weights."""
@@ -57,6 +70,10 @@ def load_policies(c, device, source, begins_at):
 
     if c.lora_rank:
         import lora
+        if dtype != torch.float32 and is_merged(source) and dist.rank() == 0:
+            tqdm.write(f"{source} holds a LoRA change in its weights, which are frozen now and "
+                       "rounded to bfloat16: much of a small change is lost; --dtype float32 "
+                       "keeps it", file=sys.stderr)
         pi = Transformer.from_pretrained(
             source, place.home, shard=place,
             adapt=lambda model: lora.attach(model, c.lora_rank, c.lora_alpha, dtype=dtype))
@@ -88,7 +105,9 @@ def write_weights(c, model, folder, adapter, source):
     write = dist.rank() == 0
     if c.lora_rank:
         import lora
-        lora.save_adapter(model, adapter, source, write)
+        if Path(source).is_dir():       # to be found from another folder too
+            source = Path(source).resolve()
+        lora.save_adapter(model, adapter, str(source), write)
         model.save_pretrained(folder, torch.float32, write, lora.merged_tensors(model))
     else:
         model.save_pretrained(folder, write=write)

@@ -19,6 +19,7 @@ import evaluate
 import reward
 import sft
 import heldout
+import policies
 from config import Config
 from evaluate import majority_at_k, pass_at_k, subsets, vote_labels
 from report import standard_error
@@ -479,6 +480,17 @@ def test_ranks_give_the_result_of_one_process(folder, tmp_path):
     assert done.stdout.count("problems, 4 samples") == 1 and len(list((tmp_path / "three").iterdir())) == 1
 
 
+def test_merged_weights_are_known_by_the_adapter_beside_them(tmp_path):
+    """train.py writes RUN/model and RUN/adapter, sft.py FOLDER and FOLDER/adapter; an adapter has nothing merged."""
+    for place in ("run/model", "run/adapter", "sft/adapter", "plain/model", "other/model/adapter"):
+        (tmp_path / place).mkdir(parents=True)
+        if place.endswith("adapter"):
+            (tmp_path / place / "adapter_config.json").write_text("{}")
+    for place, merged in (("run/model", True), ("sft", True), ("run/adapter", False), ("plain/model", False), ("sft/adapter", False),
+                          ("other/model", True)):
+        assert policies.is_merged(tmp_path / place) is merged is policies.is_merged(str(tmp_path / place))
+
+
 def test_an_adapter_is_evaluated_on_its_base(folder, tmp_path):
     import lora
     from model import Transformer
@@ -528,9 +540,12 @@ def test_a_mix_is_evaluated_by_kind_and_its_changed_puzzles_too(folder, tmp_path
     evaluate.main(["--model", str(folder / "model"), "--data", "arithmetic:2-3,truth:2@2", "--limit", "12", "--samples", "2",
                    "--max-new-tokens", "8", "--threads", "1", "--perturb", "--train-seed", "3", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert 4 <= result["memorisation"]["problems"] <= 12 and result["num_problems"] == 2 * result["memorisation"]["problems"]
+    assert 4 <= result["memorisation"]["problems"] <= 12 and result["num_problems"] == result["memorisation"]["problems"]
     assert set(result["kinds"]) <= {"arithmetic:2", "arithmetic:3", "truth:2", "arithmetic", "truth"}
     assert sum(result["kinds"][task]["problems"] for task in ("arithmetic", "truth")) == result["num_problems"]
+    # a changed puzzle is in no mean: it would count its original twice
+    assert len(result["problems"]) == result["num_problems"] and not any("perturbed" in p["id"] for p in result["problems"])
+    assert result["strict"]["greedy"]["mean"] == result["memorisation"]["accuracy"]
     said = capsys.readouterr().out
     assert "truth:2 " in said and "LiMem" in said
     assert result["problems"][0]["id"].startswith("arithmetic/train/3/")

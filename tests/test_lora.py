@@ -201,7 +201,7 @@ def test_micro_batches_and_checkpointing_change_no_gradient():
         one, found = learning.Learner(c, grpo, model, learning.adamw(model, 0.0), Progress(step=1)), {}
         one.descend = lambda loss: found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}) or 1.0
         out = Sampler(model, []).generate([[1, 2, 3], [4]], 3, 6, seed=1)
-        one.passes(one.batch(out, torch.tensor([[1., 0, 0], [0, 1, 1]])), 2)
+        one.make_pass(one.batch(out, torch.tensor([[1., 0, 0], [0, 1, 1]])), 2)
         return found
     whole = gradient(10 ** 6, False)
     for other in (gradient(12, False), gradient(12, True)):
@@ -377,10 +377,15 @@ def sft_flags(start, out, *more):
             "--device", "cpu", "--threads", "1", "--out", str(out), *more]
 
 
-def test_sft_trains_an_adapter_and_writes_the_merged_model_and_peft_s_files(start, tmp_path):
-    """The base with the adapter is what lies in --out; the base's own weights are those of before, and the loss has fallen."""
-    config = sft.parse(sft_flags(start, tmp_path / "out", "--lora-rank", "2"))
+def test_sft_trains_an_adapter_and_writes_the_merged_model_and_peft_s_files(start, tmp_path, monkeypatch):
+    """The base with the adapter is what lies in --out; the base's own weights are those of before, and the loss has fallen.
+
+    A base that was named from the folder where it began is found from any."""
+    monkeypatch.chdir(start.parent)
+    config = sft.parse(sft_flags(start.name, tmp_path / "out", "--lora-rank", "2"))
     model, tokenizer = sft.warm_start(config, progress=False)
+    settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(start.resolve())
     merged = Transformer.from_pretrained(tmp_path / "out")
     live = lora.load_adapter(Transformer.from_pretrained(start), tmp_path / "out" / "adapter")
     tokens = torch.arange(20)[None] % 200
