@@ -129,7 +129,7 @@ class Settings:
     most_overlap: float = setting(0.7, least=0, most=1)     # pairs whose sets of tokens overlap
                                                             # more (Jaccard) are left out
 
-    # no flags: Learner.count reads them of every objective
+    # no flags: Learner.normalizer reads them of every objective
     aggregation = "sequence"        # the normaliser is the number of rows, two a pair
 
     def check(self):
@@ -235,7 +235,7 @@ def refresh(batch, logp, config):
 
 
 def learn(learner, rollout, rewards):
-    """Make --epochs passes over the pairs of a rollout; the weights are fresh at each update."""
+    """Go --epochs times through the pairs of a rollout; the weights are fresh at each update."""
     c = learner.config
     batch = learner.batch(rollout, rewards)
     one_update = replace(c, epochs=1, minibatches=1)
@@ -248,7 +248,7 @@ def learn(learner, rollout, rewards):
             part = replace(batch, active=batch.active & (of_row % c.minibatches == minibatch))
             sums = refresh(part, learner.score(part)[0], c)
             logged.append(dist.all_reduce(sums, learner.device))
-            updates += learner.passes(part, c.prompts_per_step, one_update)
+            updates += learner.make_pass(part, c.prompts_per_step, one_update)
 
     count = sum(sums["pairs"] for sums in logged)
     return updates, {"pairs": count / c.epochs, **means_of_pairs(logged)}

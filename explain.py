@@ -55,7 +55,7 @@ from config import Common, Config, Parser, parse_template_kwargs, stored_config
 from engine.checkpoint import Progress, checkpoints, load_checkpoint, tensors_of
 from engine.logps import chunked_logps
 from engine.weights import read_json, read_weights
-from learner import Learner, adamw, parts_of
+from learner import Learner, adamw, micro_batches_of
 from policies import load_policies
 from rollout import Sampler, draw_groups
 from train import Run, draw
@@ -259,8 +259,8 @@ def make_run(source, step, device_name=""):
     functions = reward.weighted(c.reward, format=c.format_reward, consistency=c.consistency_reward)
     sampler = Sampler(model, prompts.stop_ids(model, tokenizer), c.rows_at_once)
     sampler.version = progress.updates
-    run = Run(learner=learner, sampler=sampler, behaviour=sampler, stream=stream, held_out=[],
-              rewards=functions, tokenizer=tokenizer, folder=source.folder)
+    run = Run(learner=learner, sampler_of_pi=sampler, sampler_of_mu=sampler, stream=stream,
+              held_out=[], reward_functions=functions, tokenizer=tokenizer, folder=source.folder)
     return run, policies.reference
 
 
@@ -314,7 +314,7 @@ def move(learner, batch, updates):
     """Make some updates on the rollout, as the run would."""
     groups = learner.config.prompts_per_step
     for _ in range(updates):
-        learner.passes(batch, groups)
+        learner.make_pass(batch, groups)
 
 
 def score(learner, batch, model=None):
@@ -331,7 +331,7 @@ def gradient_weights(learner, batch, logp, entropy):
     if not rows:
         return weights
 
-    normalizer = learner.count(batch, rows, learner.config)
+    normalizer = learner.normalizer(batch, rows, learner.config)
     part = batch.rows(rows)
     T = part.tokens.shape[1]
     leaf = logp[rows][:, :T].clone().requires_grad_()
@@ -351,7 +351,7 @@ def next_tokens(learner, batch):
     ids = torch.zeros(shape, dtype=torch.int64, device=batch.mask.device)
     chances = torch.zeros(shape, device=batch.mask.device)
 
-    for part, micro in parts_of(batch, range(len(batch.tokens)), c):
+    for part, micro in micro_batches_of(batch, range(len(batch.tokens)), c):
         found = []
 
         def watch(hidden, weight, targets, temperature):
@@ -599,7 +599,7 @@ def over_training(args, seen, samples=3):
     found = []
     for step in args.steps:
         run, _ = make_run(source, step, args.device)
-        with run.sampler.loaded():
+        with run.sampler_of_pi.loaded():
             greedy, _, _ = answers_of(run, problem, c, 1, 0.0)
             drawn, right, length = answers_of(run, problem, c, c.group_size, c.temperature)
         found.append({"step": step, "right": right, "length": length,
@@ -609,8 +609,8 @@ def over_training(args, seen, samples=3):
 
 def answers_of(run, problem, c, count, temperature):
     """Draw completions of a problem. Returns them, the share of right ones, and the mean length."""
-    rollout, groups = draw_groups(run.sampler, run.tokenizer, [problem], count, c.max_new_tokens,
-                                  temperature, [(c.seed, 0)])
+    rollout, groups = draw_groups(run.sampler_of_pi, run.tokenizer, [problem], count,
+                                  c.max_new_tokens, temperature, [(c.seed, 0)])
     lengths = (rollout.lengths - rollout.prompt_lengths).tolist()
     verdicts = reward.correct([problem], groups)[0]
 

@@ -14,7 +14,8 @@ DeepSeekMath), or by a constant length ("constant", Dr. GRPO, arXiv 2503.20783).
 N prompts x G completions = B rows, prompt-major; T positions, right-padded; mask (B, T) is 1 on
 completion tokens, the stop token included. A loss near zero is normal here. On-policy rho is 1, so
 the loss is minus the mean advantage, which is 0 ("sequence") or small ("token", where longer
-completions weigh more); its gradient is what teaches.
+completions weigh more); its gradient is what teaches. The clip acts from the second update of a
+rollout on (--epochs, --minibatches).
 
 gtpo.py and offpolicy.py change these functions; each says which. Not here, though often added: an
 entropy bonus and length penalties. Length is a matter of the reward.
@@ -163,7 +164,7 @@ def kl_penalty(logp, ref_logp, kind="k3", old_logp=None, mask=None):
 # -------------------------------------------------------------------------- from tokens to a number
 
 def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
-    """A (B, T) loss as one number; the choice with the largest effect on what is learned.
+    """A (B, T) loss as one number: it decides what a token of a long completion weighs.
 
     "token": sum / tokens, so long completions weigh more (DAPO). "sequence": the mean within a row,
     then over rows, so a token of a long row weighs less (DeepSeekMath). "constant":
@@ -198,7 +199,7 @@ def aggregate(loss, mask, how="token", normalizer=None, max_length=None):
 # setting(): a default, bounds or choices, and what it needs to mean anything; it becomes a flag,
 # whose help is the comment behind it (config.py).
 
-# conditions without which a setting would do nothing: (of the config, what to give)
+# conditions without which a setting would do nothing: (test of the config, what to give)
 WITH_STD = (lambda c: c.advantage_scale in ("std", "batch"), "--advantage-scale std or batch")
 WITH_BETA = (lambda c: c.beta > 0, "--beta above 0")
 
@@ -257,12 +258,13 @@ class Batch:
     rewards: torch.Tensor                   # (B,)
     advantages: torch.Tensor                # (B,)
     active: torch.Tensor                    # (B,) bool: the rows that carry a gradient
-    old_logp: torch.Tensor | None           # (B, T) log mu, of the policy that drew the tokens;
-                                            # None: mu is pi; `backward` then takes pi's logp
+
+    old_logp: torch.Tensor | None           # (B, T) log mu of the tokens, which mu drew. None: pi
+                                            # is mu still, and Learner.backward takes pi's own
     drawn_logp: torch.Tensor | None = None  # (B, T) the sampler's log mu, if old_logp is not that
     ref_logp: torch.Tensor | None = None    # (B, T) log pi_ref; `complete` adds it with --beta
-    pi_logp: torch.Tensor | None = None     # (B, T) log pi as an update computed it: written by
-                                            # Learner.backward where offpolicy.py allocates it
+    pi_logp: torch.Tensor | None = None     # (B, T) log pi: where offpolicy.py allocates it,
+                                            # Learner.backward keeps here what it computes anyway
 
     @property
     def sampler_logp(self):

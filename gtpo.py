@@ -28,7 +28,7 @@ and has no KL term, so no reference model. Function by function beside grpo.py:
     aggregate       the same, by default within a completion first
 
 The official code (5d33811) does not compute this objective. Each difference is a choice here.
-`official=True` takes the code's side except in the last four lines (for gamma pass 0.1, for the
+`official=True` takes the code's side except in the last four choices (for gamma pass 0.1, for the
 groups give --zero-variance keep):
 
     here                          official code         why

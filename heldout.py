@@ -86,4 +86,5 @@ def evaluate_run(run):
     """The same of a run of train.py; nothing with --eval-every 0."""
     if run.learner.config.eval_every == 0:
         return {}
-    return evaluate(run.sampler, run.tokenizer, run.held_out, run.learner.config, run.rewards)
+    return evaluate(run.sampler_of_pi, run.tokenizer, run.held_out, run.learner.config,
+                    run.reward_functions)

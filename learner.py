@@ -5,7 +5,8 @@ same count, taken over all micro-batches and ranks before the first backward. Gr
 over ranks (dist.py), not averaged, so any split of the batch gives the same gradient. A rank
 without rows has tensors of 0 rows and enters every collective.
 
-A step is one rollout. An update is one call of the optimizer; a step makes one update or several.
+A step is one rollout. A pass is all training on one batch: --epochs times through it, in
+--minibatches updates each. An update is one call of the optimizer.
 
 An objective is a module (grpo.py, gtpo.py, offpolicy.py; its name stands in config.ALGOS) with
 
@@ -94,10 +95,10 @@ class Learner:
         return batch
 
     def score_mu(self, batch, version):
-        """Replace the sampler's log mu of a fresh batch by the trainer's.
+        """In bfloat16, put the trainer's log mu in the place of the sampler's; in float32 nothing.
 
-        The two round differently. In float32 that is 1e-6, which stays. In bfloat16 it is 0.01 to
-        0.1 nats a token, which, summed over a completion, would look like a policy that has moved.
+        The two round differently. In float32 that is 1e-6. In bfloat16 it is 0.01 to 0.1 nats a
+        token, which, summed over a completion, would look like a policy that has moved.
         version: updates that mu had seen."""
         if self.model.dtype == torch.float32:
             return
@@ -109,14 +110,14 @@ class Learner:
         else:
             batch.old_logp = self.score(batch, model=None if on_policy else self.behaviour)[0]
 
-    def passes(self, batch, count, config=None):
-        """Make the updates of --epochs passes over a batch. Returns a list of sums, one an update.
+    def make_pass(self, batch, group_count, config=None):
+        """Make one pass over a batch. Returns a list of sums, one an update.
 
-        count: groups over all ranks, of which the batch holds this rank's share. config: settings
-        of the loss, if they are not the run's. Group i goes to minibatch i mod --minibatches, where
-        i counts over all ranks, so that a minibatch is the same on any world size."""
+        group_count: groups over all ranks, of which the batch holds this rank's share. config:
+        settings of the loss, if they are not the run's. Group i goes to minibatch i mod
+        --minibatches. i counts over all ranks, so a minibatch is the same on any world size."""
         c = config or self.config
-        group_numbers = dist.split(count)
+        group_numbers = dist.split(group_count)
         active = batch.active.tolist()
         measure_variance = c.variance_every and self.progress.step % c.variance_every == 0
 
@@ -142,8 +143,8 @@ class Learner:
     def means(self, updates):
         """Means over the updates of a rollout.
 
-        Without a trained token there is no entropy among them, so that the sampler's estimate stays
-        in the log."""
+        Without a trained token "entropy" is left out: the log keeps the estimate from the sampler's
+        log-probs (report.rollout_metrics)."""
         count = {unit: sum(u[unit] for u in updates) for unit in ("tokens", "rows")}
         out = {}
         for name, unit in self.objective.METRICS.items():
@@ -173,7 +174,8 @@ class Learner:
             rows = batch.active.nonzero()[:, 0].tolist()
 
         out = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
-        for part, micro in bar(parts_of(batch, rows, self.config), "scoring, micro-batches"):
+        micro_batches = micro_batches_of(batch, rows, self.config)
+        for part, micro in bar(micro_batches, "scoring, micro-batches"):
             dist.detail("scoring")
             both = torch.stack(forward(model, micro, part, self.config))    # (2, rows, T of part)
             out[:, part, :both.shape[2]] = both * micro.mask
@@ -189,7 +191,7 @@ class Learner:
 
         Returns sums for the log, already reduced over ranks."""
         c = config or self.config
-        normalizer = self.count(batch, rows, c)         # over all ranks, before any backward
+        normalizer = self.normalizer(batch, rows, c)         # over all ranks, before any backward
         sums = self.no_sums()
         with self.accumulating():
             self.accumulate(batch, rows, c, normalizer, sums)
@@ -200,7 +202,7 @@ class Learner:
 
         A diagnostic, every --variance-every steps: how noisy the gradient is."""
         c = config or self.config
-        counts = [self.count(batch, rows, c) for rows in (first, second)]
+        counts = [self.normalizer(batch, rows, c) for rows in (first, second)]
         normalizer = sum(counts)
 
         sums = self.no_sums()
@@ -213,7 +215,7 @@ class Learner:
         variance = gradient_variance(trainable(self.model), of_first, counts)
         return {**self.finish(sums, normalizer), "grad_variance": variance}
 
-    def count(self, batch, rows, config):
+    def normalizer(self, batch, rows, config):
         """The divisor of the loss: trained tokens of these rows, or the rows, of all ranks."""
         here = float(len(rows))
         if getattr(config, "aggregation", "token") == "token":
@@ -234,7 +236,7 @@ class Learner:
 
     def accumulate(self, batch, rows, config, normalizer, sums):
         """Add these rows to the model's gradient and to sums, micro-batch by micro-batch."""
-        parts = parts_of(batch, rows, config)
+        parts = micro_batches_of(batch, rows, config)
         for i, (part, micro) in enumerate(bar(parts, "training, micro-batches")):
             dist.detail(f"micro-batch {i + 1} of {len(parts)}")
             # a switch: only the last backward also sums gradients over copies of the weights
@@ -300,10 +302,10 @@ class Learner:
 
 
 def one_batch(learner, rollout, rewards):
-    """What an objective without a `learn` of its own does with a rollout: passes over one batch."""
+    """What an objective without a `learn` of its own does with a rollout: one pass."""
     batch = learner.batch(rollout, rewards)
     learner.score_mu(batch, rollout.version)
-    return learner.passes(batch, learner.config.prompts_per_step), {}
+    return learner.make_pass(batch, learner.config.prompts_per_step), {}
 
 
 def forward(model, micro, rows, config):
@@ -335,8 +337,8 @@ def gradient_variance(parameters, of_first, counts):
 
 # ----------------------------------------------------------------------------------- micro-batches
 
-# Attention copies the keys that it reads. A key is narrower than an activation, so that so many are
-# allowed for each token of the budget.
+# Attention copies the keys that it reads. A key is smaller than a token's activations, so a
+# micro-batch may read this many keys for each token of its budget.
 KEYS_PER_TOKEN = 4
 
 
@@ -370,7 +372,7 @@ def micro_batches(rows, lengths, prompt_lengths, group_size, budget):
     return parts
 
 
-def parts_of(batch, rows, config):
+def micro_batches_of(batch, rows, config):
     """Cut rows of a batch into micro-batches: [(rows, the batch of these rows alone)].
 
     There are as many on every rank, because each pass through a sharded model is a collective. A

@@ -61,7 +61,7 @@ class Adapted(nn.Module):
     # what the sampler reads (engine/decode.py)
 
     def inference_weight(self):
-        """Returns the weight with the change in float32, else without it; see `adapter`."""
+        """Returns W plus its change if W is float32; else W alone, and `adapter` has the change."""
         if not self.on or self.weight.dtype != torch.float32:
             return self.weight
         return self.weight + self.change()

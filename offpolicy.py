@@ -20,9 +20,11 @@ Both train pi on tokens of mu. There are two forms of the loss, with a ratio a t
                                                 pi's (AReaL, arXiv 2505.24298; verl)
 
 The advantage is that of the group as it was drawn, with its own mean and std: a baseline of mu.
-Sequence weights are exact, but their variance grows like exp(2 KL) of the whole completion; token
-weights are biased but tame. Truncating at 2 keeps most of the correction (tests/test_offpolicy.py).
-For long completions watch `ess`.
+
+W is one weight a completion (the default), or one a token. That of a completion is exact, but its
+variance grows like exp(2 KL), KL that of the whole completion; that of a token is biased, and tame.
+Truncating weights at 2 keeps most of the correction (tests/test_offpolicy.py). `ess` in the log is
+how many of the samples still count: watch it where completions are long.
 
 Three refinements, each off by default: --ess-lr (a smaller step where few samples count),
 --weighted-baseline (the baseline of least variance), --prox loglinear (prox without its forward).
@@ -69,25 +71,24 @@ REGIONS = ("", "sequence", "token", "second_moment")
 def importance_weights(log_ratio, mask, scheme="none", level="token", cap=2.0, low=None,
                        normalize="", group_size=None, mean=None, trace=1.0):
     """Weights W (B, T) that turn an expectation under mu into one under pi; no gradient, 0 off the
-    mask. By default a run truncates at 2, at sequence level: begin with that line.
+    mask. A run's defaults (Settings) are scheme "truncated", level "sequence" and cap 2.
 
     log_ratio (B, T) = log prox - log mu of the drawn tokens, prox being pi when the pass began.
-    level says whose ratio w it is: "token", "sequence" (product over the row) or "geometric" (its
-    |y|-th root; grpo.py's --ratio-level calls that "sequence", as GSPO does). scheme:
+    level says whose ratio w it is: "token", "sequence" (product over the row) or "geometric" (the
+    mean in logs; grpo.py's --ratio-level calls that "sequence", as GSPO does). scheme:
 
       none             1: biased, no variance
-      standard         w: at sequence level unbiased, E w^2 = 1 + chi^2, so ESS / n is about
-                       1 / (1 + chi^2)
+      standard         w: at sequence level unbiased, of large variance (docs/THEORY.md, 21)
       clipped          w in [low, cap], low by default 1 / cap (CISPO, arXiv 2506.13585; not PPO's
                        clip, which masks)
       truncated        min(w, cap) (TIS, V-trace's rho-bar)
       masked           w where low <= w <= cap, else 0 (MIS, IcePop); low by default 0
       self_normalized  w / mean(w): biased by O(1/B), bounded by B; the same as standard with
                        normalize="batch"
-      retrace          W_t = min(1, rho_t) prod_{i>t} trace min(1, rho_i): V-trace (arXiv
+      retrace          W_t = min(1, w_t) prod_{i>t} trace min(1, w_i): V-trace (arXiv
                        1802.01561) without a critic. Beware: the product dies exponentially with
                        length (exp(-8) for 1,024 tokens of sd 0.02), so early tokens learn nothing
-      tempered         min(1, rho_t) prod_{i>t} min(1, rho_i)^trace, ours: trace 0 is token-TIS,
+      tempered         min(1, w_t) prod_{i>t} min(1, w_i)^trace, ours: trace 0 is token-TIS,
                        1 is retrace. Both ignore level, cap and normalize
 
     normalize: "" or, after truncation, "batch" or "group" (of group_size rows): divide by the mean
@@ -153,9 +154,9 @@ def weight_mass(weights, mask, level="sequence", group_size=None):
 
 
 def trace_weights(log_ratio, mask, scheme, trace):
-    """min(1, rho_t) times the traces of the tokens after t, by a reversed cumsum of logs."""
+    """min(1, w_t) times the traces of the tokens after t, by a reversed cumsum of logs."""
     on = mask.bool()
-    down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)      # log min(1, rho)
+    down = torch.where(on, log_ratio, 0.0).clamp(-grpo.MAX_LOG_RATIO, 0.0)      # log min(1, w)
 
     if scheme == "tempered":
         factor = down * trace
@@ -295,7 +296,7 @@ def token_mask(logp, old_logp, advantages, mask, delta):
 
 
 def second_moment_limit(squares, limit):
-    """The square from which on tokens must go, so that the mean of the rest stays within `limit`.
+    """The smallest square to drop, so that the mean of those below it stays within `limit`.
 
     squares (n,) of log-ratios of *all* tokens of the pass (M2PO, arXiv 2510.01161). Returns a
     float, inf when all may stay. Keep what is strictly below."""
@@ -332,7 +333,7 @@ def scheme_in(names):
     return lambda c: c.importance in names, "--importance " + " or ".join(names)
 
 
-# conditions without which a setting would do nothing: (of the config, what to give)
+# conditions without which a setting would do nothing: (test of the config, what to give)
 DECOUPLED = (lambda c: c.correction == "decoupled",
              "--correction decoupled: beside the ratio to mu it would count twice")
 WEIGHTED = scheme_in([name for name in SCHEMES if name not in ("none", *TRACES)])
@@ -356,16 +357,17 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     replay_ratio: int = setting(2, least=1)     # K: passes a rollout, one over fresh groups and
                                                 # K - 1 over the buffer
 
-    correction: str = setting("decoupled", choices=CORRECTIONS)     # decoupled (ratio to prox,
-                                                # importance weights), bypass (ratio to mu)
+    correction: str = setting("decoupled", choices=CORRECTIONS)
+                                                # decoupled (ratio to prox, importance weights),
+                                                # bypass (ratio to mu)
 
-    prox: str = setting("forward", choices=PROXIES, needs=[DECOUPLED, OLD])     # how prox is
-                                                # known. forward: one more pass measures it;
-                                                # loglinear: it is pi where a pass is one update,
-                                                # else between mu and pi
+    prox: str = setting("forward", choices=PROXIES, needs=[DECOUPLED, OLD])
+                                                # how prox is known. forward: one more forward
+                                                # measures it; loglinear: it is pi where a pass is
+                                                # one update, else between mu and pi
 
-    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED, OLD])     # none,
-                                                # standard, clipped, truncated, masked,
+    importance: str = setting("truncated", choices=SCHEMES, needs=[DECOUPLED, OLD])
+                                                # none, standard, clipped, truncated, masked,
                                                 # self_normalized, retrace, tempered
 
     importance_level: str = setting("sequence", choices=IMPORTANCE_LEVELS,
@@ -385,8 +387,9 @@ class Settings(grpo.Settings):          # those of GRPO, and these
     weighted_baseline: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])
                                                 # subtract sum w^2 r / sum w^2, not the mean
 
-    ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])     # learning rate
-                                                # of a pass x sqrt(ESS / B), for B sequences
+    ess_lr: bool = setting(False, needs=[DECOUPLED, OLD, WEIGHTED, BY_FORWARD])
+                                                # learning rate of a pass x sqrt(ESS / B), for B
+                                                # sequences
 
     trace: float = setting(1.0, least=0, most=1, needs=[DECOUPLED, HAS_TRACE])
                                                 # of retrace and tempered
@@ -490,7 +493,7 @@ METRICS = grpo.METRICS
 @dataclass
 class Batch(grpo.Batch):
     """A batch of grpo.py, and what is known of the policy that drew it."""
-    lag: torch.Tensor | None = None             # (B,) age in rollouts
+    lag: torch.Tensor | None = None             # (B,) steps since pi was mu
     prox_logp: torch.Tensor | None = None       # (B, T) of pi at the start of the pass
     prox_share: torch.Tensor | None = None      # (B,) with --prox loglinear: prox lies this share
                                                 # of the way from mu (0) to pi (1), in log space
@@ -510,8 +513,8 @@ def add_weights(batch, config, weights=None, reduce=lambda sums: sums, gather=la
     """Add to the batch, once a pass, what `loss` needs: weight (B, T), replay_weight (B,), and with
     --weighted-baseline other advantages.
 
-    Without batch.prox_logp only `weights` (B,), those of the replay buffer, count here; with
-    --prox loglinear it is `loss` that makes the importance weights. reduce sums a dict of numbers
+    Without batch.prox_logp there are no importance weights here, only `weights` (B,), the replay
+    buffer's; with --prox loglinear `loss` makes them. reduce sums a dict of numbers
     over ranks, gather joins a vector over ranks: means and limits belong to the whole pass, never
     to a part of it."""
     mask = batch.mask * batch.active[:, None]           # of the rows that are trained
@@ -565,7 +568,7 @@ def loss(logp, entropy, batch, config, normalizer):
     if batch.prox_share is not None:
         anchor = loglinear_prox(logp, mu, batch.prox_share)
         log_ratio = torch.where(mask.bool(), anchor - mu, 0.0)
-        weight = configured_weights(log_ratio, weight, config)      # weight was 0/1: trained tokens
+        weight = configured_weights(log_ratio, weight, config)      # so far 1 on trained tokens
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high, "level": config.ratio_level}
 
     if config.trust_region == "sequence":
@@ -621,7 +624,7 @@ def learn(learner, rollout, rewards):
 
     # the fresh groups; they go into the buffer after their own pass, so that a draw may hold them
     batch = fresh_batch(learner, rollout, rewards)
-    updates = passes(learner, batch, c.prompts_per_step, config)
+    updates = make_pass(learner, batch, c.prompts_per_step, config)
     if batch.old_logp is None:          # the update has met mu itself
         batch.old_logp = batch.pi_logp
     first = last = measure(learner, batch)
@@ -642,7 +645,7 @@ def learn(learner, rollout, rewards):
             if too_far(c, last):
                 break
 
-        updates += passes(learner, batch, len(groups), config)
+        updates += make_pass(learner, batch, len(groups), config)
         if not measured_before:
             last = measure(learner, batch, groups)
         drifts.append(last)
@@ -652,14 +655,14 @@ def learn(learner, rollout, rewards):
     return updates, {**metrics(learner, drifts, last), "clip": config.clip_low}
 
 
-def passes(learner, batch, count, config):
-    """learner.passes; with --ess-lr at a learning rate that fits what the samples are worth.
+def make_pass(learner, batch, count, config):
+    """learner.make_pass; with --ess-lr at a learning rate that fits what the samples are worth.
 
     B samples of effective sample size ESS act like a batch of ESS samples, whose noise is
     sqrt(B / ESS) times as large: the rate is sqrt(ESS / B) times its own (VCPO, arXiv 2602.17616).
     The weights are those of the loss, after the cap. The log's `lr` is the rate before."""
     if not (config.ess_lr and batch.prox_logp is not None):
-        return learner.passes(batch, count, config)
+        return learner.make_pass(batch, count, config)
 
     w = (batch.weight.amax(1) * batch.replay_weight)[batch.active]
     sums = {"sequences": float(len(w)), "weight": float(w.sum()), "weight2": float((w * w).sum())}
@@ -670,7 +673,7 @@ def passes(learner, batch, count, config):
     for group in groups:
         group["lr"] *= math.sqrt(share)
     try:
-        return learner.passes(batch, count, config)
+        return learner.make_pass(batch, count, config)
     finally:
         for group, lr in zip(groups, usual):
             group["lr"] = lr
@@ -704,7 +707,7 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
                made=0):
     """The batch of a pass, with the age of each row, pi at its start where needed, and the weights.
 
-    fresh: the sampler's mu has not become the trainer's yet. on_policy: pi drew the batch; there is
+    fresh: just drawn, so that log mu is still the sampler's. on_policy: pi drew the batch; there is
     nothing to correct, and prox is mu. made: passes of this step so far."""
     c = learner.config
     batch = learner.batch(rollout, rewards)
@@ -719,7 +722,7 @@ def pass_batch(learner, rollout, rewards, versions, weights=None, fresh=False, o
 
     if needs_prox and c.prox == "forward":
         batch.prox_logp = learner.score(batch)[0]
-    else:           # the updates leave here what they meet: no second forward
+    else:           # Learner.backward writes pi's log-probs here: measure needs no forward
         batch.pi_logp = batch.sampler_logp.clone()
 
     add_weights(batch, c, weights,
@@ -787,7 +790,7 @@ def too_far(c, drift):
 def adapt(learner, last, old):
     """Choose the replay ratio and the clip of the next step by the drift that was met last.
 
-    old: by samples that pi did not draw."""
+    old: pi had moved away from the policy that drew those samples."""
     c, state = learner.config, learner.state
     if c.adaptive_replay and last.tokens > 0:           # some token was trained
         state.replay_ratio = adapt_replay(state.replay_ratio, too_far(c, last), c.replay_ratio)

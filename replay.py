@@ -31,7 +31,7 @@ class Group:
     lengths: np.ndarray         # (G,) int32, of the completions
     finished: np.ndarray        # (G,) bool
     rewards: np.ndarray         # (G,) float32
-    version: int                # number of the rollout whose weights drew it
+    version: int                # the step whose weights drew it (Progress.behaviour_step)
     uses: int = 0               # times drawn from the buffer
     ess: float = 1.0            # share of its sequences that the weights left, when last trained on
 
@@ -133,7 +133,7 @@ class ReplayBuffer:
         self.seed = seed
 
         self.groups = []
-        self.version = 0        # the trainer's rollouts, when last heard of
+        self.version = 0        # the trainer's step at the last add or evict
         self.draws = 0          # calls of `sample` so far
 
     def __len__(self):

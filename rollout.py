@@ -125,8 +125,8 @@ class Sampler:
     def loaded(self):
         """While open, all calls sample with the weights as they are now, which must not change.
 
-        Some weights are copied, some are not; the copies are gone when it closes. With weights
-        sharded over ranks every rank has to enter, also one that has nothing to draw."""
+        The sampler reads the weights themselves or copies, which are gone when it closes. With
+        weights sharded over ranks every rank has to enter, also one that has nothing to draw."""
         dist.give_memory_back(self.model, cached=True)      # else large caches find only pieces
         self.weights = InferenceModel(self.model, self.max_rows)
 
@@ -162,13 +162,13 @@ class Sampler:
                               uniforms.to(self.model.device), temperature, top_k, top_p)
             batch = self.batch_of(request)
 
-            # refill (of slots, not --refill) lets the finished go and the waiting in, whose prompts
-            # go through the model once and have a seat in the cache while any completion of theirs
-            # runs; advance draws a token for every row that is running
+            # refill (of slots, not --refill) lets finished completions go and waiting ones in; a
+            # prompt goes through the model once, and its keys stay in the cache while one of its
+            # completions runs. advance draws the next tokens of all that are running
             bar = RolloutBar(limits)
             checked = False
             while batch.refill():
-                checked = checked or check_finite(batch.slots)      # once: reading it waits
+                checked = checked or check_finite(batch.slots)      # once: it waits for the device
                 bar.look(batch.schedule)
                 batch.advance()
             bar.close()

@@ -17,7 +17,7 @@ import dist
 import grpo
 from rollout import Rollout
 from config import Config, check
-from learner import parts_of
+from learner import micro_batches_of
 
 torch.set_num_threads(1)
 LOGP = torch.tensor([[-.1, -.5, -1.], [-.2, -.3, 0.]], dtype=torch.float64)
@@ -366,7 +366,7 @@ def total_gradient(batch, config, logp, rows, budget=1000):
     """The gradient of learner.update's loss by logp, over micro-batches of `budget` tokens; groups of
     four."""
     count = batch.mask[rows].sum() if config.aggregation == "token" else len(rows)
-    parts = list(parts_of(probed(batch, logp=logp), rows, replace(config, micro_batch_tokens=budget, group_size=4)))
+    parts = list(micro_batches_of(probed(batch, logp=logp), rows, replace(config, micro_batch_tokens=budget, group_size=4)))
     assert sorted(r for part, _ in parts for r in part) == rows and (budget >= 1000 or len(parts) > 1)
     for _, micro in parts:
         loss, _ = grpo.loss(micro.logp, torch.zeros_like(micro.logp), micro, config, count)

@@ -47,11 +47,11 @@ BEGIN = time.perf_counter()
 class Run:
     """A learner and what surrounds it."""
     learner: Learner
-    sampler: Sampler        # draws by pi, for evaluation
-    behaviour: Sampler      # draws by mu; the same object unless --sync-every is above 1
+    sampler_of_pi: Sampler  # for evaluation
+    sampler_of_mu: Sampler  # draws; the same object unless --sync-every is above 1
     stream: data.Stream     # of training problems
     held_out: list          # problems
-    rewards: list           # [(name, weight, function (problems, groups) -> (N, G) numbers)]
+    reward_functions: list  # [(name, weight, function (problems, groups) -> (N, G) numbers)]
     tokenizer: object
     folder: Path
     latest: dict = None     # the newest evaluation
@@ -72,7 +72,7 @@ def train_step(run):
     # draw a group of completions of each problem, by the weights of this step or of an earlier one
     dist.phase(f"step {progress.step}: rollout")
     refresh_behaviour(run)
-    with run.behaviour.loaded():                # every rank: the weights are gathered here, once
+    with run.sampler_of_mu.loaded():            # every rank: the weights are gathered here, once
         drawn = [draw(run)]
         while len(drawn) <= c.refill and not refill.enough(drawn, c.prompts_per_step):
             drawn.append(draw(run, len(drawn)))
@@ -115,12 +115,12 @@ def draw(run, number=0):
     mine = dist.split(len(problems))
     problems = [problems[i] for i in mine]
     seeds = [(c.seed, step, number * c.prompts_per_step + i) for i in mine]
-    rollout, groups = draw_groups(run.behaviour, run.tokenizer, problems, c.group_size,
+    rollout, groups = draw_groups(run.sampler_of_mu, run.tokenizer, problems, c.group_size,
                                   c.max_new_tokens, c.temperature, seeds)
 
     parts = dist.each(
-        lambda: reward.parts(run.rewards, problems, groups, c.group_size, rollout))
-    scores = reward.total(run.rewards, parts)           # (n, G) float64
+        lambda: reward.parts(run.reward_functions, problems, groups, c.group_size, rollout))
+    scores = reward.total(run.reward_functions, parts)           # (n, G) float64
     if c.overlong_buffer:
         parts["overlong"] = reward.overlong_of(rollout, parts["correct"], c)
         scores = scores + parts["overlong"]
@@ -129,7 +129,7 @@ def draw(run, number=0):
 
 
 def refresh_behaviour(run):
-    """Bring the weights of mu, which draw, up to date: every step, or every --sync-every steps."""
+    """Every --sync-every steps, bring mu up to date: copy pi, where mu is a model of its own."""
     progress, c = run.learner.progress, run.learner.config
     if (progress.step - 1) % getattr(c, "sync_every", 1) > 0:
         return
@@ -138,7 +138,7 @@ def refresh_behaviour(run):
             mine = trainable(run.learner.model)
             for old, new in zip(run.learner.behaviour.parameters(), mine, strict=True):
                 old.copy_(new)
-    run.behaviour.version = progress.behaviour_version = progress.updates
+    run.sampler_of_mu.version = progress.behaviour_version = progress.updates
     progress.behaviour_step = progress.step
 
 
@@ -161,7 +161,8 @@ def loop(run, interrupt):
             before = replace(learner.progress, stream=run.stream.state)
             try:
                 line = train_step(run)
-            except dist.Agreed:         # of a reward, say; before an update the last step is saved
+            except dist.Agreed:     # an error that every rank raises: of a reward function, say
+                # before an update the model is still that of the step before: save that
                 if before.step and learner.progress.updates == before.updates:
                     learner.progress, run.stream.state = before, before.stream
                     save(run)
@@ -235,7 +236,7 @@ def restore(run):
         learner.progress, extra = load_checkpoint(found[-1], tensors(run))
         check_run(learner.progress, learner.config, run.folder, learner.say)
         run.stream.state = learner.progress.stream
-        run.behaviour.version = learner.progress.behaviour_version
+        run.sampler_of_mu.version = learner.progress.behaviour_version
         if learner.state:
             learner.state.load_state_dict(extra)
         learner.say(f"resumed at step {learner.progress.step} from {found[-1]}")
@@ -290,13 +291,13 @@ def start(c, folder, device):
     # the samplers: with --sync-every above 1 older weights draw
     room = {"max_rows": c.rows_at_once, "kv_bytes": int(c.kv_memory_mb * 2 ** 20),
             "graph": {"on": True, "off": False}.get(c.graph)}
-    sampler = behaviour = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
+    of_pi = of_mu = Sampler(model, prompts.stop_ids(model, tokenizer), **room)
     prompts.name_end(model, prompts.end_id(tokenizer, c.template))      # for what is written
     if policies.behaviour is not None:
-        behaviour = policies.sampler_of_mu(sampler.eos_ids.tolist(), **room)
+        of_mu = policies.sampler_of_mu(of_pi.eos_ids.tolist(), **room)
 
-    return Run(learner=learner, sampler=sampler, behaviour=behaviour,
-               stream=data.stream_of(c, train), held_out=held_out, rewards=functions,
+    return Run(learner=learner, sampler_of_pi=of_pi, sampler_of_mu=of_mu,
+               stream=data.stream_of(c, train), held_out=held_out, reward_functions=functions,
                tokenizer=tokenizer, folder=folder)
 
 

@@ -17,7 +17,7 @@ import prompts
 from config import Common
 from engine.checkpoint import Progress
 from engine.decode import Linear
-from learner import Learner, adamw, parts_of
+from learner import Learner, adamw, micro_batches_of
 from model import ModelConfig, Transformer, pack
 
 
@@ -217,7 +217,7 @@ def packed_tokens(batch, rows, config):
 
     A group's prompt is packed once in each micro-batch that has completions of the group."""
     count = 0
-    for part, _ in parts_of(batch, rows, config):
+    for part, _ in micro_batches_of(batch, rows, config):
         groups = [row // config.group_size for row in part]
         packed, *_ = pack(batch.mask[part].bool(), groups)
         count += len(packed)

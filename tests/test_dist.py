@@ -113,7 +113,7 @@ def gradient(model, rollout, rewards, config, count):
             found[name] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
         return dist.total(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     one.descend = descend
-    return one.passes(one.batch(rollout, rewards), count)[0], found
+    return one.make_pass(one.batch(rollout, rewards), count)[0], found
 
 
 @check

@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_whole_logits_for_any_split(beta, budget, chunk,
     found = {}
     monkeypatch.setattr(one, "descend", lambda loss: found.update(
         loss=loss, grads=[p.grad.clone() for p in trainable(student)]) or 0.0)
-    sums, = one.passes(one.batch(out, rewards), 3)
+    sums, = one.make_pass(one.batch(out, rewards), 3)
     assert found["loss"] == pytest.approx(value.item(), rel=1e-4)
     assert sums["divergence"] / sums["tokens"] == pytest.approx(value.item(), rel=1e-4)
     for got, p in zip(found["grads"], trainable(twin), strict=True):

@@ -78,7 +78,7 @@ def check_gradient(objective, seen, content, monkeypatch, may_be_zero=False):
         return 0.0
 
     monkeypatch.setattr(learner, "descend", keep)
-    learner.passes(batch, learner.config.prompts_per_step)
+    learner.make_pass(batch, learner.config.prompts_per_step)
 
     rows = [row for group in content["groups"] for row in group["rows"]]
     shown = torch.zeros_like(seen.logps["pi"])

@@ -264,7 +264,7 @@ def batch_gradient(rollout, rewards, budget=10 ** 6, log_ratio=0.0, **options):
     batch = probed(batch, logp=logp, entropy=entropy)
     rows = batch.active.nonzero()[:, 0].tolist()
     count = batch.mask[rows].sum() if config.aggregation == "token" else len(rows)
-    parts = list(learner.parts_of(batch, rows, config))
+    parts = list(learner.micro_batches_of(batch, rows, config))
     assert sorted(r for part, _ in parts for r in part) == rows and (budget >= 1000 or len(parts) > 1)
     for _, micro in parts:
         gtpo.loss(micro.logp, micro.entropy, micro, config, count)[0].backward()

@@ -57,7 +57,7 @@ def test_groups_that_are_all_right_or_all_wrong_never_reach_the_model(monkeypatc
     forward = Transformer.hidden_states
     monkeypatch.setattr(Transformer, "hidden_states", lambda self, tokens, *more: seen.append(len(tokens)) or forward(
         self, tokens, *more))
-    one.passes(grpo.prepare(out, rewards, one.config), 4)
+    one.make_pass(grpo.prepare(out, rewards, one.config), 4)
     assert seen == [2 + 1 + 2 * (3 + 4 + 5)]
 
 
@@ -67,7 +67,7 @@ def test_halves_of_the_gradient_variance_lie_within_each_minibatch():
     one = learner.Learner(Config(group_size=2, minibatches=2, variance_every=1), grpo, model, None, Progress())
     out = Sampler(model, []).generate([[1, 2]] * 6, 2, 3)
     one.update_in_halves = lambda batch, *halves: seen.append([sorted({row // 2 for row in rows}) for rows in halves[:2]])
-    one.passes(grpo.prepare(out, torch.tensor([[1.0, 0]] * 6), one.config), 6)
+    one.make_pass(grpo.prepare(out, torch.tensor([[1.0, 0]] * 6), one.config), 6)
     assert seen == [[[0, 4], [2]], [[1, 5], [3]]]
 
 
@@ -81,8 +81,8 @@ def test_the_divisor_counts_the_rows_of_all_ranks(monkeypatch):
                             lambda sums, device: {"count": sums["count"] + others[aggregation]})
         one = learner.Learner(Config(aggregation=aggregation), grpo, small_model(), None, Progress())
         batch = SimpleNamespace(mask=torch.tensor([[1., 0.], [0., 0.], [0., 1.]]))
-        assert one.count(batch, [0, 1, 2], one.config) == whole
-        assert one.count(batch, [], one.config) == others[aggregation]
+        assert one.normalizer(batch, [0, 1, 2], one.config) == whole
+        assert one.normalizer(batch, [], one.config) == others[aggregation]
 
 
 def test_a_rank_with_less_to_do_has_as_many_micro_batches(monkeypatch):
@@ -90,7 +90,7 @@ def test_a_rank_with_less_to_do_has_as_many_micro_batches(monkeypatch):
     monkeypatch.setattr(learner.dist, "all_reduce", lambda sums, device, op: {"parts": 3.0})
     out = Sampler(small_model(), []).generate([[1, 2]], 2, 3)
     batch = grpo.prepare(out, torch.tensor([[1.0, 0]]), Config())
-    found = learner.parts_of(batch, [0, 1], Config(group_size=2))
+    found = learner.micro_batches_of(batch, [0, 1], Config(group_size=2))
     assert [part for part, _ in found] == [[0, 1], [], []] and [len(micro.mask) for _, micro in found] == [2, 0, 0]
 
 

@@ -75,7 +75,7 @@ def test_the_gradient_is_that_of_the_trainers_own_mu(settings):
         one.descend = lambda loss: found.append([p.grad.clone() for p in model.parameters()]) or 1.0
         batch = one.batch(out, REWARDS)
         convert(one, batch)
-        one.passes(batch, 2)
+        one.make_pass(batch, 2)
         return found
 
     def by_hand(one, batch):

@@ -215,7 +215,7 @@ def mean_of_each_micro_batch(ours, loss, mask, how="token", normalizer=None, max
     return ours(loss, mask, how, None, max_length)
 
 
-@exhibit(AVERAGING, "prime-rl#2359", "learner.Learner.count", "test_learner.test_the_divisor_counts_the_rows_of_all_ranks")
+@exhibit(AVERAGING, "prime-rl#2359", "learner.Learner.normalizer", "test_learner.test_the_divisor_counts_the_rows_of_all_ranks")
 def count_of_this_rank(ours, learner, batch, rows, config):
     """Each rank divides by its own tokens. Tokens on ranks with short completions weighed more (also in nano-aha)."""
     return float(batch.mask[rows].sum())
@@ -467,7 +467,7 @@ def equal_shares_only(ours, count):
     return range(share * dist.rank(), share * (dist.rank() + 1))
 
 
-@exhibit(DISTRIBUTED, "verl#5228", "learner.parts_of", "test_learner.test_a_rank_with_less_to_do_has_as_many_micro_batches")
+@exhibit(DISTRIBUTED, "verl#5228", "learner.micro_batches_of", "test_learner.test_a_rank_with_less_to_do_has_as_many_micro_batches")
 def micro_batches_of_this_rank(ours, batch, rows, config):
     """After filtering, ranks have unequal numbers of micro-batches. One waits in a collective for ever."""
     return [(part, micro) for part, micro in ours(batch, rows, config) if part]

@@ -187,8 +187,8 @@ def our_run(c, start, folder):
         ours.behaviour = lagging.requires_grad_(False)
         behaviour = Sampler(lagging, STOPS)
     rewards = [("correct", 1.0, parity), ("brevity", 0.25, brevity)]
-    run = train.Run(learner=ours, sampler=sampler, behaviour=behaviour, stream=Prompts(),
-                    held_out=[], rewards=rewards, tokenizer=Tokenizer(), folder=folder)
+    run = train.Run(learner=ours, sampler_of_pi=sampler, sampler_of_mu=behaviour, stream=Prompts(),
+                    held_out=[], reward_functions=rewards, tokenizer=Tokenizer(), folder=folder)
     for _ in range(c.steps):
         train.train_step(run)
     return ours

@@ -581,7 +581,7 @@ def test_the_learning_rate_follows_the_effective_samples():
     model = tiny()
     rollout, rewards = drawn(model)
     one = learner_of(moved(model), Progress(updates=1), replay_ratio=1, sync_every=2, ess_lr=True)
-    rates, shares, passes = [], [], one.passes
+    rates, shares, passes = [], [], one.make_pass
 
     def seen(batch, *a):
         w = batch.weight.amax(1)[batch.active].double()
@@ -589,7 +589,7 @@ def test_the_learning_rate_follows_the_effective_samples():
         rates.append([g["lr"] for g in one.optimizer.param_groups])
         return passes(batch, *a)
 
-    one.passes = seen
+    one.make_pass = seen
     more = one.learn(rollout, rewards)
     assert more["ess"] < shares[0] < .95                    # the cap makes the weights more equal
     close(torch.tensor(rates), torch.full((1, 2), 1e-3 * math.sqrt(shares[0])))
@@ -597,11 +597,11 @@ def test_the_learning_rate_follows_the_effective_samples():
 
     def fails(*a):
         raise ValueError("stop")
-    one.passes = fails
+    one.make_pass = fails
     with pytest.raises(ValueError, match="stop"):
         one.learn(rollout, rewards)
     assert all(group["lr"] == 1e-3 for group in one.optimizer.param_groups)
-    one.passes = seen
+    one.make_pass = seen
     rollout.version = one.progress.updates                  # now pi drew it
     one.learn(rollout, rewards)
     assert rates[1] == [1e-3, 1e-3]
@@ -610,13 +610,13 @@ def test_the_learning_rate_follows_the_effective_samples():
 def test_a_loglinear_prox_needs_no_forward_and_ages_by_passes():
     """pi's own samples have no prox. A pass later: 1 / 2. One rollout and one pass of two later: 1 x 2 + 1, so 3 / 4."""
     one = learner_of(tiny(), replay_ratio=2, prox="loglinear", minibatches=2)
-    one.score, shares, passes = None, [], one.passes
+    one.score, shares, passes = None, [], one.make_pass
 
     def seen(batch, *a):
         shares.append(None if batch.prox_share is None else batch.prox_share.tolist())
         return passes(batch, *a)
 
-    one.passes = seen
+    one.make_pass = seen
     for _ in range(2):
         rollout, rewards = drawn(one.model, seed=one.progress.step)
         rollout.version = one.progress.updates
@@ -659,8 +659,8 @@ def test_an_adaptive_clip_moves_both_its_sides():
     """.1 and .3, now at .12: the upper side is .36. It stays within a quarter of --clip-low and twice that."""
     one = learner_of(tiny(), adaptive_clip=True, kl_limit=.03, clip_low=.1, clip_high=.3, replay_ratio=1)
     one.state.clip, seen = .12, []
-    passes = one.passes
-    one.passes = lambda batch, count, config: seen.append((config.clip_low, config.clip_high)) or passes(batch, count, config)
+    passes = one.make_pass
+    one.make_pass = lambda batch, count, config: seen.append((config.clip_low, config.clip_high)) or passes(batch, count, config)
     one.learn(*drawn(one.model))
     assert seen == [(.12, pytest.approx(.36))]
     for kl, expected in ((0., .2), (1., .025)):

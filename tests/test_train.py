@@ -457,24 +457,24 @@ def ready(start, tmp_path):
 
 
 def test_each_reward_has_its_own_weight(ready):
-    assert {name: weight for name, weight, _ in ready.rewards} == {"correct": 1, "format": .25, "consistency": .5}
+    assert {name: weight for name, weight, _ in ready.reward_functions} == {"correct": 1, "format": .25, "consistency": .5}
 
 
 def test_evaluation_is_by_the_weights_that_are_trained(ready):
     """Not by the older ones that draw. Here the trained ones never stop, and the older ones at once."""
-    assert ready.behaviour is not ready.sampler
-    ready.sampler.eos_ids, ready.behaviour.eos_ids = torch.tensor([], dtype=torch.int64), torch.arange(280)
+    assert ready.sampler_of_mu is not ready.sampler_of_pi
+    ready.sampler_of_pi.eos_ids, ready.sampler_of_mu.eos_ids = torch.tensor([], dtype=torch.int64), torch.arange(280)
     assert heldout.evaluate_run(ready)["eval_length"] == 6
 
 
 def test_a_held_out_problem_is_drawn_alike_on_any_rank(ready, monkeypatch):
     """Its seed is its number in the set, not its place among those of a rank."""
-    drawn, generate = [], ready.sampler.generate
+    drawn, generate = [], ready.sampler_of_pi.generate
 
     def recorded(*args, **more):
         drawn.append(generate(*args, **more))
         return drawn[-1]
-    monkeypatch.setattr(ready.sampler, "generate", recorded)
+    monkeypatch.setattr(ready.sampler_of_pi, "generate", recorded)
     for mine in (range(3), range(1, 3)):
         monkeypatch.setattr(dist, "split", lambda count: mine)
         heldout.evaluate_run(ready)
