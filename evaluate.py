@@ -49,7 +49,7 @@ import prompts
 import reward
 import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
-                    command_line, is_small, parse_levels, parse_template_kwargs, setting)
+                    command_line, is_file, is_small, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
 from folder import Parts
 from model import Transformer
@@ -251,6 +251,10 @@ def start(config):
         problems = data.load_problems(config.data, split, of_run, levels, count, warn,
                                       whole=not config.limit,
                                       spare=HELD_OUT if split == "train" else 0)
+    trained = Path(str(prompts.settings_of_run(config.model).get("data", "")))
+    if is_file(trained) and is_file(config.data) and trained.samefile(config.data):
+        warn(f"{config.data} is what {config.model} was trained on, all but what that run held "
+             "out: to measure it, take other problems")
     if config.perturb:
         problems = with_perturbed(problems)
 
@@ -276,7 +280,7 @@ def trained_on(config, count):
 
     How many it made and held out stands in config.json beside a run's model, else the default."""
     settings = prompts.settings_of_run(config.model)
-    sizes = {key: settings[key] for key in ("problems", "eval_problems") if key in settings}
+    sizes = {key: settings[key] for key in ("problems", "eval_problems") if "algo" in settings}
     run = Config(data=config.data, levels=config.levels, seed=config.train_seed, **sizes)
     problems, _ = data.load_split(run, warn)
     return data.stream_of(run, problems).next(min(count, len(problems)))

@@ -108,10 +108,17 @@ def report_template(tokenizer, template, report):
 
 
 def settings_of_run(model):
-    """Returns the settings of the run that wrote a model, {} if no run did.
+    """Returns the settings of the train.py or sft.py that wrote a model, {} if neither did.
 
-    A run's model lies in its folder, beside the run's config.json."""
-    file = Path(model).parent / "config.json"
+    A run's model lies in its folder, beside the run's config.json. sft.py leaves its flags in
+    sft.json beside the weights, and those beside an adapter/."""
+    model = Path(model)
+    of_adapter = (model / "adapter_config.json").exists()
+    flags = (model.parent if of_adapter else model) / "sft.json"
+    if flags.exists():
+        return {flag[2:].replace("-", "_"): of for flag, of in read_json(flags).items()}
+
+    file = model.parent / "config.json"
     settings = read_json(file) if file.exists() else {}
     return settings if "algo" in settings else {}       # else of a model, or of something else
 
@@ -120,13 +127,7 @@ def follow_run(config):
     """Take over template and chat_template_kwargs of the train.py or sft.py that wrote a model.
 
     config: the settings of evaluate.py, of which those that were given stay."""
-    flags = Path(config.model) / "sft.json"         # sft.py leaves its flags beside the weights,
-    if (Path(config.model) / "adapter_config.json").exists():   # and those beside an adapter/
-        flags = Path(config.model).parent / "sft.json"
-    if flags.exists():
-        settings = {flag[2:].replace("-", "_"): of for flag, of in read_json(flags).items()}
-    else:
-        settings = settings_of_run(config.model)
+    settings = settings_of_run(config.model)
     if config.template == "auto":
         config.template = settings.get("template", "auto")
     if not config.chat_template_kwargs and config.template != "plain":

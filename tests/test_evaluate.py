@@ -562,6 +562,15 @@ def test_puzzles_without_a_held_out_neighbour_are_one_line(folder, monkeypatch):
         evaluate.main(["--model", str(folder / "model"), "--data", "truth:2", "--limit", "5", "--perturb"])
 
 
+def test_whoever_measures_on_the_file_that_a_model_was_trained_on_is_told(folder, tmp_path, monkeypatch, capsys):
+    """The run held some out of it, and evaluate.py takes all; another file with the same problems says nothing."""
+    trained = folder / "problems.jsonl"
+    for data in (str(trained), "arithmetic:2-3", ""):
+        monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: {"data": data, "template": "plain"})
+        run(folder, tmp_path / "e", "--limit", 2, "--samples", 1)
+        assert ("problems.jsonl is what" in capsys.readouterr().err) == (data == str(trained))
+
+
 def test_the_problems_of_a_run_are_those_that_it_takes_first():
     config = evaluate.EvalConfig(model="x", data="arithmetic:2-3", train_seed=4)
     train, _ = evaluate.data.load_split(evaluate.Config(data="arithmetic:2-3", seed=4))

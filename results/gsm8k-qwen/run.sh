@@ -30,8 +30,8 @@ train() {
     if [ -e "$out/$name/config.json" ]; then again=(--resume); fi
     "$python" train.py --model "$out/start" --data "$easier" --eval-data "$test" \
         --prompts-per-step 16 --group-size 8 --max-new-tokens 256 --lora-rank 16 --lr 2e-4 \
-        --warmup-steps 2 --steps "${STEPS:-40}" --micro-batch-tokens 2048 \
-        --eval-every 1000 --eval-problems 1 --eval-samples 1 --save-every 1 --keep-checkpoints 3 \
+        --lr-end 0 --warmup-steps 2 --steps "${STEPS:-40}" --micro-batch-tokens 2048 \
+        --eval-every 0 --save-every 1 --keep-checkpoints 3 \
         "${threads[@]}" --out "$out/$name" "${again[@]}" "${flags[@]}"
 }
 measure() {     # measure FILE MODEL

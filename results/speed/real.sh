@@ -4,15 +4,17 @@
 # VLLM and LLAMACPP: the Pythons that have them (measure/vllm.py and measure/llamacpp.py say how to
 # get them). TRL: a folder named site-packages with trl, peft, datasets and what they need. Each
 # line writes a JSON into FOLDER (results/speed/real), which must not be there yet. One that fails
-# leaves its output in a .log. SMALL=1 tries all of it at the smallest size.
+# leaves its output in a .log. ONLY=rollout-* makes those alone, TOKENS=128 and ROUNDS=3 a fifth of
+# the hour and a half; SMALL=1 tries all of it at the smallest size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 model=${1:?a checkpoint folder}; data=${2:?a jsonl file}; out=${3:-results/speed/real}
 python=$(command -v python || command -v python3)
 real="--model $model --data $data --threads ${THREADS:-2}"
-draw="--prompts 8 --group-size 8 --new-tokens 256 --rounds 6"
-few="--prompts 1 --group-size 8 --new-tokens 256 --rounds 6"
-step="--prompts 4 --group-size 8 --new-tokens 128 --rounds 6"
+tokens=${TOKENS:-256} rounds=${ROUNDS:-6}
+draw="--prompts 8 --group-size 8 --new-tokens $tokens --rounds $rounds"
+few="--prompts 1 --group-size 8 --new-tokens $tokens --rounds $rounds"
+step="--prompts 4 --group-size 8 --new-tokens 128 --rounds $rounds"
 if [ -n "${SMALL:-}" ]; then
     draw="--prompts 2 --group-size 2 --new-tokens 8 --rounds 1"; few=$draw; step=$draw
 fi
