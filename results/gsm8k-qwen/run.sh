@@ -34,16 +34,16 @@ train() {
         --eval-every 0 --save-every 1 --keep-checkpoints 3 \
         "${threads[@]}" --out "$out/$name" "${again[@]}" "${flags[@]}"
 }
-measure() {     # measure FILE MODEL
-    [ -e "$1" ] || "$python" evaluate.py --model "$2" --data "$test" --limit 400 --samples 4 \
+measure() {     # measure FILE MODEL SAMPLES
+    [ -e "$1" ] || "$python" evaluate.py --model "$2" --data "$test" --limit 400 --samples "$3" \
         --max-new-tokens 640 --also-at 256 --rows-at-once 256 "${threads[@]}" --json "$1"
 }
 for part in ${PARTS:-start train after before base}; do
     case $part in
         start) start ;;
         train) train ;;
-        after) measure "$out/$name-after.json" "$out/$name/model" ;;
-        before) measure "$out/before.json" "$out/start" ;;
-        base) measure "$out/base.json" "$model" ;;
+        after) measure "$out/$name-after.json" "$out/$name/model" 4 ;;
+        before) measure "$out/before.json" "$out/start" 4 ;;
+        base) measure "$out/base.json" "$model" 1 ;;          # its answers are thrice as long
     esac
 done
