@@ -594,14 +594,17 @@ def read_evaluation(file):
 
 
 def accuracies(problem):
-    """Accuracies of a problem, {name: from 0 to 1}: of its greedy answer, and of its samples."""
+    """Accuracies of a problem, {name: from 0 to 1}: of its greedy answer, and of its samples.
+
+    The share of right samples estimates pass@1 with any number of them, so that it can be compared
+    with that of another number; evaluate.py's avg@K is the same."""
     found = {}
     for key, right in problem.items():
         if key.startswith("greedy_correct"):
             suffix = key.removeprefix("greedy_correct")         # "", "_lenient", "_at_320", both
             words = suffix.replace("_at_", " at ").replace("_lenient", ", lenient")
             found[f"greedy{words}"] = float(right)
-            found[f"avg@{problem['n']}{words}"] = problem[f"c{suffix}"] / problem["n"]
+            found[f"pass@1{words}"] = problem[f"c{suffix}"] / problem["n"]
     return found
 
 
@@ -612,7 +615,7 @@ def compare_evaluations(files):
     problems of the paired differences, ± its standard error. Models tend to find the same problems
     hard, so that error is usually smaller than the two beside it suggest.
 
-    Raises ValueError where no problem is in all files, or --samples differ."""
+    Raises ValueError where no problem is in all files."""
     results, settings = zip(*map(read_evaluation, files))
     common = [name for name in results[0] if all(name in other for other in results)]
     if not common:
@@ -620,8 +623,6 @@ def compare_evaluations(files):
                          "its id or, without one, by its file, as --data named it, and line")
     columns = [[accuracies(result[name]) for name in common] for result in results]
     measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
-    if len({problem["n"] for result in results for problem in result.values()}) > 1:
-        raise ValueError("the evaluations differ in --samples: draw as many in each")
     for name in MATTER:
         values = [of.get(name) for of in settings]
         if len(set(values)) > 1:

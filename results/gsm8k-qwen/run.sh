@@ -8,7 +8,7 @@
 # GRPO's problems are those of one to three calculations, 64 % of all: the others are hardly ever
 # solved at first, and a group without a right answer teaches nothing.
 # log.jsonl is of a run with --eval-every 1000 --eval-problems 1; its eval_*, of one problem, are left
-# out of it and of curve.png. base.json is not kept yet.
+# out of it and of curve.png.
 set -euo pipefail
 model=$1 train=$2 test=$3 out=${4:-runs/gsm8k-qwen} name=${NAME:-grpo}
 flags=("${@:5}")
