@@ -242,25 +242,7 @@ def start(config):
         exact = device.type == "cpu" or is_merged(config.model)
         config.dtype = "float32" if exact else "bfloat16"
 
-    levels = parse_levels(config.levels)
-    count = config.limit or ENDLESS
-    split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
-    if config.perturb and split == "train":
-        problems = trained_on(config, count)
-    else:
-        problems = data.load_problems(config.data, split, of_run, levels, count, warn,
-                                      whole=not config.limit,
-                                      spare=HELD_OUT if split == "train" else 0)
-    trained = Path(str(prompts.settings_of_run(config.model).get("data", "")))
-    if is_file(trained) and is_file(config.data) and trained.samefile(config.data):
-        warn(f"{config.data} is what {config.model} was trained on, all but what that run held "
-             "out: to measure it, take other problems")
-    if config.perturb:
-        problems = with_perturbed(problems)
-
-    # a problem's seed follows from its place in the file, also when others are dropped
-    problems = [{**problem, "index": i} for i, problem in enumerate(problems)]
-
+    problems = load_problems(config)
     model, source = load_model(config.model, device, getattr(torch, config.dtype))
     prompts.follow_run(config)
     options = parse_template_kwargs(config.chat_template_kwargs)
@@ -275,11 +257,37 @@ def start(config):
     return sampler, tokenizer, kept, len(problems) - len(kept)
 
 
-def trained_on(config, count):
+def load_problems(config):
+    """Returns the problems that the settings ask for, each with its place among them, "index".
+
+    A problem's seed follows from that place, also when others are dropped."""
+    levels = parse_levels(config.levels)
+    count = config.limit or ENDLESS
+    split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
+    run = prompts.settings_of_run(config.model)
+
+    if config.perturb and split == "train":
+        problems = trained_on(config, count, run)
+    else:
+        problems = data.load_problems(config.data, split, of_run, levels, count, warn,
+                                      whole=not config.limit,
+                                      spare=HELD_OUT if split == "train" else 0)
+
+    trained = Path(str(run.get("data", "")))
+    if is_file(trained) and is_file(config.data) and trained.samefile(config.data):
+        warn(f"{config.data} is what {config.model} was trained on, all but what that run held "
+             "out: to measure it, take other problems")
+
+    if config.perturb:
+        problems = with_perturbed(problems)
+    return [{**problem, "index": i} for i, problem in enumerate(problems)]
+
+
+def trained_on(config, count, settings):
     """Returns the problems that a run with --train-seed as its seed takes first.
 
-    How many it made and held out stands in config.json beside a run's model, else the default."""
-    settings = prompts.settings_of_run(config.model)
+    settings: of the run that wrote the model; they say how many it made and held out, else the
+    defaults do."""
     sizes = {key: settings[key] for key in ("problems", "eval_problems") if "algo" in settings}
     run = Config(data=config.data, levels=config.levels, seed=config.train_seed, **sizes)
     problems, _ = data.load_split(run, warn)
@@ -480,27 +488,23 @@ def evaluate(config):
         rows |= of_rank
     greedy = [rows["greedy", p["index"]] for p in problems]
     sampled = [rows["sampled", p["index"]] for p in problems]
-    length_and_speed = {"greedy": statistics(config, greedy, greedy_speed),
-                        "sampled": statistics(config, sampled, sampled_speed)}
-    with_changed = problems, greedy
-
-    # a changed puzzle is no further problem: it goes with its original, and was held out
+    # a changed puzzle is no problem of its own: only its neighbour is counted
     own = [i for i, problem in enumerate(problems) if "perturbs" not in problem]
-    problems, greedy, sampled = ([of[i] for i in own] for of in (problems, greedy, sampled))
+    result = {"config": asdict(config), "num_problems": len(own), "num_dropped": dropped,
+              "greedy": statistics(config, greedy, greedy_speed),
+              "sampled": statistics(config, sampled, sampled_speed)}
+    if config.perturb:
+        result["memorisation"] = memorisation(problems, greedy)
 
-    result = {"config": asdict(config), "num_problems": len(problems), "num_dropped": dropped}
+    problems, greedy, sampled = ([of[i] for i in own] for of in (problems, greedy, sampled))
     for reading in READINGS:
         result[reading] = metrics(*[[row["grades"] for row in rows] for rows in (greedy, sampled)],
                                   reading)
         if config.also_at:
             result[f"{reading}_at_{config.also_at}"] = metrics(
                 *[[row["also"] for row in rows] for rows in (greedy, sampled)], reading)
-
     result["kinds"] = by_kind(problems, greedy, sampled)
-    if config.perturb:
-        result["memorisation"] = memorisation(*with_changed)
 
-    result |= length_and_speed
     if config.json:
         result["weights"] = kept.parts.weights
     result["problems"] = [{"id": problem["id"], "checksum": checksum_of(problem),

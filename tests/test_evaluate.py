@@ -574,4 +574,4 @@ def test_whoever_measures_on_the_file_that_a_model_was_trained_on_is_told(folder
 def test_the_problems_of_a_run_are_those_that_it_takes_first():
     config = evaluate.EvalConfig(model="x", data="arithmetic:2-3", train_seed=4)
     train, _ = evaluate.data.load_split(evaluate.Config(data="arithmetic:2-3", seed=4))
-    assert evaluate.trained_on(config, 40) == evaluate.data.Stream(train, 4).next(40)
+    assert evaluate.trained_on(config, 40, {}) == evaluate.data.Stream(train, 4).next(40)
