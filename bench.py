@@ -63,6 +63,7 @@ MEANT_FOR = {       # flag: the commands that read it
     "data": ("rollout", "train", "reward"),
     "lora_rank": ("train", "memory", "comm"),
 }
+WITH_PREDICT = ("what", "predict", "json", "threads", "device")    # flags; its load is fixed
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -145,7 +146,12 @@ def known_sides():
 
 def arguments():
     """Returns the checked arguments of this process. Raises ValueError with one line."""
-    args = parser().parse_args()
+    flags = parser()
+    args = flags.parse_args()
+    for name, value in vars(args).items():
+        if args.predict and name not in WITH_PREDICT and value != flags.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing with --predict, which is "
+                             "of one load and of all shapes: leave it out")
     if args.checkpointing is None:
         args.checkpointing = args.what == "memory"
 

@@ -15,9 +15,10 @@ of format. A built-in task with a checker of its own has one verdict for both.
 
 --perturb asks whether puzzles were learned by heart (arXiv 2410.23123). Each problem is followed by
 a held-out one that differs in a single statement and has another answer; its names and words are
-drawn anew. CR is, of the problems solved greedily, the share whose changed ones are solved too;
-LiMem = accuracy * (1 - CR) is 0 where all of those are. With --train-seed S these are the first
-problems that a run with --seed S, without --curriculum, trains on.
+drawn anew. consistency (CR there) is, of the problems solved greedily, the share whose changed ones
+are solved too; LiMem = accuracy * (1 - consistency) is 0 where all of those are. With --train-seed
+S the problems are the first that a run with --seed S, without --curriculum, trains on. Without
+--perturb --train-seed S takes problems of that run's training split.
 
 A problem's completions depend on --seed and its place in the file, not on what shares its batch
 (up to rounding, which can decide between two nearly equal logits). So problems are split over the
@@ -61,7 +62,7 @@ from rollout import Sampler, draw_groups
 SUBSETS = 1000      # maj@k looks at all k-subsets up to this number, else at so many random ones
 WAIT = 86_400       # seconds that a rank that is done waits for the others
 ENDLESS = 1000      # problems of a built-in task without --limit
-HELD_OUT = Config().eval_problems       # of a file, which no corpus of its answers may hold
+HELD_OUT = Config().eval_problems       # problems that train.py holds out of a file by default
 READINGS = ("strict", "lenient")       # of an answer
 
 
@@ -248,13 +249,13 @@ def start(config):
     options = parse_template_kwargs(config.chat_template_kwargs)
     tokenizer = prompts.load_tokenizer(source, options)
     prompts.report_template(tokenizer, config.template, warn)
-    kept = prompts.tokenize_prompts(
+    tokenized = prompts.tokenize_prompts(
         problems, tokenizer, config.template, config.max_prompt_tokens, warn)
 
     config.threads = config.threads or machine.choose_threads(not is_small(source))
     torch.set_num_threads(config.threads)
     sampler = Sampler(model, prompts.stop_ids(model, tokenizer), config.rows_at_once)
-    return sampler, tokenizer, kept, len(problems) - len(kept)
+    return sampler, tokenizer, tokenized, len(problems) - len(tokenized)
 
 
 def load_problems(config):
@@ -263,13 +264,13 @@ def load_problems(config):
     A problem's seed follows from that place, also when others are dropped."""
     levels = parse_levels(config.levels)
     count = config.limit or ENDLESS
-    split, of_run = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
+    split, seed = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
     run = prompts.settings_of_run(config.model)
 
     if config.perturb and split == "train":
         problems = trained_on(config, count, run)
     else:
-        problems = data.load_problems(config.data, split, of_run, levels, count, warn,
+        problems = data.load_problems(config.data, split, seed, levels, count, warn,
                                       whole=not config.limit,
                                       spare=HELD_OUT if split == "train" else 0)
 
@@ -565,14 +566,17 @@ def memorisation(problems, greedy):
 
 
 def statistics(config, rows, speed):
-    """Length, truncation and speed of all completions; speed: (tokens, seconds) of this rank."""
+    """Length, truncation and speed of all completions.
+
+    speed: (tokens, seconds) of what this rank drew now, without the rows that were kept from a
+    call that was stopped. tokens_per_s is that of all ranks, and None where nothing was drawn."""
     lengths = [length for row in rows for length in row["lengths"]]
     cut = [was_cut for row in rows for was_cut in row["cut"]]
     if all(cut):
         warn(f"warning: every completion was cut at --max-new-tokens {config.max_new_tokens}")
     tokens_per_s = sum(tokens / seconds for tokens, seconds in dist.gather_objects(speed))
     return {"completion_length": sum(lengths) / len(lengths),
-            "truncated_frac": sum(cut) / len(cut), "tokens_per_s": tokens_per_s}
+            "truncated_frac": sum(cut) / len(cut), "tokens_per_s": tokens_per_s or None}
 
 
 # -------------------------------------------------------------------------------------- output
@@ -617,9 +621,10 @@ def table(result):
 
     lines.append(f"{'':12}{'greedy':>18}{'sampled':>20}")
     for name, digits in (("completion_length", 1), ("truncated_frac", 4), ("tokens_per_s", 0)):
-        greedy = result["greedy"][name]
-        sampled = result["sampled"][name]
-        lines.append(f"{name:18}{greedy:12.{digits}f}{sampled:20.{digits}f}")
+        greedy, sampled = [
+            "-" if result[kind][name] is None else f"{result[kind][name]:.{digits}f}"
+            for kind in ("greedy", "sampled")]
+        lines.append(f"{name:18}{greedy:>12}{sampled:>20}")
     return "\n".join(lines)
 
 

@@ -33,7 +33,9 @@ PREFIX = "base_model.model."        # before the names of PEFT's tensors
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer with its adapter. Weight and bias keep their names."""
+    """A frozen linear layer with its adapter: tokens (M, in) -> (M, out). scale is alpha / rank.
+
+    Weight and bias keep their names."""
 
     def __init__(self, linear, rank, scale):
         super().__init__()
@@ -78,9 +80,9 @@ class Adapted(nn.Module):
 def attach(model, rank, alpha=32.0, seed=0, dtype=None):
     """Give every linear layer of the blocks an adapter, and freeze the rest. Returns the model.
 
-    dtype: of the frozen weights, if they shall have another. A model on the meta device has no
-    values yet: call `reset` when it does. Raises ValueError for a rank or alpha that cannot be, and
-    for a model that has adapters."""
+    dtype: the frozen weights are cast to it, if it is given. A model on the meta device has no
+    values yet: call `reset` when it does. Raises ValueError for a rank or alpha that is not above
+    0, and for a model that has adapters."""
     if rank < 1 or not alpha > 0:
         raise ValueError(f"LoRA of rank {rank} and alpha {alpha}: both must be above 0")
     if adapters(model):
@@ -130,8 +132,8 @@ def fill(parameter, value):
 def merge(model):
     """Add the changes to the weights, in float32, and take the adapters away. Returns the model.
 
-    In bfloat16 the sum is rounded, so that a small change may be lost: `merged_tensors`
-    is exact."""
+    In bfloat16 the sum is rounded, so that a small change may be lost: `merged_tensors` adds in
+    float32 and does not round."""
     for name, layer in adapters(model).items():
         weight = dist.local(layer.weight)
         weight.copy_(weight.float() + layer.change())
@@ -145,7 +147,9 @@ def merge(model):
 
 
 class MergedWeight:
-    """A weight with its change, in float32, which is computed when it is asked for."""
+    """A weight with its change, in float32, which is computed when it is asked for.
+
+    It has what `save_pretrained` asks of a sharded tensor."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -200,7 +204,7 @@ class View:
 
     @torch.no_grad()
     def swap(self):
-        """Give the model the view's adapter, and the view the model's; twice is nothing."""
+        """Give the model the view's adapter, and the view the model's. A second call undoes it."""
         if not self.copies:
             for layer in adapters(self.model).values():
                 layer.on = not layer.on

@@ -596,8 +596,9 @@ def read_evaluation(file):
 def accuracies(problem):
     """Accuracies of a problem, {name: from 0 to 1}: of its greedy answer, and of its samples.
 
-    The share of right samples estimates pass@1 with any number of them, so that it can be compared
-    with that of another number; evaluate.py's avg@K is the same."""
+    The share of right samples is evaluate.py's avg@K. It estimates pass@1 for any K, so that two
+    evaluations with another number of samples can be compared in it. pass@K, one right sample at
+    least, is compared where both have the same K."""
     found = {}
     for key, right in problem.items():
         if key.startswith("greedy_correct"):
@@ -605,6 +606,8 @@ def accuracies(problem):
             words = suffix.replace("_at_", " at ").replace("_lenient", ", lenient")
             found[f"greedy{words}"] = float(right)
             found[f"pass@1{words}"] = problem[f"c{suffix}"] / problem["n"]
+            if problem["n"] > 1:
+                found[f"pass@{problem['n']}{words}"] = float(problem[f"c{suffix}"] > 0)
     return found
 
 

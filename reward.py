@@ -430,8 +430,9 @@ def weighted(text="", **weights):
     """Return the reward functions of a run, [(name, weight, function)]; correctness is among them.
 
     text is NAME=WEIGHT,FILE.py:FUNCTION=WEIGHT,...; without =WEIGHT it is 1. weights are the same
-    by name. Those of weight 0 are left out. Raises ValueError, in one line, for a name that is not
-    in REWARDS or is given twice, and for a weight that is no finite number.
+    by name. Those of weight 0 are left out, but `correct`, which is always measured. Raises
+    ValueError, in one line, for a name that is unknown or given twice, a file or function that
+    cannot be loaded, a weight that is no finite number, and where every weight is 0.
     """
     chosen = {"correct": 1.0, **weights}
     functions = dict(REWARDS)
@@ -448,7 +449,8 @@ def weighted(text="", **weights):
             raise ValueError(f"--reward {item}: choose {', '.join(REWARDS)} or FILE.py:FUNCTION, "
                              "each with =WEIGHT")
         if name in given:
-            raise ValueError(f"--reward {item}: {name} is given twice")
+            raise ValueError(f"--reward {item}: {name} is given twice; two functions need two "
+                             "names, and format and consistency have flags of their own too")
         given.append(name)
         chosen[name] = finite(item, weight or "1")
 

@@ -1,9 +1,15 @@
 """A reward function from a file of the user's own, in TRL's signature.
 
-    python train.py --reward mine.py:length=0.1,mine.py:has_boxes ...
+    python train.py --reward mine.py:brief=0.1 ...
 
-    def length(completions, **kwargs):          # TRL's GRPOTrainer takes the same function
-        return [-len(text) / 1000 for text in completions]
+    from reward import verify
+
+    def brief(completions, answer, **columns):          # TRL's GRPOTrainer takes the same function
+        # a completion is a text, or with a chat template a list of one message
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+
+        # wrong ones earn nothing, or giving up early would pay
+        return [verify(text, gold) / (1 + len(text)) for text, gold in zip(texts, answer)]
 
 A function gets lists with an entry for each completion and returns a list of as many numbers:
 

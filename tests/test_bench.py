@@ -186,6 +186,8 @@ def test_a_result_is_never_overwritten(what, monkeypatch, tmp_path):
     ("rollout --lora-rank 4", "--lora-rank has no meaning for rollout: .*"),
     ("logps --data x", "--data has no meaning for logps: .*"),
     ("rollout --predict", "--predict has no meaning for rollout: .*"),
+    ("memory --predict --shard 4", "--shard does nothing with --predict, .*"), ("comm --predict --shape qwen2.5-0.5b", "--shape does nothing .*"),
+    ("memory --predict --no-checkpointing", "--checkpointing does nothing .*"),
     ("rollout --data x.jsonl", "--data needs --model: .*"),
     ("rollout --model nowhere", "--model nowhere is no folder: .*"),
     ("train --model .", ".*config.json.*"),

@@ -228,6 +228,13 @@ def test_evaluations_are_paired_by_problem_by_hand(tmp_path, capsys):
         "| pass@1, lenient at 320 | 0.667 ± 0.333 | 0.667 ± 0.333 | 0.000 ± 0.000 |"]
 
 
+def test_pass_at_k_is_compared_where_both_drew_as_many_by_hand(tmp_path, capsys):
+    """One right of two is a pass: 1, 0, 0 and 1, 1, 0, so the gaps are 0, 1, 0 (mean 1/3, error 1/3)."""
+    same = dict(id=["a", "b", "c"], n=[2, 2, 2], greedy_correct=[True] * 3)
+    report.main([write_evaluation(tmp_path / "a.json", c=[1, 0, 0], **same), write_evaluation(tmp_path / "b.json", c=[2, 1, 0], **same)])
+    assert "| pass@2 | 0.333 ± 0.333 | 0.667 ± 0.333 | 0.333 ± 0.333 |" in capsys.readouterr().out.splitlines()
+
+
 def test_problems_with_one_id_that_differ_are_no_pair_and_other_settings_are_said(tmp_path, capsys):
     """Puzzles of level 2 and 4 share ids; a test file may have lost a line between two evaluations."""
     def file(name, sums, temperature):

@@ -52,6 +52,18 @@ def test_program_lines_are_at_most_100_columns_wide():
     assert not wide
 
 
+def test_the_prose_of_pages_is_at_most_100_columns_wide():
+    """All but tables, pictures and what stands between ``` marks."""
+    wide = []
+    for page in (HERE / "README.md", HERE / "LOG.md", *sorted((HERE / "docs").glob("*.md"))):
+        prose = True
+        for i, line in enumerate(lines_of(page), 1):
+            prose ^= line.startswith("```")
+            if prose and len(line) > 100 and not line.startswith(("|", "![")):
+                wide.append(f"{page.name}:{i}")
+    assert not wide
+
+
 def test_long_functions_have_paragraphs():
     """A function of 15 lines or more has a blank line or a comment line in its body."""
     long, dense = 0, []

@@ -1,6 +1,7 @@
 """Reward functions of a user's file, in TRL's signature; and the punishment of long completions."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def rollout():
     return Rollout(tokens, torch.ones(6, dtype=torch.int64), lengths, torch.zeros(6, 5), torch.ones(6, dtype=torch.bool))
 
 
+def short_rollout():
+    """Three completions of one token each."""
+    return Rollout(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, dtype=torch.int64), torch.full((3,), 2), torch.zeros(3, 2),
+                   torch.ones(3, dtype=torch.bool))
+
+
 def parts(text, problems=PROBLEMS, groups=GROUPS):
     functions = reward.weighted(text)
     return {name: part.tolist() for name, part in reward.parts(functions, problems, groups, 3, rollout()).items()}
@@ -113,6 +120,21 @@ def test_a_chat_gives_messages(file):
     assert not {"prompt", "check", "messages"} & set(seen) and seen["completion_ids"] == IDS
 
 
+def test_the_example_of_the_page_is_that_of_the_docstring_and_pays_right_answers_alone(tmp_path):
+    """\\boxed{2} is right and has 9 signs: 1 / 10; a wrong or empty one earns nothing. The same with a chat template."""
+    page = (Path(reward.__file__).parent / "docs/rewards.md").read_text(encoding="utf-8")
+    example = page.split("where mine.py has, for example,\n\n```\n")[1].split("```")[0]
+    code = [line.strip() for line in example.splitlines() if "def " not in line]
+    assert all(line in user_reward.__doc__ for line in code)
+    (tmp_path / "brief.py").write_text(example)
+
+    problems, groups = [{"problem": "1 + 1?", "answer": "2", "prompt": [1]}], [[r"\boxed{2}", r"\boxed{3}", ""]] * 1
+    for more in ({}, {"messages": [{"role": "user", "content": "1 + 1?"}]}):
+        functions = reward.weighted(f"{tmp_path}/brief.py:brief")
+        found = reward.parts(functions, [{**p, **more} for p in problems], groups, 3, short_rollout())
+        assert found["brief"].tolist() == [[1 / 10, 0, 0]]
+
+
 def test_a_rank_without_prompts_asks_nothing(file):
     functions = reward.weighted(f"{file}:reward_tokens")
     assert reward.parts(functions, [], [], 3, rollout())["reward_tokens"].shape == (0, 3)
@@ -121,7 +143,7 @@ def test_a_rank_without_prompts_asks_nothing(file):
 @pytest.mark.parametrize("text, message", [
     ("nowhere.py:f", "there is no file nowhere.py"), ("{file}:nothing", "has no function nothing.*; it has reward_tokens, reward_format"),
     ("{file}:SCALE", "has no function SCALE"), ("{file}:plain=much", "'much' is not a finite number"),
-    ("{file}:plain,{file}:plain", "plain is given twice"), ("tone", "choose correct, format, think, consistency or FILE.py:FUNCTION")])
+    ("{file}:plain,{file}:plain", "plain is given twice; two functions need two names"), ("tone", "choose correct, format, think, consistency or FILE.py:FUNCTION")])
 def test_what_cannot_be_loaded_is_one_line(text, message, file):
     with pytest.raises(ValueError, match=message) as stop:
         reward.weighted(text.format(file=file))

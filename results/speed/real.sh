@@ -3,9 +3,9 @@
 #   VLLM=PYTHON LLAMACPP=PYTHON TRL=FOLDER bash results/speed/real.sh MODEL DATA.jsonl [FOLDER]
 # VLLM and LLAMACPP: the Pythons that have them (measure/vllm.py and measure/llamacpp.py say how to
 # get them). TRL: a folder named site-packages with trl, peft, datasets and what they need. Each
-# line writes a JSON into FOLDER (results/speed/real), which must not be there yet. One that fails
-# leaves its output in a .log. ONLY=rollout-* makes those alone, TOKENS=128 and ROUNDS=3 a fifth of
-# the hour and a half; SMALL=1 tries all of it at the smallest size.
+# line writes NAME.json into FOLDER (results/speed/real), and fails where it is there already. One
+# that fails leaves its output in NAME.log. ONLY=rollout-* makes those alone. All of it takes an hour
+# and a half, with TOKENS=128 ROUNDS=3 a fifth of that; SMALL=1 tries it at the smallest size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 model=${1:?a checkpoint folder}; data=${2:?a jsonl file}; out=${3:-results/speed/real}
@@ -18,7 +18,8 @@ step="--prompts 4 --group-size 8 --new-tokens 128 --rounds $rounds"
 if [ -n "${SMALL:-}" ]; then
     draw="--prompts 2 --group-size 2 --new-tokens 8 --rounds 1"; few=$draw; step=$draw
 fi
-vllm="--vs vllm --vllm-python ${VLLM:-}"; llama="--vs llamacpp --llamacpp-python ${LLAMACPP:-}"
+vllm="--vs vllm ${VLLM:+--vllm-python $VLLM}"
+llama="--vs llamacpp ${LLAMACPP:+--llamacpp-python $LLAMACPP}"
 mkdir -p "$out"
 
 bench() {       # bench NAME ARGUMENTS...
