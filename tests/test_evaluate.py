@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -446,6 +447,19 @@ def test_an_evaluation_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
     assert kept and sum(drawn) < 5 * result["num_problems"] and not part.exists()
     for name in ("strict", "lenient", "problems"):
         assert result[name] == whole[name]
+
+
+def test_what_drew_nothing_now_has_no_speed(folder, tmp_path):
+    """All rows of it were kept. Two completions of 2 and 4 tokens, one of them cut; 6 tokens in 2 seconds are 3 a second."""
+    rows = [{"lengths": [2, 4], "cut": [False, True]}]
+    about = {"completion_length": 3.0, "truncated_frac": 0.5}
+    assert evaluate.statistics(evaluate.EvalConfig(), rows, (6, 2.0)) == {**about, "tokens_per_s": 3.0}
+    assert evaluate.statistics(evaluate.EvalConfig(), rows, (0, 2.0)) == {**about, "tokens_per_s": None}
+
+    evaluate.main(options(folder, "--limit", 2, "--json", tmp_path / "a.json"))
+    result = json.loads((tmp_path / "a.json").read_text())
+    result["greedy"]["tokens_per_s"] = None
+    assert re.fullmatch(r"tokens_per_s +- +\d+", evaluate.table(result).splitlines()[-1])
 
 
 def test_a_part_of_another_evaluation_is_refused(folder, tmp_path, capsys):
