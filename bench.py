@@ -63,6 +63,11 @@ MEANT_FOR = {       # flag: the commands that read it
     "data": ("rollout", "train", "reward"),
     "lora_rank": ("train", "memory", "comm"),
 }
+LEAST = {           # of the numbers that flags may be
+    **dict.fromkeys(("prompts", "group_size", "prompt_tokens", "new_tokens", "rounds", "steps",
+                     "micro_batch_tokens"), 1),
+    **dict.fromkeys(("threads", "rows", "shard", "lora_rank"), 0),
+}
 WITH_PREDICT = ("what", "predict", "json", "threads", "device")    # flags; its load is fixed
 
 
@@ -148,10 +153,17 @@ def arguments():
     """Returns the checked arguments of this process. Raises ValueError with one line."""
     flags = parser()
     args = flags.parse_args()
+    reads = WITH_PREDICT + (("lora_rank",) if args.what == "comm" else ())
     for name, value in vars(args).items():
-        if args.predict and name not in WITH_PREDICT and value != flags.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} does nothing with --predict, which is "
-                             "of one load and of all shapes: leave it out")
+        flag = "--" + name.replace("_", "-")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{flag} {value}: must be at least {LEAST[name]}")
+        if args.predict and name not in reads and value != flags.get_default(name):
+            raise ValueError(f"{flag} does nothing with --predict, which is of one load and of all "
+                             "shapes: leave it out")
+    if args.what == "train" and args.group_size < 2:
+        raise ValueError("train --group-size 1: a group of one has no gradient, so nothing would "
+                         "be trained")
     if args.checkpointing is None:
         args.checkpointing = args.what == "memory"
 

@@ -96,6 +96,8 @@ def check_new_file(flag, file):
     if file and Path(file).exists():
         raise ValueError(f"{flag} {file} already exists: choose another file, results are never "
                          "overwritten")
+    if str(file).endswith(os.sep):
+        raise ValueError(f"{flag} {file} is the name of a folder: give that of a file")
     if file and not os.access(Path(file).parent, os.W_OK):
         raise ValueError(f"{flag} {file}: its folder does not exist or cannot be written to")
 
@@ -530,14 +532,21 @@ def free_on_resume(c):
 
 
 def resumed(stored, given):
-    """The stored settings of a run with those changes that a run which goes on allows."""
+    """The stored settings of a run with those changes that a run which goes on allows.
+
+    The command that began the run is no change: its paths are absolute in the stored settings, and
+    what it left to the program is filled in there."""
+    asked = Config(**{**asdict(stored), **given, "algo": stored.algo})
+    now = {**asdict(asked), **importlib.import_module("folder").absolute(asked),
+           "algo": given.get("algo", stored.algo)}
     free = free_on_resume(stored)
     for name, value in given.items():
         was = getattr(stored, name)
-        if name not in free and was != value:
+        if name not in free and was != now[name]:
             raise ValueError(f"--resume continues the run as it was: {flag(name)} was {was}, "
                              f"not {value}; start another --out to change it")
-    return check(Config(**{**asdict(stored), **given}))
+    changes = {name: value for name, value in given.items() if name in free}
+    return check(Config(**{**asdict(stored), **changes}))
 
 
 def refuse_idle(c, given):

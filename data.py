@@ -208,7 +208,7 @@ def from_jsonl(path, answered=True):
     path = Path(path)
     if not is_file(path):
         names = ", ".join([*tasks.TASKS, *HUB])
-        raise FileNotFoundError(f"--data {path}: no such file; give {names} or a .jsonl file")
+        raise FileNotFoundError(f"{path}: no such file; give {names} or a .jsonl file")
 
     problems = []
     text = read_text(path)

@@ -204,6 +204,9 @@ class Settings:
         if not self.model:
             raise ValueError("--algo distill needs --model, the student; make a small one: "
                              "python sft.py --out DIR")
+        if self.refill:
+            raise ValueError("--refill throws groups away that are all right or all wrong, and "
+                             "distillation learns from these too: leave it out")
         if self.divergence == "token" and self.divergence_beta != 1:
             raise ValueError("--divergence token is the reverse KL: leave --divergence-beta out")
         if self.divergence == "token" and self.epochs > 1:

@@ -266,22 +266,46 @@ def load_problems(config):
     count = config.limit or ENDLESS
     split, seed = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
     run = prompts.settings_of_run(config.model)
+    if split == "train":
+        warn_of_others(config, run)
 
+    spare = run.get("eval_problems", HELD_OUT) if "algo" in run else HELD_OUT
     if config.perturb and split == "train":
         problems = trained_on(config, count, run)
     else:
         problems = data.load_problems(config.data, split, seed, levels, count, warn,
                                       whole=not config.limit,
-                                      spare=HELD_OUT if split == "train" else 0)
+                                      spare=spare if split == "train" else 0)
 
-    trained = Path(str(run.get("data", "")))
-    if is_file(trained) and is_file(config.data) and trained.samefile(config.data):
-        warn(f"{config.data} is what {config.model} was trained on, all but what that run held "
+    trained = files_of(str(run.get("data", "")))
+    for file in sorted(files_of(config.data) & trained):
+        warn(f"{file} is what {config.model} was trained on, all but what that run held "
              "out: to measure it, take other problems")
 
     if config.perturb:
         problems = with_perturbed(problems)
     return [{**problem, "index": i} for i, problem in enumerate(problems)]
+
+
+def files_of(sources):
+    """Returns the files among the sources of --data, as absolute paths."""
+    try:
+        parts = data.parts_of(sources)
+    except ValueError:          # of a run whose file is gone
+        return set()
+    return {Path(part.source).resolve() for part in parts if is_file(part.source)}
+
+
+def warn_of_others(config, run):
+    """Say where --train-seed takes other problems than the run that wrote the model did."""
+    asked = {"data": config.data, "levels": config.levels, "seed": config.train_seed,
+             "curriculum": ""}
+    for name, value in asked.items():
+        was = run.get(name, value) if "algo" in run else value
+        if was != value and not (name == "data" and files_of(was) == files_of(value) != set()):
+            was, value = ("empty" if x == "" else x for x in (was, value))
+            warn(f"warning: --train-seed: {config.model} was trained with --{name} {was}, not "
+                 f"{value}, so these are other problems than it has seen")
 
 
 def trained_on(config, count, settings):
@@ -328,7 +352,11 @@ def load_model(name, device, dtype):
     base = read_json(settings).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{settings} does not name its base_model_name_or_path")
-    model = Transformer.from_pretrained(base, device, dtype)
+    try:
+        model = Transformer.from_pretrained(base, device, dtype)
+    except FileNotFoundError as error:
+        raise ValueError(f"{settings} names {base} as its base_model_name_or_path: {error}; mend "
+                         "it there") from None
     return lora.load_adapter(model, name), base
 
 

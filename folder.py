@@ -13,6 +13,7 @@ the run began from. So changed data, and with --beta a changed model, are refuse
 and --lora-rank the starting weights are not needed any more, and may be gone.
 """
 import fcntl
+import glob
 import json
 import math
 import os
@@ -116,7 +117,7 @@ def absolute_item(item):
     """The same for an item of --data or --reward, such as A.jsonl@2 or MINE.py:NAME=1."""
     path, rest = re.fullmatch(r"(?s)(.*?)([@:][^@:/]*)?", item.strip()).groups("")
     found = str(Path(path).resolve()) if is_file(path) else path
-    return item if set(",=") & set(found) else found + rest     # they part items and weights
+    return item if "," in found else found + rest       # commas part items
 
 
 def lock(folder):
@@ -394,6 +395,8 @@ def cut_log(file, step):
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
     if any(lines) and step is None:
         os.replace(file, file.with_name(file.name + ".old"))
+        print(f"there is no checkpoint yet: the run begins again, and what {file} held is "
+              f"{file.name}.old", file=sys.stderr)
     kept = [line + "\n" for line in lines if step is not None and step_of(line) <= step]
     write_whole(file, "".join(kept))
 
@@ -436,7 +439,7 @@ class Parts:
 
     def files(self):
         """The files of all ranks."""
-        return sorted(self.target.parent.glob(f".{self.target.name}.part-*"))
+        return sorted(self.target.parent.glob(f".{glob.escape(self.target.name)}.part-*"))
 
     def add(self, rows):
         """Append rows, each a line of JSON."""

@@ -8,6 +8,7 @@ has the weights of pi and mu in its checkpoint, and its tokenizer and shapes in 
 the starting model it then needs nothing, but with --beta and LoRA, whose checkpoints hold the
 adapter alone.
 """
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -51,10 +52,11 @@ def is_merged(model):
     """Whether a change by LoRA is part of these weights: its adapter/ lies beside or below them.
 
     bfloat16 would round much of a small change away."""
-    model = Path(model)
+    model = Path(model).resolve()
     beside = model.parent / "adapter" / "adapter_config.json"           # train.py's folder
     below = model / "adapter" / "adapter_config.json"                   # sft.py's
-    return below.exists() or model.name == "model" and beside.exists()
+    of_run = re.fullmatch(r"model(-at-\d+)?", model.name)
+    return below.exists() or bool(of_run) and beside.exists()
 
 
 def load_policies(c, device, source, begins_at):

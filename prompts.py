@@ -87,10 +87,11 @@ def report_template(tokenizer, template, report):
     if options and not chosen:
         raise ValueError("--chat-template-kwargs needs a chat template: give --template chat, "
                          "or a checkpoint that has one")
-    words = set(re.findall(r"\w+", tokenizer.get_chat_template())) if options else ()
-    unread = [name for name in options if name not in words]
+    read = names_read(tokenizer.get_chat_template()) if options else ()
+    unread = [name for name in options if name not in read]
     if unread:
-        raise ValueError(f"--chat-template-kwargs: this chat template does not read {unread[0]}")
+        raise ValueError(f"--chat-template-kwargs: this chat template does not read {unread[0]}; "
+                         f"it reads {', '.join(sorted(read))}")
 
     ends = ["no token"]
     if chosen or template == "auto":
@@ -107,12 +108,20 @@ def report_template(tokenizer, template, report):
     report(f"template: {line}{' with ' + json.dumps(options) if options else ''}")
 
 
+def names_read(template):
+    """The variables that a chat template reads and does not set by itself."""
+    from jinja2 import meta
+    environment = chat.environment()
+    asked = meta.find_undeclared_variables(environment.parse(template))
+    return asked - set(environment.globals)
+
+
 def settings_of_run(model):
     """Returns the settings of the train.py or sft.py that wrote a model, {} if neither did.
 
     A run's model lies in its folder, beside the run's config.json. sft.py leaves its flags in
     sft.json beside the weights, and those beside an adapter/."""
-    model = Path(model)
+    model = Path(model).resolve()       # "." and links have no parent to look into
     of_adapter = (model / "adapter_config.json").exists()
     flags = (model.parent if of_adapter else model) / "sft.json"
     if flags.exists():

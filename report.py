@@ -181,19 +181,33 @@ def write_line(folder, line, log_to=""):
     log_to="tensorboard" also gives them to TensorBoard, under the same names."""
     if dist.rank() != 0:
         return
-    if log_to:
-        board = board_of(str(folder), line["step"])
-        for name, value in line.items():
-            board.add_scalar(name, value, line["step"])
-        board.flush()
     finite = {}
     for key, value in line.items():
         missing = isinstance(value, float) and not math.isfinite(value)
         finite[key] = None if missing else value            # NaN is not JSON
     append(Path(folder) / "log.jsonl", json.dumps(finite) + "\n")
+    if log_to:
+        write_to_board(str(folder), line)
 
 
-boards = {}         # by run folder
+boards = {}         # by run folder; None: it has failed
+
+
+def write_to_board(folder, line):
+    """Give a step's metrics to TensorBoard. Where that fails, the run goes on without, and says so.
+
+    What is shown never ends what is computed."""
+    try:
+        board = board_of(folder, line["step"])
+        if board is None:
+            return
+        for name, value in line.items():
+            board.add_scalar(name, value, line["step"])
+        board.flush()
+    except Exception as error:
+        boards[folder] = None
+        print(f"warning: TensorBoard gets no more lines ({dist.first_line(error)}); log.jsonl has "
+              "all of them", file=sys.stderr)
 
 
 def board_of(folder, step):
@@ -456,7 +470,8 @@ def compare(runs, x, y, reach):
     for name, logs in runs.items():
         curves = [curve(lines, x, y) for lines in logs]
         if not all(curves):
-            raise ValueError(f"{name}: its log has no line with both {x} and {y}")
+            raise ValueError(f"{name}: its log has no line with both {x} and {y}; choose others "
+                             "by --x and --y, such as --y reward")
         last_values = [points[-1][1] for points in curves]
         row = {"name": name, "runs": len(logs), y: mean_se(last_values)}
 
@@ -481,6 +496,8 @@ def cell_text(cell):
         return str(cell)
     mean, error = cell
     digits = 3 if abs(mean) < 10 else 0
+    if 0 < abs(mean) < 0.01 and not error > 0:          # a rate, of runs that all have it
+        return f"{mean:.3g}"
     if math.isnan(error):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
@@ -578,14 +595,16 @@ MATTER = ("temperature", "top_p", "top_k", "max_new_tokens", "template", "chat_t
 
 
 def read_evaluation(file):
-    """Returns what evaluate.py --json wrote: {(id, checksum): entry} of its problems, its settings.
+    """Returns of what evaluate.py --json wrote ({(id, checksum): accuracies}, {setting: text}).
 
     Raises ValueError for another file, OSError for one that cannot be read."""
     try:
         result = json.loads(Path(file).read_text(encoding="utf-8"))
-        problems, settings = result["problems"], result["config"]
-        found = {(problem["id"], problem.get("checksum")): problem for problem in problems}
-    except (ValueError, KeyError, TypeError) as error:
+        problems, settings = result["problems"], {name: str(result["config"].get(name))
+                                                  for name in MATTER}
+        found = {(problem["id"], problem.get("checksum")): accuracies(problem)
+                 for problem in problems}
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file} is no result of evaluate.py --json: {error!r}") from None
     if len(found) < len(problems):
         raise ValueError(f"{file}: several problems have one id, so they cannot be paired: give "
@@ -618,19 +637,22 @@ def compare_evaluations(files):
     problems of the paired differences, ± its standard error. Models tend to find the same problems
     hard, so that error is usually smaller than the two beside it suggest.
 
-    Raises ValueError where no problem is in all files."""
+    Raises ValueError where no problem is in all files, or a file is given twice."""
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise ValueError("an evaluation is given twice, and would be compared with itself")
     results, settings = zip(*map(read_evaluation, files))
     common = [name for name in results[0] if all(name in other for other in results)]
     if not common:
         raise ValueError(f"no problem is in all of {', '.join(map(str, files))}; a problem goes by "
-                         "its id or, without one, by its file, as --data named it, and line")
-    columns = [[accuracies(result[name]) for name in common] for result in results]
+                         "its id and text or, without an id, by its file, as --data named it, and "
+                         "line; results of before texts were looked at have to be made anew")
+    columns = [[result[name] for name in common] for result in results]
     measures = [m for m in columns[0][0] if all(m in column[0] for column in columns)]
     for name in MATTER:
-        values = [of.get(name) for of in settings]
+        values = [of[name] for of in settings]
         if len(set(values)) > 1:
             print(f"warning: the evaluations differ in --{name.replace('_', '-')}: "
-                  f"{', '.join(map(str, values))}", file=sys.stderr)
+                  f"{', '.join(values)}", file=sys.stderr)
 
     head = [f"{len(common)} problems", str(files[0])]
     for file in files[1:]:

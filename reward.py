@@ -462,8 +462,12 @@ def weighted(text="", **weights):
 
 def reward_items(text):
     """Return the items of --reward, [(item, name or FILE.py:FUNCTION, weight as text or "")]."""
-    items = filter(None, text.split(","))
-    return [(item, *item.partition("=")[::2]) for item in items]
+    found = []
+    for item in filter(None, text.split(",")):
+        file, colon, rest = item.rpartition(":")        # a folder's name may hold = too
+        name, _, weight = rest.partition("=")
+        found.append((item, file + colon + name, weight))
+    return found
 
 
 def correct_counts(text):

@@ -27,14 +27,18 @@ not count in the mean rewards/NAME. Of a function without **kwargs only the argu
 are given. Errors are one line with the function's name and the place in its file. Left out: async
 functions and TRL's trainer_state. The file is run as a program, so it must be one that you trust.
 """
+import copy
 import importlib.util
 import inspect
 import math
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 OURS = ("prompt", "messages", "check", "columns")       # fields of a problem, not of its data
+HERE = Path(__file__).resolve().parent
+LARGEST = 3e38      # of a reward: float32 holds no more
 MODULES = {}        # (file, when it was changed): its module, so that its functions share one
 
 
@@ -58,11 +62,18 @@ def load(text):
     module = MODULES[version]
 
     function = getattr(module, name, None)
-    if not callable(function) or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"--reward {text}: {name} is async, which nothing waits for here: write "
+                         f"def {name}")
+    if not callable(function):
         found = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"--reward {text}: {file} has no function {name}, which is called as it "
-                         f"is; it has {', '.join(found) or 'none'}")
-    state = inspect.signature(function).parameters.get("trainer_state")
+        raise ValueError(f"--reward {text}: {file} has no function {name}; it has "
+                         f"{', '.join(found) or 'none'}")
+    try:
+        state = inspect.signature(function).parameters.get("trainer_state")
+    except ValueError:
+        raise ValueError(f"--reward {text}: {name} does not say which arguments it takes: wrap it "
+                         "in a function that does") from None
     if state and state.default is state.empty:
         raise ValueError(f"--reward {text}: {name} asks for trainer_state, which only TRL has: "
                          "give it a default, and do without it here")
@@ -70,23 +81,46 @@ def load(text):
 
 
 def run(file):
-    """Run a file of the user's as a module, which finds what lies beside it. Returns the module."""
+    """Run a file of the user's as a module, which finds what lies beside it. Returns the module.
+
+    What lies there may be called config.py or reward.py too: our modules of these names are out of
+    sight meanwhile, and theirs afterwards."""
     folder, name = str(file.parent), f"user_reward_{len(MODULES)}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
 
     sys.modules[name] = module          # dataclasses and pickle look for it there
     sys.path.insert(0, folder)
+    names = same_names(file.parent)
+    ours = take_out(names)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
+        take_out(names)
+        sys.modules.update(ours)
         sys.path.remove(folder)
         if folder not in sys.path:      # a function may import later; behind our own modules
             sys.path.append(folder)
     return module
+
+
+def same_names(folder):
+    """Names of modules that stand in a user's folder and in ours, {} if it is ours."""
+    if folder == HERE:
+        return set()
+    theirs, own = ({x.stem for x in place.iterdir()
+                    if x.suffix == ".py" or (x / "__init__.py").exists()}
+                   for place in (folder, HERE))
+    return theirs & own
+
+
+def take_out(names):
+    """Forget the modules of these names and what lies below them. Returns them, as sys.modules."""
+    found = [module for module in sys.modules if module.partition(".")[0] in names]
+    return {module: sys.modules.pop(module) for module in found}
 
 
 def dropped(*args, **kwargs):
@@ -104,6 +138,8 @@ class UserReward:
         parameters = inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters}
+        self.needs = [p.name for p in parameters if p.default is p.empty
+                      and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
     def __call__(self, problems, groups, rollout):
         """Return the function's numbers, (N, G); nan where it does not apply.
@@ -113,12 +149,17 @@ class UserReward:
             return []
         arguments = columns(problems, groups, rollout.completions())
         arguments |= {"log_extra": dropped, "log_metric": dropped}
+        absent = [name for name in self.needs if name not in arguments]
+        if absent:
+            raise ValueError(f"asks for {absent[0]}; there are {', '.join(sorted(arguments))}")
         if not self.takes_all:
             arguments = {name: arguments[name] for name in arguments if name in self.takes}
         count = sum(map(len, groups))
 
         try:
             numbers = self.function(**arguments)
+            if isinstance(numbers, Iterator):           # of map or yield, which fail only now
+                numbers = list(numbers)
         except (Exception, SystemExit) as error:        # exit() would end the run without a word
             raise ValueError(where(error, self.file)) from None
 
@@ -128,8 +169,8 @@ class UserReward:
             raise ValueError(f"gave {str(numbers)[:100]!r}, not a list of numbers") from None
         if len(numbers) != count:
             raise ValueError(f"gave {len(numbers)} numbers for {count} completions")
-        if not all(number is None or math.isfinite(number) for number in numbers):
-            raise ValueError("gave a number that is not finite")
+        if not all(number is None or abs(number) <= LARGEST for number in numbers):
+            raise ValueError("gave a number that is not finite in float32")
 
         G = count // len(problems)
         numbers = [math.nan if number is None else number for number in numbers]
@@ -137,7 +178,9 @@ class UserReward:
 
 
 def columns(problems, groups, ids):
-    """The arguments of a function in TRL's signature: {name: list of N x G}."""
+    """The arguments of a function in TRL's signature: {name: list of N x G}.
+
+    Each completion has lists of its own, so that a function may change what it is given."""
     found = {"prompts": [], "completions": [], "completion_ids": list(ids)}
     fields = [{name: value for name, value in problem.items() if name not in OURS}
               | problem.get("columns", {}) for problem in problems]
@@ -148,10 +191,10 @@ def columns(problems, groups, ids):
         messages = problem.get("messages")
         for text in texts:
             answered = [{"role": "assistant", "content": text}]
-            found["prompts"].append(messages or problem["problem"])
+            found["prompts"].append(copy.deepcopy(messages or problem["problem"]))
             found["completions"].append(answered if messages else text)
             for name in names:
-                found[name].append(own.get(name))
+                found[name].append(copy.deepcopy(own.get(name)))
     return found
 
 

@@ -67,8 +67,10 @@ def read_json(file):
     try:
         content = json.loads(Path(file).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: "
-                                "is the folder a Hugging Face checkpoint?") from None
+        hint = "is the folder a Hugging Face checkpoint?"
+        if (Path(file).parent / "adapter_config.json").exists():
+            hint = "the folder holds an adapter alone; give that of the merged model"
+        raise FileNotFoundError(f"{file} does not exist: {hint}") from None
     except (ValueError, RecursionError) as error:       # RecursionError: nested too deep
         raise ValueError(f"{file} is not valid JSON: {error}") from None
 

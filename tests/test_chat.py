@@ -386,11 +386,18 @@ def test_thinking_is_switched_off(saved):
 def test_template_kwargs_that_do_nothing_are_refused(saved):
     with pytest.raises(ValueError, match="needs a chat template"):
         said(prompts.load_tokenizer(saved, {"enable_thinking": False}), "plain")
-    with pytest.raises(ValueError, match="does not read enable_thinkin$"):
+    with pytest.raises(ValueError, match="does not read enable_thinkin; it reads .*enable_thinking"):
         said(prompts.load_tokenizer(saved, {"enable_thinkin": False}), "chat")
 
 
-def test_a_run_s_model_is_evaluated_as_it_was_trained(tmp_path):
+def test_only_what_a_template_reads_and_does_not_set_is_an_option():
+    """A word of its text, the variable of a loop and what it sets are none, and neither is what every template is given."""
+    template = ("{% set said = 1 %}{% for message in messages %}{{ message.content }} think {{ said }}{{ loop.index }}{% endfor %}"
+                "{% if enable_thinking %}{{ raise_exception('no') }}{% endif %}")
+    assert prompts.names_read(template) == {"messages", "enable_thinking"}
+
+
+def test_a_run_s_model_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
     run = {"algo": "grpo", "template": "chat", "chat_template_kwargs": '{"enable_thinking": false}'}
     (tmp_path / "config.json").write_text(json.dumps(run))
     follows = evaluate.EvalConfig(model=str(tmp_path / "model"))
@@ -402,7 +409,14 @@ def test_a_run_s_model_is_evaluated_as_it_was_trained(tmp_path):
     prompts.follow_run(given)
     assert (given.template, given.chat_template_kwargs) == ("reasoning", '{"enable_thinking": true}')
 
+    # the folder may also be named by a link to it, or by "." from inside
     (tmp_path / "model").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    for name in (".", str(tmp_path / "elsewhere" / "link")):
+        assert prompts.settings_of_run(name) == run
+
     (tmp_path / "model" / "sft.json").write_text('{"--template": "r1-zero", "--chat-template-kwargs": ""}')
     of_sft = evaluate.EvalConfig(model=str(tmp_path / "model"))
     prompts.follow_run(of_sft)

@@ -259,7 +259,7 @@ def test_a_corpus_with_a_teacher(start, teacher, tmp_path, extra, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ([], "needs --teacher"), (["--teacher", "T", "--divergence", "token", "--divergence-beta", "0.5"], "is the reverse KL"),
+    ([], "needs --teacher"), (["--teacher", "T", "--refill", "2"], "--refill throws groups away"), (["--teacher", "T", "--divergence", "token", "--divergence-beta", "0.5"], "is the reverse KL"),
     (["--teacher", "T", "--model", "S", "--divergence", "token", "--epochs", "2"], "each batch is used once"),
     (["--teacher", "OTHER"], "its tokenizer is not that of the student")])
 def test_a_wrong_teacher_is_one_line_and_nothing_is_written(start, teacher, tmp_path, options, message):

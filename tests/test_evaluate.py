@@ -379,6 +379,7 @@ def fails(capsys, arguments):
     ("--model", "./absent", "neither a checkpoint folder nor a hub id"),
     ("--data", "absent.jsonl", "absent.jsonl: no such file"),
     ("--json", "absent/folder/a.json", "does not exist"),
+    ("--json", "absent/", "is the name of a folder"),
     ("--max-prompt-tokens", 1, "no problem is left"),
     ("--max-new-tokens", 5000, "lower --max-new-tokens"),
 ])
@@ -413,7 +414,9 @@ class Stop(Exception):
 
 
 def test_an_evaluation_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
-    """After two of the batches it is killed; the second start draws the rest only, and gives the same result."""
+    """After two of the batches it is killed; the second start draws the rest only, and gives the same result.
+
+    Its name has signs that a search for files reads otherwise."""
     monkeypatch.setattr(evaluate, "FIRST_BATCH", 4)
     monkeypatch.setattr(evaluate, "BATCH_SECONDS", 0.0)
     whole = run(folder, tmp_path / "whole")
@@ -427,10 +430,10 @@ def test_an_evaluation_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "draw_groups", counted)
     (tmp_path / "b").mkdir()
-    arguments = options(folder, "--json", tmp_path / "b" / "a.json")
+    arguments = options(folder, "--json", tmp_path / "b" / "a[1].json")
     with pytest.raises(Stop):
         evaluate.main(arguments)
-    part = tmp_path / "b" / ".a.json.part-0"
+    part = tmp_path / "b" / ".a[1].json.part-0"
     before = part.read_text()
     part.write_text(before + '{"kind": "gre')           # a crash cuts the last line
     drawn.clear()
@@ -442,7 +445,7 @@ def test_an_evaluation_that_was_stopped_goes_on(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "draw_groups", rest)
     evaluate.main(arguments)
-    result = json.loads((tmp_path / "b" / "a.json").read_text())
+    result = json.loads((tmp_path / "b" / "a[1].json").read_text())
     kept = before.count('"kind"')
     assert kept and sum(drawn) < 5 * result["num_problems"] and not part.exists()
     for name in ("strict", "lenient", "problems"):
@@ -494,7 +497,7 @@ def test_ranks_give_the_result_of_one_process(folder, tmp_path):
     assert done.stdout.count("problems, 4 samples") == 1 and len(list((tmp_path / "three").iterdir())) == 1
 
 
-def test_merged_weights_are_known_by_the_adapter_beside_them(tmp_path):
+def test_merged_weights_are_known_by_the_adapter_beside_them(tmp_path, monkeypatch):
     """train.py writes RUN/model and RUN/adapter, sft.py FOLDER and FOLDER/adapter; an adapter has nothing merged."""
     for place in ("run/model", "run/adapter", "sft/adapter", "plain/model", "other/model/adapter"):
         (tmp_path / place).mkdir(parents=True)
@@ -504,6 +507,13 @@ def test_merged_weights_are_known_by_the_adapter_beside_them(tmp_path):
                           ("other/model", True)):
         assert policies.is_merged(tmp_path / place) is merged is policies.is_merged(str(tmp_path / place))
 
+    # a model that was set aside, a link, and the folder that one is in
+    (tmp_path / "run" / "model-at-3").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "model")
+    assert policies.is_merged(tmp_path / "run" / "model-at-3") and policies.is_merged(tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    assert policies.is_merged(".")
+
 
 def test_an_adapter_is_evaluated_on_its_base(folder, tmp_path):
     import lora
@@ -512,6 +522,13 @@ def test_an_adapter_is_evaluated_on_its_base(folder, tmp_path):
     lora.save_adapter(model, tmp_path / "adapter", base=folder / "model")
     plain, live = run(folder, tmp_path / "a"), run(folder, tmp_path / "b", "--model", tmp_path / "adapter")
     assert plain["problems"] == live["problems"]
+
+    # where the base is gone, the line says where it is named; and training takes no adapter alone
+    lora.save_adapter(model, tmp_path / "adapter", base=tmp_path / "gone")
+    with pytest.raises(ValueError, match="adapter_config.json names .*gone as its base_model_name_or_path: .*; mend it there"):
+        evaluate.load_model(tmp_path / "adapter", torch.device("cpu"), torch.float32)
+    with pytest.raises(FileNotFoundError, match="holds an adapter alone; give that of the merged model"):
+        Transformer.from_pretrained(tmp_path / "adapter")
 
 
 # ------------------------------------------------------------------- tasks, levels, perturbed puzzles
@@ -583,6 +600,35 @@ def test_whoever_measures_on_the_file_that_a_model_was_trained_on_is_told(folder
         monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: {"data": data, "template": "plain"})
         run(folder, tmp_path / "e", "--limit", 2, "--samples", 1)
         assert ("problems.jsonl is what" in capsys.readouterr().err) == (data == str(trained))
+
+
+def test_a_file_of_a_mix_that_a_model_was_trained_on_is_told_too(folder, tmp_path, monkeypatch, capsys):
+    trained = folder / "problems.jsonl"
+    monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: {"data": f"{trained},boolean:1-2", "template": "plain"})
+    run(folder, tmp_path / "e", "--limit", 2, "--samples", 1)
+    assert "problems.jsonl is what" in capsys.readouterr().err
+
+
+def test_who_asks_for_the_problems_of_training_hears_where_the_run_had_others(monkeypatch, capsys):
+    """Other levels, another seed and a curriculum; what the run held out of its file is left out as well."""
+    was = {"algo": "grpo", "data": "arithmetic", "levels": "2-3", "seed": 7, "curriculum": "uniform"}
+    monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: was)
+    evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", train_seed=0, limit=3))
+    said = capsys.readouterr().err
+    assert "trained with --levels 2-3, not empty" in said and "--seed 7, not 0" in said and "--curriculum uniform, not empty" in said
+    was |= {"seed": 0, "curriculum": ""}
+    evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", levels="2-3", train_seed=0, limit=3))
+    evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", limit=3))
+    assert capsys.readouterr().err == ""
+
+
+def test_as_many_are_left_out_as_the_run_held_out(tmp_path, monkeypatch):
+    """Of 100 lines a tenth at most; of a run with 4 held out, 96 are of training."""
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(100)))
+    for settings, count in (({}, 90), ({"algo": "grpo", "data": str(file), "seed": 0, "eval_problems": 4}, 96)):
+        monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: settings)
+        assert len(evaluate.load_problems(evaluate.EvalConfig(model="m", data=str(file), train_seed=0))) == count
 
 
 def test_the_problems_of_a_run_are_those_that_it_takes_first():

@@ -309,6 +309,20 @@ def test_a_run_is_gone_on_with_from_another_folder(start, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
 
 
+def test_the_command_that_began_a_run_goes_on_with_it(start, tmp_path, monkeypatch):
+    """Its paths are relative, and --lr 0 is what the program chose; another value of either is a change."""
+    shutil.copytree(start, tmp_path / "model")
+    shutil.copy(start.parent / "problems.jsonl", tmp_path / "problems.jsonl")
+    monkeypatch.chdir(tmp_path)
+    command = ["--model", "model/", "--out", "run", *fast(start), "--data", "problems.jsonl", "--lr", "0"]
+    train.main([*command, "--steps", "1"])
+    train.main([*command, "--steps", "2", "--resume"])
+    assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))][-1] == 2
+    for change in (["--data", "other.jsonl"], ["--model", "run"], ["--lr", "1e-3"]):
+        with pytest.raises(SystemExit, match=f"continues the run as it was: {change[0]} was"):
+            train.main([*command, *change, "--steps", "3", "--resume"])
+
+
 def test_a_later_version_with_more_settings_goes_on_with_a_run(begun):
     """A setting that the run did not know has its default: it changes nothing. One that differs does."""
     run = begun() / "run"
@@ -334,10 +348,11 @@ def test_files_in_a_list_become_absolute_too(tmp_path, monkeypatch):
     assert folder.absolute(Config(data="q.jsonl,truth"))["data"] == "q.jsonl,truth"
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun):
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(begun, capsys):
     folder = begun("--save-every", "2")
     shutil.rmtree(folder / "run" / "checkpoints")
     assert [x["step"] for x in go_on(folder)] == [0, 1, 2, 3, 4]
+    assert "there is no checkpoint yet: the run begins again" in capsys.readouterr().err
     shutil.rmtree(folder / "run" / "checkpoints")
     train_further(folder)
     with pytest.raises(SystemExit, match="has changed since the run began, and this run needs it"):

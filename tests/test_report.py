@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -251,10 +252,12 @@ def test_problems_with_one_id_that_differ_are_no_pair_and_other_settings_are_sai
 def test_evaluations_that_cannot_be_compared_are_one_line(tmp_path):
     one = write_evaluation(tmp_path / "a.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
     other = write_evaluation(tmp_path / "b.json", id=["y"], n=[1], greedy_correct=[True], c=[1])
+    two = write_evaluation(tmp_path / "two.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
     (tmp_path / "c.json").write_text('{"problems": [1]}')
     twice = write_evaluation(tmp_path / "f.json", id=[None, None], n=[1, 1], greedy_correct=[True, False], c=[1, 0])
     for files, message in (([one, other], "no problem is in all of"),
-                           ([twice, twice], "several problems have one id"), ([one, one, "--png", "p.png"], "no curve"),
+                           ([one, twice], "several problems have one id"), ([one, two, "--png", "p.png"], "no curve"),
+                           ([one, one], "given twice"), ([one, str(tmp_path / ".." / tmp_path.name / "a.json")], "given twice"),
                            ([str(tmp_path / "c.json")], "c.json is no result of evaluate.py --json"),
                            ([str(tmp_path / "d.json")], "No such file")):
         with pytest.raises(SystemExit, match=message) as stop:
@@ -272,6 +275,47 @@ def test_bad_input_is_one_line(content, message, tmp_path):
     with pytest.raises(SystemExit) as stop:
         report.main([str(path)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"problems": [{"id": "x", "greedy_correct": True, "c": 1}]}, {"problems": [{"id": "x", "n": 1, "greedy_correct": True}]},
+    {"problems": [{"id": "x", "n": 0, "greedy_correct": True, "c": 0}]}, {"problems": [{"id": "x", "n": 1, "greedy_correct": True, "c": None}]},
+    {"problems": [{"id": ["x"], "n": 1}]}, {"problems": None}, {"config": None}, {"config": [1]}])
+def test_a_damaged_evaluation_is_one_line(change, tmp_path):
+    good = write_evaluation(tmp_path / "a.json", id=["x"], n=[1], greedy_correct=[True], c=[1])
+    (tmp_path / "b.json").write_text(json.dumps({**json.loads(Path(good).read_text()), **change}))
+    with pytest.raises(SystemExit, match="b.json is no result of evaluate.py --json: ") as stop:
+        report.main([good, str(tmp_path / "b.json")])
+    assert "\n" not in str(stop.value)
+
+
+def test_settings_that_are_lists_are_compared_too(tmp_path, capsys):
+    files = [write_evaluation(tmp_path / f"{t}.json", [t], id=["x"], n=[1], greedy_correct=[True], c=[1]) for t in (1, 2)]
+    report.main(files)
+    assert "differ in --temperature: [1], [2]" in capsys.readouterr().err
+
+
+def test_a_rate_of_runs_that_share_it_has_its_digits():
+    assert report.cell_text((1e-6, math.nan)) == "1e-06" and report.cell_text((2e-4, 0.0)) == "0.0002"
+    assert report.cell_text((0.002, 0.001)) == "0.002 ± 0.001" and report.cell_text((0.0, math.nan)) == "0.000"
+
+
+def test_a_tensorboard_that_fails_ends_nothing(tmp_path, monkeypatch, capsys):
+    """The lines of the log are whole, and it is said once."""
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            pass
+
+        def add_scalar(self, *args):
+            raise OSError("no space left")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    for step in (1, 2):
+        report.write_line(tmp_path, {"step": step, "loss": .5}, "tensorboard")
+    assert [line["step"] for line in lines_of(tmp_path / "log.jsonl")] == [1, 2]
+    assert capsys.readouterr().err.count("TensorBoard gets no more lines (no space left)") == 1
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path, monkeypatch):

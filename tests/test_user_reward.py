@@ -1,6 +1,7 @@
 """Reward functions of a user's file, in TRL's signature; and the punishment of long completions."""
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,8 @@ def test_what_cannot_be_loaded_is_one_line(text, message, file):
 
 @pytest.mark.parametrize("body, message", [
     ("def f(: pass", "SyntaxError"), ("import no_such_module", "bad.py:1: ModuleNotFoundError"), ("raise SystemExit(3)", "SystemExit"),
-    ("async def f(**k): return 1", "has no function f"), ("def correct(**k): return []", "correct is the name of a function here")])
+    ("async def f(**k): return 1", "f is async, which nothing waits for here: write def f$"),
+    ("f = max", "f does not say which arguments it takes"), ("f = 3", "has no function f; it has none"), ("def correct(**k): return []", "correct is the name of a function here")])
 def test_a_file_that_fails_is_one_line(body, message, tmp_path):
     (tmp_path / "bad.py").write_text(body)
     name = "correct" if "correct" in body else "f"
@@ -165,6 +167,8 @@ def test_a_file_that_fails_is_one_line(body, message, tmp_path):
     ("return [1.0] * 5", "reward f: gave 5 numbers for 6 completions"), ("return 1.0", "gave '1.0', not a list"),
     ("return ['a'] * 6", "not a list of numbers"), ("return [float('nan')] * 6", "not finite"),
     ("x = {}\n    return x['gold']", "reward f: .*bad.py:3: KeyError: 'gold'"), ("raise ValueError('two\\nlines')", "ValueError: two$"),
+    ("return map(int, ['x'] * 6)", "bad.py: ValueError: invalid literal"), ("yield from [1] * 5\n    exit(0)", "bad.py:3: SystemExit: 0"),
+    ("return [1e39] * 6", "not finite in float32"),
     ("exit(0)", "reward f: .*bad.py:2: SystemExit: 0"), ("import sys\n    sys.exit()", "reward f: .*bad.py:3: SystemExit")])
 def test_a_function_that_fails_is_one_line_with_its_place(body, message, tmp_path):
     (tmp_path / "bad.py").write_text(f"def f(completions, **kwargs):\n    {body}\n")
@@ -185,6 +189,59 @@ def test_no_column_of_the_data_takes_the_place_of_an_argument(tmp_path):
     found = user_reward.columns([{**PROBLEMS[0], **mine}], [["2", "3"]], [[5], [6]])
     assert found["completions"] == ["2", "3"] and found["completion_ids"] == [[5], [6]]
     assert found["prompts"] == ["1 + 1?"] * 2 and found["kind"] == ["word"] * 2
+
+
+def test_each_completion_has_values_of_its_own(tmp_path):
+    """A function that empties its list, or writes into its prompt, changes neither the next completion nor the data."""
+    (tmp_path / "mine.py").write_text("""
+def keys(completions, keywords, **kwargs):
+    return [len([own.pop() for _ in list(own)]) for own in keywords]
+
+def turns(prompts, completions, **kwargs):
+    for prompt, completion in zip(prompts, completions):
+        prompt.extend(completion)
+    return [len(prompt) for prompt in prompts]
+""")
+    problem = {"problem": "2?", "answer": "2", "prompt": [1], "messages": [{"role": "user", "content": "2?"}], "keywords": ["a", "b"]}
+    for name in ("keys", "turns"):
+        for _ in range(2):
+            found = reward.parts(reward.weighted(f"{tmp_path}/mine.py:{name}"), [problem], [["2", "3", "4"]], 3, short_rollout())
+            assert found[name].tolist() == [[2, 2, 2]]
+    assert problem["keywords"] == ["a", "b"] and len(problem["messages"]) == 1
+
+
+def test_what_lies_beside_the_file_may_have_names_of_ours(tmp_path):
+    """config.py, reward.py and lora.py of the user's, loaded or not by us before; ours are in their places afterwards."""
+    for name in ("config", "reward", "lora", "verifier"):
+        (tmp_path / f"{name}.py").write_text(f"WEIGHT = {len(name)}\n")
+    (tmp_path / "mine.py").write_text('''
+from config import WEIGHT
+import lora, reward, verifier
+def total(completions, **kwargs):
+    return [WEIGHT + reward.WEIGHT + lora.WEIGHT + verifier.WEIGHT] * len(completions)
+''')
+    before = {name: sys.modules.get(name) for name in ("config", "reward", "lora", "verifier", "verifier.symbolic")}
+    assert parts(f"{tmp_path}/mine.py:total")["total"] == [[24] * 3] * 2
+    assert {name: sys.modules.get(name) for name in before} == before
+    import lora
+    assert hasattr(lora, "attach") and sys.modules["reward"] is reward
+
+
+def test_a_path_may_hold_the_sign_before_a_weight(tmp_path, monkeypatch):
+    import folder
+    (tmp_path / "a=b").mkdir()
+    file = tmp_path / "a=b" / "mine.py"
+    file.write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    assert [(name, weight) for name, weight, _ in reward.weighted(f"{file}:one=0.5,correct=0")] == [("correct", 0), ("one", 0.5)]
+    monkeypatch.chdir(file.parent)
+    assert folder.absolute(Config(reward="mine.py:one=0.5"))["reward"] == f"{file}:one=0.5"
+
+
+def test_a_function_that_asks_for_a_column_that_is_not_there(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions, target, other=1):\n    return [1.0] * 6\n")
+    with pytest.raises(ValueError, match="reward f: asks for target; there are answer, completion_ids, .*kind") as stop:
+        parts(f"{tmp_path}/mine.py:f")
+    assert "\n" not in str(stop.value)
 
 
 def test_the_name_of_the_punishment_is_no_function_of_the_users(tmp_path):
