@@ -238,11 +238,16 @@ def main():
     # with --variant this process is one side of `logps`, which reads the result as one line
     if not args.variant:
         result = {**around, **result}
-    if args.json:       # before it is shown, which may fail
-        file = Path(args.json)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=None if args.variant else 1))
+    text = json.dumps(result, indent=None if args.variant else 1)
+    try:
+        if args.json:       # before it is shown, which may fail
+            file = Path(args.json)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        print(text)
+        sys.exit(f"error: --json {args.json}: {error}; the result stands above")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,21 @@ def test_a_mistake_is_one_line(flags, message, monkeypatch):
         bench.main()
 
 
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(monkeypatch, tmp_path, capsys):
+    """The folder went while it was measured, and a file has its name."""
+    def measured(args, device):
+        (tmp_path / "r").rmdir()
+        (tmp_path / "r").write_text("")
+        return {"seconds": 1.5}
+
+    (tmp_path / "r").mkdir()
+    monkeypatch.setattr(bench, "measurement", lambda command: measured)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "logps", "--threads", "1", "--json", str(tmp_path / "r" / "x.json")])
+    with pytest.raises(SystemExit, match="^error: --json .*x.json: .*the result stands above$"):
+        bench.main()
+    assert json.loads(capsys.readouterr().out)["seconds"] == 1.5
+
+
 def test_the_python_of_a_worker_is_found_from_here(tmp_path, monkeypatch):
     """The worker runs in another folder; a name without a folder is looked for as a shell does."""
     (tmp_path / "bin").mkdir()
