@@ -401,7 +401,7 @@ def correct(problems, groups) -> list[list[float]]:
 
 
 def form(problems, groups) -> list[list[float]]:
-    """Return (N, G) floats: `format_reward` of each completion; its usual weight is 1.0."""
+    """Return (N, G) floats: `format_reward` of each completion; its usual weight is 0.2 to 1."""
     return _each(lambda *pair: format_reward(with_thought(*pair)), problems, groups)
 
 
