@@ -8,6 +8,8 @@
 # NAME=gtpo ... FOLDER --algo gtpo is another run from the same start, in FOLDER/gtpo.
 # GRPO's problems are those of one to three calculations, 64 % of all: the others are hardly ever
 # solved at first, and a group without a right answer teaches nothing.
+# cool.jsonl is that with NAME=cool ... FOLDER --temperature 0.6. It was begun with STEPS=40, resumed
+# with 32, 28 and 24, and evaluated with one sample a problem, not 4.
 # log.jsonl and constant-lr.jsonl are of runs with --eval-every 1000 --eval-problems 1; their eval_*,
 # of one problem, are left out, and out of the second a line of the run that it was begun after.
 set -euo pipefail
