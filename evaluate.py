@@ -52,7 +52,7 @@ import tasks
 from config import (DEVICES, DTYPES, TEMPLATES, Config, check_new_file, check_settings,
                     command_line, is_file, is_small, parse_levels, parse_template_kwargs, setting)
 from engine.weights import read_json
-from folder import Parts
+from folder import Parts, absolute
 from model import Transformer
 from policies import is_merged
 from puzzles.common import final_answer
@@ -266,10 +266,11 @@ def load_problems(config):
     count = config.limit or ENDLESS
     split, seed = ("test", 0) if config.train_seed < 0 else ("train", config.train_seed)
     run = prompts.settings_of_run(config.model)
-    if split == "train":
+    trained_by_rl = "algo" in run       # by train.py, else by sft.py or elsewhere
+    if split == "train" and trained_by_rl:
         warn_of_others(config, run)
 
-    spare = run.get("eval_problems", HELD_OUT) if "algo" in run else HELD_OUT
+    spare = run["eval_problems"] if trained_by_rl else HELD_OUT
     if config.perturb and split == "train":
         problems = trained_on(config, count, run)
     else:
@@ -297,15 +298,17 @@ def files_of(sources):
 
 
 def warn_of_others(config, run):
-    """Say where --train-seed takes other problems than the run that wrote the model did."""
-    asked = {"data": config.data, "levels": config.levels, "seed": config.train_seed,
-             "curriculum": ""}
+    """Say where --train-seed takes other problems than the run that wrote the model did.
+
+    run: the run's settings, in which files have absolute paths."""
+    asked = {"data": absolute(config).get("data", config.data), "levels": config.levels,
+             "seed": config.train_seed, "curriculum": ""}
     for name, value in asked.items():
-        was = run.get(name, value) if "algo" in run else value
-        if was != value and not (name == "data" and files_of(was) == files_of(value) != set()):
-            was, value = ("empty" if x == "" else x for x in (was, value))
-            warn(f"warning: --train-seed: {config.model} was trained with --{name} {was}, not "
-                 f"{value}, so these are other problems than it has seen")
+        was = run.get(name, value)
+        if was != value:
+            warn(f"warning: --train-seed: {config.model} was trained with --{name} "
+                 f"{was if was != '' else 'empty'}, not {value if value != '' else 'empty'}, so "
+                 "these are other problems than it has seen")
 
 
 def trained_on(config, count, settings):

@@ -512,9 +512,10 @@ def parts(functions, problems, groups, group_size, rollout=None):
         if not problems:
             numbers = numbers.view(shape)
         known = numbers[~numbers.isnan()] if own else numbers       # nan: it does not apply
-        if numbers.shape != shape or not known.isfinite().all():
+        if numbers.shape != shape or not known.float().isfinite().all():
             raise ValueError(f"reward {name} gave {tuple(numbers.shape)}, or a number that is not "
-                             f"finite; (prompts, completions) = {shape} finite numbers are needed")
+                             f"finite in float32; (prompts, completions) = {shape} finite numbers "
+                             "are needed")
         found[name] = numbers
     return found
 

@@ -38,7 +38,6 @@ from pathlib import Path
 
 OURS = ("prompt", "messages", "check", "columns")       # fields of a problem, not of its data
 HERE = Path(__file__).resolve().parent
-LARGEST = 3e38      # of a reward: float32 holds no more
 MODULES = {}        # (file, when it was changed): its module, so that its functions share one
 
 
@@ -169,8 +168,8 @@ class UserReward:
             raise ValueError(f"gave {str(numbers)[:100]!r}, not a list of numbers") from None
         if len(numbers) != count:
             raise ValueError(f"gave {len(numbers)} numbers for {count} completions")
-        if not all(number is None or abs(number) <= LARGEST for number in numbers):
-            raise ValueError("gave a number that is not finite in float32")
+        if not all(number is None or math.isfinite(number) for number in numbers):
+            raise ValueError("gave a number that is not finite")
 
         G = count // len(problems)
         numbers = [math.nan if number is None else number for number in numbers]

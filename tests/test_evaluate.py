@@ -611,7 +611,7 @@ def test_a_file_of_a_mix_that_a_model_was_trained_on_is_told_too(folder, tmp_pat
 
 def test_who_asks_for_the_problems_of_training_hears_where_the_run_had_others(monkeypatch, capsys):
     """Other levels, another seed and a curriculum; what the run held out of its file is left out as well."""
-    was = {"algo": "grpo", "data": "arithmetic", "levels": "2-3", "seed": 7, "curriculum": "uniform"}
+    was = {"algo": "grpo", "data": "arithmetic", "levels": "2-3", "seed": 7, "curriculum": "uniform", "eval_problems": 200}
     monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: was)
     evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", train_seed=0, limit=3))
     said = capsys.readouterr().err
@@ -620,6 +620,17 @@ def test_who_asks_for_the_problems_of_training_hears_where_the_run_had_others(mo
     evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", levels="2-3", train_seed=0, limit=3))
     evaluate.load_problems(evaluate.EvalConfig(model="m", data="arithmetic", limit=3))
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_is_the_run_s_by_whatever_path_and_a_part_of_its_mix_is_not(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(30)))
+    monkeypatch.chdir(tmp_path)
+    for data, other in ((str(file), False), (f"{file},boolean:1-2", True)):
+        was = {"algo": "grpo", "data": data, "seed": 0, "eval_problems": 4}
+        monkeypatch.setattr(evaluate.prompts, "settings_of_run", lambda model: was)
+        evaluate.load_problems(evaluate.EvalConfig(model="m", data="p.jsonl", train_seed=0))
+        assert ("was trained with --data" in capsys.readouterr().err) == other
 
 
 def test_as_many_are_left_out_as_the_run_held_out(tmp_path, monkeypatch):
